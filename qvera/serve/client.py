@@ -78,7 +78,7 @@ class ServerClient:
         return name or next(iter(models))
 
     def _models(self) -> dict[str, str | None]:
-        """Model → its base for an adapter, else None."""
+        """Return each model with its base, or with None where it is a base itself."""
         try:
             with self._call("/v1/models") as answer:
                 return {model["id"]: model.get("parent") for model in json.load(answer)["data"]}

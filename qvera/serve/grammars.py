@@ -36,11 +36,11 @@ class Grammar:
         self._matcher, self._tokens, self.text = matcher, tokens, text
 
     def copy(self) -> Grammar:
-        """The same place, from which another answer may go on."""
+        """Return the grammar at the same place, from which another answer may go on."""
         return Grammar(self._matcher.deep_copy(), self._tokens, self.text)
 
     def allowed(self, width: int) -> np.ndarray:
-        """Which of ``width`` tokens may come next, bool [width]. None of them: see `error`."""
+        """Return a mask of the tokens that may come next, bool [width]. Where none may, `error` may say why."""
         found = np.zeros(width, dtype=bool)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if not self._matcher.is_error():  # else an end would be allowed
@@ -54,7 +54,7 @@ class Grammar:
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to an end that nothing can follow."""
+        """Whether the answer has come to an end that nothing can follow."""
         return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
     @property
@@ -70,10 +70,14 @@ class Grammars:
         self._texts, self._stop_tokens = texts, stop_tokens
 
     def of_schema(self, schema: dict[str, Any], name: str) -> Grammar:
-        """JSON of a schema. Raises InputError that names the part of ``name`` at fault, or a missing llguidance."""
+        """Return the grammar of JSON that follows a schema.
+
+        Raises InputError that names the part of ``name`` at fault, or says that llguidance is missing.
+        """
         grammar = self._of_schema(schema)
         if not (error := grammar.error):
             return grammar
+        # go down to the smallest part that fails with the same error by itself; parts may refer to the definitions
         shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         place, children, tried = name, _parts(schema), 0
         while (child := next(children, None)) is not None and tried < _MOST_PARTS:
@@ -90,14 +94,18 @@ class Grammars:
         single: bool,
         answer: Grammar | None = None,
     ) -> Grammar:
-        """Calls of tools, one to a line (``single``: one at all), or an ``answer`` of a schema if there is one.
+        """Return the grammar of calls of tools, or of an ``answer`` instead, if that is given.
 
-        ``parameters``: a JSON schema for each tool. ``literals``: what stands before a name, between it and the
-        arguments, and behind them. Raises InputError as `of_schema`.
+        Raises InputError as `of_schema`.
+
+        Args:
+            parameters: a JSON schema for each tool.
+            literals: the texts before a name, between it and the arguments, and behind them.
+            single: one call is allowed; else there may be several, one to a line.
         """
         (before, between, behind), lines = literals, list[str]()
         for number, (name, schema) in enumerate(parameters.items()):
-            self.of_schema(schema, f"the parameters of the tool {name}")
+            self.of_schema(schema, f"the parameters of the tool {name}")  # for its error, which names the tool
             opening, closing = (json.dumps(text, ensure_ascii=False) for text in (before + name + between, behind))
             lines += [f"c{number}: {opening} a{number} {closing}", f"a{number}: {_json(schema)}"]
         lines.append(f"call: {' | '.join(f'c{number}' for number in range(len(parameters)))}")
@@ -140,7 +148,10 @@ def _json(schema: dict[str, Any]) -> str:
 
 
 class _Vocabulary:
-    """What `llguidance.TokenizerWrapper` asks for. The last token is none of the model's: an end for those without."""
+    """A vocabulary as `llguidance.TokenizerWrapper` asks for it.
+
+    Its last token is none of the model's. It stands for the end where the model has no stop tokens.
+    """
 
     bos_token_id = None
 

@@ -28,7 +28,7 @@ weights."""
 
 
 def why_refused(model: torch.nn.Module) -> str | None:
-    """What makes a token's numbers depend on other requests in this model, whatever the shapes are; None: nothing."""
+    """Say why a token's numbers depend on other requests in this model, whatever the shapes are; None: they don't."""
     ropes = set[str | None]()
     for module in model.modules():
         found = getattr(module, "rope_type", None)

@@ -59,7 +59,7 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
             adapters = adapters or directory
         elif target.adapter is not None:
             single = target.adapter
-    elif (directory / CERTIFICATE).is_file() and adapters is None:
+    elif (directory / CERTIFICATE).is_file() and adapters is None:  # an exported checkpoint
         target = find_target(directory)
         require_answers(target, "qvera serve")
         opened = open_target(target)

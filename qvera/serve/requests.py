@@ -33,7 +33,7 @@ class AdapterChanged(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the tokens of one answer are drawn; several answers are several requests.
+    """The settings by which the tokens of one answer are drawn; several answers are several requests.
 
     Nothing else changes the model's probabilities: a checkpoint's generation_config.json, with a repetition penalty for
     example, is not applied. Values are already checked: ``max_tokens`` ≥ 1, ``temperature`` ≥ 0, 0 < ``top_p`` ≤ 1,
@@ -65,7 +65,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class PromptScoring:
-    """What is asked about the last tokens of a prompt: each one's log-probability after those before it."""
+    """A question about the last tokens of a prompt: each one's log-probability after the tokens before it."""
 
     last: int  # so many tokens, from 1 to all but the first
     top: int = 0  # also of the most likely tokens in each place

@@ -17,7 +17,7 @@ from qvera.utils.errors import InputError, RunFailed
 
 
 class SqliteFile:
-    """Ended by `close`."""
+    """An open database, until `close`."""
 
     def __init__(
         self, path: Path, schema: str, version: int, what: str, synchronous: Literal["FULL", "NORMAL"] = "FULL"
@@ -28,7 +28,7 @@ class SqliteFile:
 
         Args:
             schema: SQL that makes the tables.
-            what: the file holds, for a message.
+            what: what the file holds, for a message.
             synchronous: with NORMAL a power cut may lose the last transactions; a killed process loses none.
         """
         self.path, self._lock, problem = path, threading.RLock(), ""

@@ -46,7 +46,7 @@ class AdapterStore:
     """
 
     def __init__(self, path: Path | None, base_names: Collection[str] = ()) -> None:
-        """``path``: a run that trained many, or a directory of adapters, perhaps empty. ``base_names``: of the base."""
+        """``path``: a run of many adapters, or a directory of adapters, perhaps empty. ``base_names`` mean the base."""
         is_run = path is not None and (path / RECIPE_FILE).is_file()
         self.root = path / ADAPTERS if path is not None and is_run else path  # the directory that is listed
         self.base_names = frozenset(base_names)
@@ -72,7 +72,7 @@ class AdapterStore:
         return sorted(self.base_names & set(self._listed))
 
     def resolve(self, model: str) -> ResolvedAdapter | None:
-        """What a name, or a blend such as ``support*0.7+legal*0.3``, means now. None: the base.
+        """Return what a name, or a blend such as ``support*0.7+legal*0.3``, means now. None: the base.
 
         Raises:
             UnknownAdapter: no adapter has that name.
@@ -85,6 +85,7 @@ class AdapterStore:
         parts = tuple(AdapterPart(w, known[name], self._sha256(known[name])) for name, w in weights.items())
         if len(parts) == 1 and parts[0].weight == 1:
             return ResolvedAdapter(model, parts[0].sha256, parts)
+        # sorted, so that a blend is the same in whatever order its parts are named
         text = json.dumps(sorted((part.sha256, part.weight) for part in parts))
         return ResolvedAdapter(model, hashlib.sha256(text.encode()).hexdigest(), parts)
 
@@ -114,7 +115,7 @@ class AdapterStore:
             is_other = other is None or other.absolute() != directory
             if other is not None and is_other and not replace:
                 raise InputError(f"{shown_name(name)}: is the name of another adapter; unload that one first.")
-            if self._removed.get(name) == directory:
+            if self._removed.get(name) == directory:  # it is listed: to take the removal back is enough
                 del self._removed[name]
             elif is_other:
                 self._added[name] = directory
@@ -150,7 +151,7 @@ class AdapterStore:
         return known[name]
 
     def facts(self, name: str) -> dict[str, Any]:
-        """What is known without the vectors. Raises InputError if the adapter's config can't be read.
+        """Return what the files of an adapter and of its run say about it. Raises InputError if its own can't be read.
 
         ``name``, ``directory``, ``size_bytes`` of both files, ``base`` and ``rank`` as the config has them, ``changed``
         (when the vectors were written, in seconds since 1970), and, where its run or job says so, ``rows`` trained on
@@ -189,7 +190,7 @@ class AdapterStore:
                 try:
                     stamp = file_stamp(self.root.stat())
                     if self._listed_at is None or self._listed_at[0] != stamp or not _settled(*self._listed_at):
-                        now = time.time_ns()
+                        now = time.time_ns()  # before it is listed, so that a change meanwhile is seen the next time
                         self._listed = named_directories(self.root)
                         self._listed_at, self._visible = (stamp, now), None
                 except OSError:
@@ -219,7 +220,7 @@ class AdapterStore:
             known = self._known.get(directory)
         if known is not None and known[0] == stamps:
             return known[1]
-        now = time.time_ns()
+        now = time.time_ns()  # before the files are read: a change meanwhile leaves them unsettled
         sha256 = read_content(directory).sha256
         with self._lock:
             if len(self._known) >= _MOST_KNOWN:
@@ -232,7 +233,7 @@ class AdapterStore:
 
     def _weights(self, model: str, known: Collection[str]) -> dict[str, float]:
         """The adapters in a name or blend, and the weight of each."""
-        if model in known:
+        if model in known:  # first, as a name may have + and * in it
             return {model: 1.0}
         weights: dict[str, float] = {}
         for term in model.split("+"):
@@ -293,7 +294,7 @@ class Content(NamedTuple):
 
 
 def read_content(directory: Path) -> Content:
-    """Read both files. Raises InputError as `read_file`."""
+    """Read both files of an adapter. Raises InputError as `read_file`."""
     config, vectors = read_file(directory / ADAPTER_CONFIG), read_file(directory / ADAPTER_WEIGHTS)
     both = hashlib.sha256(config).digest() + hashlib.sha256(vectors).digest()
     return Content(config, vectors, hashlib.sha256(both).hexdigest())

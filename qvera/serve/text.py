@@ -24,7 +24,7 @@ class TokenTexts:
         }
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         decoders = json.loads(decoder.__getstate__()) if decoder is not None else {}
-        self._byte_level = "ByteLevel" in json.dumps(decoders)
+        self._byte_level = "ByteLevel" in json.dumps(decoders)  # it may stand within a sequence of decoders
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self.size = len(tokenizer)  # tokens that it knows
 
@@ -37,7 +37,7 @@ class TokenTexts:
         return self._tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def is_byte(self, token: int) -> bool:
-        """Whether it is a SentencePiece byte token, which decoders join with its neighbours."""
+        """Whether a token is one of SentencePiece's bytes, which decoders join with their neighbours."""
         return not self._byte_level and _BYTE.fullmatch(self._name(token)) is not None
 
     def bytes_of(self, token: int) -> bytes:
@@ -86,6 +86,7 @@ class TextStream:
         """
         self._special = special
         self._texts, self._stop = texts, tuple(text for text in stop if text)
+        # a window: the tokens of the last piece, on which the text of the next ones may depend, and those after them
         self._ids = [token for token in context if token not in texts.special]
         self._shown = texts.decode(self._ids).rstrip(_HALF) if self._ids else ""
         self._read = len(self._ids)  # tokens of the window whose text has come
@@ -127,6 +128,7 @@ class TextStream:
         """Add text to what is held, and return what can't be part of a stop string any more."""
         self.length += len(text)
         text = self._held + text
+        # by their ends: the stop string that is complete first counts
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             _, at = min(found)

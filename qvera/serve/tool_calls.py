@@ -56,7 +56,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a base writes calls of tools."""
+    """The format in which a base writes calls of tools."""
 
     response_template: dict[str, Any]
     literals: tuple[str, str, str] | None = None
@@ -65,7 +65,10 @@ class ToolFormat:
 
     @classmethod
     def of(cls, template: ChatTemplate) -> ToolFormat:
-        """By the template's writing of a call. Raises InputError: it writes none, or in a format that can't be read."""
+        """Find the format by a call that the template writes.
+
+        Raises InputError if it writes none, or writes it in a format that can't be read.
+        """
         parameters = {"type": "object", "properties": {_ARGUMENT: {"type": "string"}}}
         tools = [{"type": "function", "function": {"name": _NAME, "description": "", "parameters": parameters}}]
         call = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": {_ARGUMENT: "x"}}}
@@ -75,6 +78,7 @@ class ToolFormat:
             text = template.render([*asked, {"role": "assistant", "content": "", "tool_calls": [call]}], tools)
         except TemplateError as error:
             raise InputError(f"tools: the chat template ({template.name}) refuses calls of tools: {error}.") from None
+        # a template is a program, so its format is known only by what it makes of a made-up call
         known: dict[str, Any] | None = None
         literals: tuple[str, str, str] | None = None
         if (found := _WRITTEN.search(text)) is not None:
@@ -148,6 +152,7 @@ class CallReader:
             raise InputError(f"tools: the tokenizer's response_template is invalid: {first_line(error)}") from None
 
     def _take(self, step: Callable[[], list[dict[str, Any]]], calls: list[ToolCall]) -> str:
+        """Let the parser do a step. Returns text that is no part of a call; calls that are complete join ``calls``."""
         try:
             events = step()
         except (ValueError, KeyError, TypeError):  # what stands there is no JSON, for example
@@ -156,7 +161,7 @@ class CallReader:
         for event in events:
             if event["field"] == "tool_calls":
                 if event["type"] == "region_close":
-                    if not (found := self._calls_in(event["value"])):
+                    if not (found := self._calls_in(event["value"])):  # it only looked like a call
                         return shown + self._as_text()
                     calls += found
                     self.count += len(found)

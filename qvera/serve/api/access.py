@@ -70,14 +70,14 @@ _log = logging.getLogger("qvera.serve")
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the sender of a request may do."""
+    """The models and actions that the sender of a request may use."""
 
     name: str
     adapters: frozenset[str] | None  # names of models, the base's among them; None: all
     may: frozenset[Action]
 
     def covers(self, name: str) -> bool:
-        """Whether it may use the model of this name."""
+        """Whether the sender may use the model of this name."""
         return self.adapters is None or name in self.adapters
 
 
@@ -110,7 +110,7 @@ class KeyFile:
                     _log.warning("%s The keys read before stay in use.", error)
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
         found = None
-        for sha256, access in self._keys:
+        for sha256, access in self._keys:  # to the end: how long it takes says nothing about a key's place
             if hmac.compare_digest(sha256, digest):
                 found = access
         return found

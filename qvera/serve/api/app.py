@@ -124,6 +124,7 @@ class Guard:
             await self.app(scope, replay, counted)
         finally:
             service.running -= 1
+            # a path with a name or id in it counts under the path that it begins with, so there are few labels
             of_one = next((known for known in _PATHS_OF_ONE if path.startswith(f"{known}/")), None)
             if path.startswith(TINKER) and "route" in scope:
                 of_one = scope["route"].path
@@ -132,7 +133,7 @@ class Guard:
                 service.metrics.call_seconds.observe(time.monotonic() - began)
 
     async def _access(self, path: str, headers: Headers) -> Access:
-        """What the sender may do."""
+        """Return what the sender may do. Raises ApiError 503, 403 or 401."""
         service, keys = self.service, self.service.keys
         if path in _OPEN or path.startswith(DOWNLOADS):
             return Access("nobody", frozenset(), frozenset())
@@ -164,12 +165,12 @@ class Guard:
         return access
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
-        """Read the body within its limits. What is returned replays it, then waits for the client to disconnect."""
+        """Read the body within its limits. Returns a function that gives it again, then waits for a disconnect."""
         limits, body = self.service.limits, bytearray()
         most = limits.tinker_body_bytes if scope["path"].startswith(TINKER) else limits.body_bytes
         too_large = ApiError(413, f"The body is larger than {most:,} bytes, the most that is taken.")
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > most):
+        if length.isdecimal() and (len(length) > 18 or int(length) > most):  # `int` refuses thousands of digits
             raise too_large
         try:
             async with asyncio.timeout(limits.body_seconds):

@@ -132,7 +132,7 @@ def _sampling(
     keys: tuple[str, str],
     grammar: Grammar | None,
 ) -> Sampling:
-    """How a call's tokens are drawn. Raises ApiError 400 if a prompt, or the number of answers, is beyond a limit.
+    """Return a call's settings of sampling. Raises ApiError 400 if a prompt or the number of answers is over a limit.
 
     Args:
         wanted: new tokens per answer; None: as many as fit.
@@ -203,9 +203,13 @@ class Generation:
         images: tuple[StoredImage, ...] = (),
         readers: Sequence[CallReader] = (),
     ) -> None:
-        """``streams``: the text of each answer, in the order of the prompts; each prompt has equally many.
+        """Take the parts of a call's answers. Nothing is sent yet.
 
-        ``images``: of each prompt. ``readers``: of calls in each answer; empty where no tools are offered.
+        Args:
+            streams: the text of each answer, in the order of the prompts; each prompt has equally many.
+            began: when the call arrived (`time.monotonic`).
+            images: those of each prompt.
+            readers: one for the calls of tools in each answer; empty where no tools are offered.
         """
         self._images, self._readers = images, readers
         self._service, self._access, self._model, self._prompts = service, access, model, prompts
@@ -238,6 +242,7 @@ class Generation:
             ) from None
 
     def _submit(self) -> None:
+        """Submit all of the call's requests to one version of its adapter. Runs in a thread."""
         for tries in range(_TRIES):
             adapter = self._service.resolve(self._model, self._access)
             events, per_prompt = self._events, len(self.streams) // len(self._prompts)
@@ -245,7 +250,7 @@ class Generation:
                 for index in range(len(self.streams)):
                     sampling, repetition = self.sampling, index % per_prompt
                     if sampling.seed is not None:  # several answers with one seed would all be the same
-                        seed = (sampling.seed + repetition + 2**63) % 2**64 - 2**63
+                        seed = (sampling.seed + repetition + 2**63) % 2**64 - 2**63  # wraps around in int64
                         sampling = dataclasses.replace(sampling, seed=seed)
                     prompt = tuple(self._prompts[index // per_prompt])
                     asked = GenerationRequest(uuid.uuid4().hex, prompt, adapter, sampling, self._images)
@@ -271,7 +276,7 @@ class Generation:
         except BaseException:
             self._open.pop(index, None)
             raise
-        if self._closed:  # the client went away meanwhile; perhaps before the engine knew the request
+        if self._closed:  # the client went away meanwhile, perhaps before the engine knew the request
             self._service.engine.cancel(request.id)
             raise ClientGone
 
@@ -299,7 +304,7 @@ class Generation:
             except TimeoutError:
                 raise ApiError(504, f"The answer took longer than {seconds:g} s.", code="timeout") from None
             if index not in self._open:
-                continue  # ended by a stop string
+                continue  # ended here already, by a stop string or a call of a tool
             stream, calls = self.streams[index], list[ToolCall]()
             finish: Literal["stop", "length", "tool_calls"] | None = None
             if isinstance(event, EndEvent):
@@ -320,6 +325,7 @@ class Generation:
             tokens = waiting[index]
             if stream.stopped:
                 self._cancel(index)
+                # tokens whose text begins behind the stop string are not shown
                 finish, tokens = "stop", [token for token in tokens if token[1] < stream.length]
             if self._readers:
                 reader = self._readers[index]
@@ -328,6 +334,7 @@ class Generation:
                     self._cancel(index)
                 if reader.is_full or (finish == "stop" and reader.count):
                     finish = "tool_calls"
+            # else the tokens wait for the text that they are part of
             if text or calls or finish is not None:
                 waiting[index] = []
                 left -= finish is not None
@@ -335,7 +342,7 @@ class Generation:
 
 
 class _Format:
-    """How one of OpenAI's two APIs writes an answer."""
+    """The form in which one of OpenAI's two APIs writes an answer."""
 
     def __init__(self, answers: Generation) -> None:
         self.texts, self.with_logprobs = answers.texts, answers.sampling.top_logprobs is not None
@@ -428,9 +435,10 @@ def _call(call: ToolCall) -> dict[str, Any]:
 async def _answer(
     request: Request, body: GenerationBody, answers: Generation, form: _ChatFormat | _CompletionFormat
 ) -> Response:
+    """Answer whole or as a stream. Raises as `Generation.start`, and for a whole answer as `Generation.pieces`."""
     head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
     if body.stream:
-        await while_connected(request.receive, answers.start())
+        await while_connected(request.receive, answers.start())  # before the stream: its errors have a status yet
         head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_events(answers, form, head, with_usage), answers.close)

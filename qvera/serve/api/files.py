@@ -53,7 +53,7 @@ async def upload(request: Request) -> Response:
         if service.keys is not None:
             most = service.limits.files
             count = len(await ask(request, lambda jobs, owner: jobs.database.files(owner, TRAINING, None, most, True)))
-            if count + open_uploads > most:
+            if count + open_uploads > most:  # files that are still coming have no record yet
                 raise too_many(f"This key has {count} files, and may have {most}; delete one.")
         with api_errors(service):
             file = await receive_file(request, service, jobs.directory, access.name)
@@ -68,7 +68,7 @@ async def list_files(
     after: str | None = None,
     order: Literal["asc", "desc"] = "desc",
 ) -> Response:
-    """The sender's files."""
+    """List the sender's files."""
 
     def cards(jobs: Jobs, owner: str, most: int) -> list[dict[str, Any]]:
         return [_card(file) for file in jobs.database.files(owner, purpose, after, most, order == "desc")]
@@ -78,13 +78,13 @@ async def list_files(
 
 @router.get("/v1/files/{file_id}", response_model=None)
 async def describe_file(request: Request, file_id: str) -> Response:
-    """One file."""
+    """Describe one file."""
     return JSONResponse(await ask(request, lambda jobs, owner: _card(jobs.database.file(file_id, owner)), _UNKNOWN))
 
 
 @router.get("/v1/files/{file_id}/content", response_model=None)
 async def file_content(request: Request, file_id: str) -> Response:
-    """Its bytes, to be saved.
+    """Send a file's bytes, to be saved.
 
     They are never shown as a page: what somebody has uploaded may hold a script, and the server's own page holds a key.
     """
@@ -102,7 +102,7 @@ async def file_content(request: Request, file_id: str) -> Response:
 
 @router.delete("/v1/files/{file_id}", response_model=None)
 async def delete_file(request: Request, file_id: str) -> Response:
-    """Delete it."""
+    """Delete a file, unless an unfinished job needs it."""
 
     def delete(jobs: Jobs, owner: str) -> None:
         file = jobs.database.file(file_id, owner)
@@ -131,7 +131,7 @@ def _card(file: StoredFile) -> dict[str, Any]:
 
 _BLOCK_BYTES = 256 << 10
 _FORM_BYTES = 64 << 10  # of all that is in a form beside its file
-_PARTS = 8
+_PARTS = 8  # of a form; a right one has two
 _FIELD_BYTES = 1000
 _HEADER_BYTES = 4096
 
@@ -204,6 +204,7 @@ class _Form:
             raise bad_request(f"The body is no multipart form: {error}.") from None
 
     def feed(self, data: bytes) -> None:
+        """Parse the next bytes of the body, and write those of the file. Raises ApiError 400 or 413."""
         self._size += len(data)
         if self._size > self._most_bytes + _FORM_BYTES:
             raise _too_large(self._most_bytes)

@@ -70,7 +70,7 @@ async def ask(request: Request, work: Callable[[Jobs, str], T], unknown: str = "
 async def page(
     request: Request, limit: int, unknown: str, cards: Callable[[Jobs, str, int], Sequence[dict[str, Any]]]
 ) -> JSONResponse:
-    """A page of a list. ``cards`` is asked for ``limit`` + 1 records, to see whether more follow."""
+    """Answer with a page of a list. ``cards`` is asked for ``limit`` + 1 records, to see whether more follow."""
     found = await ask(request, lambda jobs, owner: cards(jobs, owner, limit + 1), unknown)
     shown = list(found[:limit])
     ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
@@ -115,7 +115,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
 
 @router.get("/v1/fine_tuning/jobs", response_model=None)
 async def list_jobs(request: Request, limit: Limit = 20, after: str | None = None) -> Response:
-    """The sender's jobs, the newest first; ``metadata[key]=value`` picks some."""
+    """List the sender's jobs, the newest first; ``metadata[key]=value`` picks some."""
     wanted = {
         key.removeprefix("metadata[").removesuffix("]"): value
         for key, value in request.query_params.items()
@@ -132,19 +132,19 @@ async def list_jobs(request: Request, limit: Limit = 20, after: str | None = Non
 
 @router.get("/v1/fine_tuning/jobs/{job_id}", response_model=None)
 async def describe_job(request: Request, job_id: str) -> Response:
-    """One job."""
+    """Describe one job."""
     return JSONResponse(await ask(request, lambda jobs, owner: _card(jobs.database.job(job_id, owner)), _UNKNOWN))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel", response_model=None)
 async def cancel_job(request: Request, job_id: str) -> Response:
-    """End it; no model comes of it."""
+    """End a job; no model comes of it."""
     return await _change(request, job_id, "cancel")
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/pause", response_model=None)
 async def pause_job(request: Request, job_id: str) -> Response:
-    """Save it, and make room for others."""
+    """Save a job, and make room for others."""
     return await _change(request, job_id, "pause")
 
 
@@ -160,7 +160,7 @@ async def _change(request: Request, job_id: str, how: Change) -> Response:
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events", response_model=None)
 async def list_events(request: Request, job_id: str, limit: Limit = 20, after: str | None = None) -> Response:
-    """What has happened to it, the newest first; each step with its loss."""
+    """List what has happened to a job, the newest first; each step with its loss."""
 
     def cards(jobs: Jobs, owner: str, most: int) -> list[dict[str, Any]]:
         jobs.database.job(job_id, owner)
@@ -171,7 +171,7 @@ async def list_events(request: Request, job_id: str, limit: Limit = 20, after: s
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints", response_model=None)
 async def list_checkpoints(request: Request, job_id: str, limit: Limit = 10, after: str | None = None) -> Response:
-    """The models that came of it: one, once it has succeeded. States in between are no models."""
+    """List the models that came of a job: one, once it has succeeded. States in between are no models."""
 
     def cards(jobs: Jobs, owner: str, _: int) -> list[dict[str, Any]]:
         job = jobs.database.job(job_id, owner)

@@ -42,7 +42,7 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """What the registry asks for: the numbers of the engine and of jobs."""
+        """Give the registry the numbers of the engine and of jobs."""
         stats = self._stats()
         for name, text, value in (
             ("requests_running", "Requests that have a place in the batch.", stats.running),
@@ -65,7 +65,7 @@ class Metrics(Collector):
             return
         gauge = GaugeMetricFamily("qvera_fine_tuning_jobs", "Fine-tuning jobs.", labels=["status"])
         counts = self._jobs.database.counts()
-        counts["running"] = counts.get("running", 0) + counts.pop("finishing", 0)
+        counts["running"] = counts.get("running", 0) + counts.pop("finishing", 0)  # as the API shows them
         for status, jobs in counts.items():
             gauge.add_metric([status], jobs)
         yield gauge

@@ -26,7 +26,7 @@ router = APIRouter()
 
 @router.get("/v1/models", response_model=None)
 async def list_models(request: Request) -> Response:
-    """The base, and every adapter that the sender may use."""
+    """List the base, and every adapter that the sender may use."""
     access, service = require(request, "use"), service_of(request)
 
     def listed() -> Response:  # of thousands of adapters, a megabyte
@@ -37,7 +37,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/v1/models/{name:path}", response_model=None)
 async def describe_model(request: Request, name: str) -> Response:
-    """One model; of an adapter with its rows, scores, size and base."""
+    """Describe one model. An adapter has its rows, scores, size and base, too."""
     access, service = require(request, "use"), service_of(request)
 
     def card() -> dict[str, Any]:
@@ -62,6 +62,7 @@ async def delete_model(request: Request, name: str) -> Response:
         not_made = ApiError(403, f"No fine-tuning job of this key has made {name!r}, so it can't delete it.", "model")
         if not _is_adapter(service, name):
             raise not_made
+        # looked up before it is deleted, as its identity is needed afterwards
         adapter = None
         with contextlib.suppress(InputError):  # a damaged one can be deleted all the same
             adapter = service.store.resolve(name)
@@ -77,7 +78,7 @@ async def delete_model(request: Request, name: str) -> Response:
 
 
 def _is_adapter(service: Service, name: str) -> bool:
-    """Whether it is one adapter, and neither the base nor a blend."""
+    """Whether a name means one adapter, and neither the base nor a blend."""
     return name not in service.store.base_names and service.store.parts_of(name) == [name]
 
 
@@ -109,14 +110,14 @@ async def unload_adapter(request: Request, body: AdapterBody) -> Response:
 
 @router.post("/v1/load_lora_adapter", response_model=None)
 async def load_lora_adapter(request: Request, body: LoadLoraBody) -> Response:
-    """As vLLM's: give a directory of the server's directory of adapters a name, and load it."""
+    """Give a directory within the server's directory of adapters a name, and load it, as vLLM does."""
     await _load(request, body.lora_name, body.lora_path, body.load_inplace)
     return JSONResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter", response_model=None)
 async def unload_lora_adapter(request: Request, body: UnloadLoraBody) -> Response:
-    """As vLLM's: no new request finds the adapter; running ones finish."""
+    """Forget an adapter's name, as vLLM does. No new request finds it; running ones finish."""
     await _unload(request, body.lora_name, forget=True)
     return JSONResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -50,7 +50,7 @@ class Item(BaseModel):
 
 
 class FlatFormat(Body):
-    """What an answer's text is like."""
+    """The form of an answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[Text, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")] = "answer"
@@ -100,7 +100,7 @@ class ResponsesBody(Body):
     text: TextSection | None = None
 
     def as_chat(self) -> ChatBody:
-        """The same question to /v1/chat/completions. Raises ApiError 400 if it is none there."""
+        """Return the same question to /v1/chat/completions. Raises ApiError 400 if it can't be asked there."""
         items = [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         messages: list[dict[str, Any]] = []
         if self.instructions is not None:
@@ -157,7 +157,7 @@ async def respond(request: Request, body: ResponsesBody) -> Response:
 
     async def finish() -> None:
         async for piece in answers.pieces():
-            list(writer.add(piece))
+            list(writer.add(piece))  # its events are for streams only
 
     try:
         await while_connected(request.receive, finish())
@@ -195,7 +195,7 @@ class _Writer:
         self.status, self.error = "in_progress", dict[str, str]()
 
     def event(self, kind: str, **content: Any) -> dict[str, Any]:
-        """The next event, of the last item unless it is of the whole response."""
+        """Return the next event. It is about the last item, unless ``content`` has the whole response."""
         place: dict[str, Any] = {} if "response" in content else {"output_index": len(self._output) - 1}
         if place and "item" not in content:
             place["item_id"] = self._output[-1]["id"]
@@ -208,7 +208,8 @@ class _Writer:
         return {**self._head, "status": self.status, "output": self._output, "error": self.error or None}
 
     def add(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        """More of the answer; the events that tell of it."""
+        """Add a piece of the answer, and yield the events that tell of it."""
+        # an answer without any text or call has an empty message
         if piece.text or (piece.finish is not None and not (self._output or piece.calls)):
             if not self._is_open:
                 yield from self._open(type="message", role="assistant", content=[])

@@ -102,7 +102,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside the text."""
+    """Options of a stream."""
 
     include_usage: bool = False
 
@@ -111,7 +111,7 @@ ToolName = Annotated[Text, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class JsonSchemaBody(Body):
-    """A JSON schema with a name. It is kept to whatever ``strict`` says."""
+    """A JSON schema with a name. The answer follows it, whatever ``strict`` says."""
 
     name: ToolName
     description: Text | None = None
@@ -120,7 +120,7 @@ class JsonSchemaBody(Body):
 
 
 class ResponseFormat(Body):
-    """What an answer's text is like."""
+    """The form of an answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaBody | None = None
@@ -132,7 +132,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None
 
 
 class GenerationBody(Body):
-    """What chat and completions have in common."""
+    """The keys that chat and completions have in common."""
 
     ignored = IGNORED
     neutral = _NEUTRAL
@@ -155,7 +155,10 @@ class GenerationBody(Body):
     logit_bias: Annotated[dict[Token, Bias], Field(max_length=1024)] | None = None
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
-        """What an answer must follow. Raises ApiError 400 that names the part of a schema that can't be kept to."""
+        """Return the grammar that an answer must follow; None: there is none.
+
+        Raises ApiError 400 that names the part of a schema that can't be kept to.
+        """
         asked = self.response_format
         if asked is None or asked.type == "text":
             return None
@@ -176,7 +179,7 @@ class TextPart(BaseModel):
 
 
 class ImageUrl(BaseModel):
-    """Where an image is."""
+    """The address of an image."""
 
     url: Text
 
@@ -189,7 +192,7 @@ class ImagePart(BaseModel):
 
 
 class CalledFunction(BaseModel):
-    """What an assistant has called; ``arguments`` is JSON."""
+    """The function that an assistant has called; ``arguments`` is JSON."""
 
     name: Text
     arguments: Text
@@ -234,7 +237,10 @@ class MessageBody(BaseModel):
     tool_call_id: Text | None = None
 
     def turn(self) -> Turn:
-        """As rows have it. Raises ApiError 400 or InputError: no content, or an image is no data: URL of base64."""
+        """Return the message as a turn of a row.
+
+        Raises ApiError 400 or InputError if it has no content, or an image is no data: URL of base64.
+        """
         if self.content is None and not self.tool_calls:
             raise bad_request("messages: a message has content, or tool_calls of an assistant.", "messages")
         if self.tool_calls and self.role != "assistant":
@@ -266,7 +272,7 @@ class ChatBody(GenerationBody):
     parallel_tool_calls: bool | None = True
 
     def offered(self) -> list[dict[str, Any]]:
-        """The tools as chat templates take them; none if none may be called.
+        """Return the tools as chat templates take them; none if none may be called.
 
         Raises ApiError 400: a tool is asked for that is not there, or two have one name.
         """
@@ -281,13 +287,13 @@ class ChatBody(GenerationBody):
 
     @property
     def most_calls(self) -> int | None:
-        """Of tools, in one answer."""
+        """The most calls of tools in one answer; None: any number."""
         return 1 if self.parallel_tool_calls is False or isinstance(self.tool_choice, ToolBody) else None
 
     def grammar_with(self, grammars: Grammars, form: ToolFormat) -> Grammar | None:
-        """As `grammar`, with calls of tools that may or must be made."""
+        """Return the grammar of an answer in which tools may or must be called; None: there is none."""
         answer, must = self.grammar(grammars), self.tool_choice not in (None, "auto")
-        if answer is None and not must:
+        if answer is None and not must:  # calls that may be made need none
             return None
         if form.literals is None:
             raise bad_request("tools: this model's calls have no grammar here, so they can't be forced.", "tools")
@@ -336,7 +342,7 @@ class AdapterBody(BaseModel):
 
 
 class HyperparametersBody(Body):
-    """How a job trains; ``auto``: as the recipe of the server says."""
+    """The hyperparameters of a job. ``auto`` means the value of the server's recipe."""
 
     outcome = "training"
     n_epochs: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False, strict=True)] | Literal["auto"] = "auto"
@@ -354,7 +360,7 @@ class SupervisedBody(Body):
 
 
 class MethodBody(Body):
-    """How OpenAI's newer clients send hyperparameters."""
+    """The hyperparameters as OpenAI's newer clients send them."""
 
     outcome = "training"
     neutral = {"dpo": (), "reinforcement": ()}
@@ -385,7 +391,7 @@ class JobBody(Body):
     """Not OpenAI's: whether a model of this name is replaced when the job succeeds."""
 
     def asked(self) -> dict[str, Any]:
-        """The hyperparameters, wherever they stand."""
+        """Return the hyperparameters, whether they stand in ``method`` or beside it. Raises ApiError 400 for both."""
         of_method = None if self.method is None or self.method.supervised is None else self.method.supervised
         inside = None if of_method is None else of_method.hyperparameters
         if inside is not None and self.hyperparameters is not None:

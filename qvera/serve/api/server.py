@@ -45,10 +45,11 @@ class Connection(H11Protocol):
         self._gives_way = False  # it closes as soon as the event loop reaches it
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take it. If there are too many, the one that has waited longest for a whole request is closed."""
+        """Take a connection. If there are too many, the one that has waited longest for a whole request is closed."""
         super().connection_made(transport)
         if len(self.connections) <= self._limits.connections:
             return
+        # those that give way stay in the set until the event loop has reached them
         staying = [one for one in self.connections if isinstance(one, Connection) and not one._gives_way]
         if len(staying) <= self._limits.connections:
             return
@@ -123,7 +124,7 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
+        """Begin to listen, with a time limit for peers that take nothing."""
         for listener in sockets or ():
             # the system ends a connection whose peer takes nothing of what it is sent for so long
             milliseconds = round(self.service.limits.send_seconds * 1000)
@@ -135,7 +136,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; at the second signal, stop."""
         if self.drained_at is not None:
-            self.force_exit = self.should_exit
+            self.force_exit = self.should_exit  # a signal after that ends open connections at once
             self.should_exit = True
             return
         self.drained_at = time.monotonic() + self.service.limits.drain_seconds
@@ -184,7 +185,7 @@ class ClientGone(Exception):
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, once the body was read. If the client disconnects, it is cancelled, and ClientGone raised."""
+    """Await ``work``, and cancel it and raise ClientGone if the client disconnects. The body must have been read."""
 
     async def wait_until_gone() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -82,7 +82,7 @@ class Service:
 
     @functools.cached_property
     def tool_format(self) -> ToolFormat:
-        """How the base writes calls of tools. Raises InputError if it writes none that can be read."""
+        """The format in which the base writes calls of tools. Raises InputError if it writes none that can be read."""
         return ToolFormat.of(self.prompts.template)
 
     async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick", "disk"] = "long") -> T:
@@ -195,12 +195,12 @@ async def _result(future: Future[T]) -> T:
 
 
 def service_of(request: Request) -> Service:
-    """The state of the request's app."""
+    """Return the state of the request's app."""
     return request.app.state.service
 
 
 def require(request: Request, action: Action) -> Access:
-    """The sender's access. Raises ApiError 403 if it does not include ``action``."""
+    """Return the sender's access. Raises ApiError 403 if it does not include ``action``."""
     access: Access = request.state.access  # `Guard` has put it there
     if action not in access.may:
         raise ApiError(403, f"The key {access.name!r} may not {action} models on this server.", code="forbidden")

@@ -138,14 +138,14 @@ _AS_BOOL = ("replaces", "deleted")
 
 
 class Database(SqliteFile):
-    """Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
+    """Files, jobs and events. Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
 
     def __init__(self, path: Path) -> None:
         """Raises as `SqliteFile`."""
         super().__init__(path, _SCHEMA, VERSION, "fine-tuning jobs")
 
     def _records(self, kind: type[R], rest: str, values: Iterable[object]) -> list[R]:
-        """The records that ``SELECT * FROM`` their table and ``rest`` gives."""
+        """Return the records that ``SELECT * FROM`` their table and ``rest`` finds."""
         found = []
         for row in self.rows(f"SELECT * FROM {_TABLES[kind]} {rest}", values):
             fields = {name: json.loads(row[name]) if name in _AS_JSON else row[name] for name in row.keys()}  # noqa: SIM118
@@ -203,6 +203,7 @@ class Database(SqliteFile):
     def remove_file(self, file_id: str, owner: str) -> str | None:
         """Remove a file. If an unfinished job needs it, it stays, and the job's id is returned."""
         self.file(file_id, owner)
+        # in one transaction, so that no job takes the file between the look and the removal
         with self.transaction() as connection:
             query = f"SELECT id FROM jobs WHERE ? IN (training_file, validation_file) AND status IN ({_marks(OPEN)})"
             user = connection.execute(query, (file_id, *OPEN)).fetchone()
@@ -250,7 +251,7 @@ class Database(SqliteFile):
     ) -> bool:
         """Set a job's status and the columns in ``changes``, and add events and files.
 
-        False: its status was not one of ``expected``, and nothing is changed.
+        Returns False if its status was not one of ``expected``. Then nothing is changed.
         """
         written = _written({"status": status, **changes})
         assigned = ", ".join(f"{name} = ?" for name in written)

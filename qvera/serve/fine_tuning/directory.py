@@ -27,7 +27,10 @@ _KEPT = "Nothing of this file was kept."
 
 
 class TrainingDirectory:
-    """Made by `open`. Methods that write raise RunFailed if the disk is full."""
+    """A training directory that this process has locked; `open` makes one.
+
+    Methods that write raise RunFailed if the disk is full.
+    """
 
     def __init__(self, path: Path, database: Database) -> None:
         self.path, self.database = path, database
@@ -40,7 +43,7 @@ class TrainingDirectory:
 
         Raises InputError if another server uses it, it holds something else, or it can't be read and written.
         """
-        path = path.absolute()  # a message about it has no word that another text may have
+        path = path.absolute()  # `without_places` would take a short relative path for a word of a message
         with run_lock(path, what="--training-dir"):
             # files without a database would count as remains of a crash and be removed
             for part in () if (path / DATABASE).exists() else (path / "files", path / "states"):
@@ -66,7 +69,7 @@ class TrainingDirectory:
                 yield directory
 
     def place(self, file: StoredFile) -> Path:
-        """The path of a file."""
+        """The path of a stored file."""
         return self.files / f"{file.id}{file.suffix}"
 
     def state(self, job_id: str) -> Path:

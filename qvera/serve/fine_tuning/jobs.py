@@ -55,11 +55,14 @@ _CHANGES: dict[Change, tuple[tuple[Status, ...], Status, str]] = {
     "pause": ((*BEFORE, "running"), "paused", "Fine-tuning job paused"),
     "resume": (("paused",), "validating_files", "Fine-tuning job resumed"),
 }
-"""The statuses that allow it, the new status, and the event."""
+"""Change → the statuses that allow it, the new status, and the message of its event."""
 
 
 class Jobs:
-    """Methods may block, so call them in a thread. They raise UnknownRecord if the owner has no such job."""
+    """What clients may do with jobs.
+
+    Methods may block, so call them in a thread. They raise UnknownRecord if the owner has no such job.
+    """
 
     def __init__(
         self,
@@ -133,6 +136,7 @@ class Jobs:
         return job
 
     def _require_free(self, model: str, replace: bool) -> None:
+        """Raise Refused unless a job may make a model of this name."""
         name = shown_name(model)
         try:
             directory = self._store.directory_for(model)
@@ -155,6 +159,7 @@ class Jobs:
         self.database.job(job_id, owner)
         expected, status, text = _CHANGES[how]
         ended = {"finished": now()} if how == "cancel" else {}
+        # first in the database, which holds after a crash: the worker only takes out what is stopped there
         with self._changing:
             if not self.database.move(job_id, expected, status, Event(job_id, text), **ended):
                 is_now = self.database.job(job_id).status.replace("_", " ")
@@ -174,7 +179,7 @@ class Jobs:
             raise NotMade
         if (other := self.database.job_of_model(model, OPEN)) is not None:
             raise Refused(f"The job {other.id} makes this model anew; cancel it first.", "model")
-        gone = directory.with_name(f".{directory.name}.deleted")
+        gone = directory.with_name(f".{directory.name}.deleted")  # hidden, so that no list shows it
         shutil.rmtree(gone, ignore_errors=True)
         try:
             directory.rename(gone)  # at once: nobody finds half of it
@@ -196,6 +201,7 @@ class Jobs:
                 again.start()
 
     def _prepare(self, job: Job) -> None:
+        """Read a job's rows and hand it to the worker. Whatever is wrong with it ends the job, but for a full disk."""
         if job.status not in (*BEFORE, *TRAINED):
             return  # cancelled or paused meanwhile
         files: dict[str, StoredFile] = {}
@@ -222,7 +228,7 @@ class Jobs:
         places = [self.directory.place(file) for file in files.values()]
         for place in places:
             require_small_json(place)
-        recipe = self._recipes.of(job, *(place.name for place in places))
+        recipe = self._recipes.of(job, *(place.name for place in places))  # by the recipe that is served now
         has_begun = self.directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):
             raise InputError(

@@ -32,7 +32,7 @@ _EVALUATIONS = ("eval_steps", "load_best_model_at_end", "early_stopping_patience
 
 
 class Recipes:
-    """Makes the recipes of jobs."""
+    """Makes the recipes of jobs from that of the served run."""
 
     def __init__(self, target: Artifact) -> None:
         """Raises InputError if adapters of the served recipe can't be trained beside others."""

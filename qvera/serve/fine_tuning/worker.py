@@ -39,7 +39,7 @@ _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate")
 
 @dataclasses.dataclass
 class Trained:
-    """A job that has a slot."""
+    """A job that has a slot of the trainer."""
 
     job: Job
     run: AdapterRun
@@ -50,7 +50,7 @@ class Trained:
 
 
 class Worker:
-    """The engine's `BackgroundWork`."""
+    """Trains the jobs, as the engine's `BackgroundWork`."""
 
     def __init__(
         self,
@@ -68,7 +68,11 @@ class Worker:
         self._trained: dict[str, Trained] = {}
         self._events: list[Event] = []
         self._taken_again: dict[str, int] = {}
-        """Job → a step. Events of later steps are removed before new ones are written."""
+        """Job → the step that it goes on from; -1: from none.
+
+        A server that was killed may have written events of later steps, which now come again. The next write removes
+        them first.
+        """
         self._wrote_at, self._parked_until = clock(), 0.0
         self._timer: threading.Timer | None = None
         self.tokens = 0  # trained on since the server's start
@@ -121,10 +125,10 @@ class Worker:
                 if how == "pause":
                     self._save(trained)
                 self._let_go(trained)
-            if how == "cancel":
+            if how == "cancel":  # also of a job that has no slot, but had one before
                 self._directory.state(job_id).unlink(missing_ok=True)
             with self._lock:
-                if self._stops.get(job_id) == how:
+                if self._stops.get(job_id) == how:  # and not another stop that came meanwhile
                     del self._stops[job_id]
 
     def _begin_ready(self) -> None:
@@ -140,12 +144,13 @@ class Worker:
                 job, run = self._ready.pop(ready[turns.index(min(turns))].id)
             try:
                 self._begin(job, run)
-            except RunFailed:
+            except RunFailed:  # the database can't be written now: the job waits with the others again
                 self.add(job, run)
                 raise
             self._write_events(at_once=True)
 
     def _begin(self, job: Job, run: AdapterRun) -> None:
+        """Give a job a slot, and go on from its saved state if it has one. A job that can't begin has failed."""
         state = self._directory.state(job.id)
         saved = state if state.exists() else None
         status: Literal["finishing", "running"] = "finishing" if job.status == "finishing" else "running"
@@ -165,6 +170,8 @@ class Worker:
         self._events.append(Event(job.id, f"{text}: {run.steps:,} steps over {len(run.rows.train):,} rows"))
 
     def _train(self) -> None:
+        """Train all jobs with a slot for one slice, and save or finish those that are due."""
+        # jobs that have ended are still here while a full disk keeps their adapters from being written
         try:
             records = [] if all(one.run.has_ended for one in self._trained.values()) else self._trainer.run_slice()
         except Exception as error:
@@ -190,20 +197,28 @@ class Worker:
                 self._fail(trained, "server_error", f"It can't be saved: {self._text(error)}")
 
     def _save(self, trained: Trained) -> None:
+        """Save a job's state, from which it goes on after a restart."""
+        # events first: those of steps that the state holds never come again
         self._write_events(at_once=True)
         self._trainer.save(trained.run, self._directory.state(trained.job.id))
         trained.saved_step, trained.saved_at = trained.run.state.step, self._clock()
 
     def _finish(self, trained: Trained) -> None:
+        """Write a job's adapter and results, and mark it as done; or end it as failed.
+
+        Each step may be done again after a kill. So the last status is written last, and then the state may go.
+        """
         job, run = trained.job, trained.run
         if run.reason is not None:
             self._write_events(at_once=True)
             return self._fail(trained, "training_failed", run.reason)
         self._save(trained)
+        # the name was free when the job was created, but others write into the directory of adapters, too
         directory = self._store.directory_for(job.model)
         if directory.exists() and not (job.replaces or trained.is_named):
             text = f"While this job ran, another adapter was given the name {shown_name(job.model)}."
             return self._fail(trained, "name_taken", f"{text} It was not replaced.")
+        # from here on it can't be cancelled, and what is under its name is its own
         if not self._database.move(job.id, TRAINED, "finishing"):
             return  # cancelled or paused: `_take_stops` sees to it
         trained.is_named = True
@@ -239,6 +254,7 @@ class Worker:
         self._let_go(trained)
 
     def _let_go(self, trained: Trained) -> None:
+        """Free a job's slot."""
         self._trainer.end(trained.run)
         self._trained.pop(trained.job.id, None)
 
@@ -266,7 +282,7 @@ class Worker:
 
 
 def metrics_event(record: dict[str, Any], steps: int) -> Event:
-    """The event of a step or evaluation, its numbers by OpenAI's names. Those that are not finite become None."""
+    """Return the event of a step or evaluation, with OpenAI's names for numbers. Infinite and NaN ones become None."""
     step, loss, is_eval = record["step"], record["loss"], record["kind"] == "eval"
     numbers = {"valid_loss": loss} if is_eval else {"train_loss": loss, "learning_rate": record.get("learning_rate")}
     message = f"Step {step:,}/{steps:,}: {'validation' if is_eval else 'training'} loss={loss:.4f}"
@@ -275,7 +291,7 @@ def metrics_event(record: dict[str, Any], steps: int) -> Event:
 
 
 def steps_csv(metrics: Sequence[Event]) -> str:
-    """CSV with a line per step: its losses and learning rate. Missing values are empty."""
+    """Return CSV with a line for each step: its losses and learning rate. Missing values are empty."""
     lines: dict[int | None, dict[str, Any]] = {}
     for event in metrics:
         lines.setdefault(event.step, {}).update(event.data or {})

@@ -103,15 +103,15 @@ class Call:
 
     kind: str
     start: Callable[[str, Done], None]
-    """Hands it, with its promise's id, to the engine. Raises InputError."""
+    """Hands the call, with its promise's id, to the engine. Raises InputError."""
     finish: Callable[[str, Any], dict[str, Any] | bytes]
-    """Makes the promise's result, JSON or a message, of its id and what ``start`` gave to its ``done``."""
+    """Makes the promise's result, JSON or the bytes of a message, from its id and what ``done`` was called with."""
     is_kept: bool = True
     """Whether it changes the model, so that it is done again if the model's state is lost."""
 
 
 def parsed(kind: type[M], body: bytes) -> M:
-    """A JSON body. Raises InputError that names the field."""
+    """Read a JSON body. Raises InputError that names the field."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -122,7 +122,7 @@ def parsed(kind: type[M], body: bytes) -> M:
 
 
 def place_of(kind: str, body: bytes) -> tuple[str, int]:
-    """The model and seq of a call in a model's order, which may be faulty otherwise. Raises InputError."""
+    """Return the model and seq that a body names; all else in it may be faulty. Raises InputError if it names none."""
     if kind == "forward_backward":
         return call_of(body)
     asked = parsed(OfModel, body)
@@ -203,7 +203,7 @@ def _save(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Cal
 
 
 def _save_unnamed(tinker: Tinker, model: Model, kind: str, asked: Save, seq: int) -> Call:
-    """An adapter for one sampling session. All ``inflight`` ones of a model move on to the newest."""
+    """A call that saves an adapter for one sampling session. All ``inflight`` ones of a model move on to the newest."""
     sampler, number = f"{model.session}:sample:{seq}", model.id.rpartition(":")[2]
     prefix = f"sessions/{model.session}/{number}-{asked.kind}-"
 
@@ -234,4 +234,7 @@ READERS: dict[str, Callable[[Tinker, Model, int, str, bytes], Call]] = {
     "optim_step": _optim_step,
     **dict.fromkeys(SAVES, _save),
 }
-"""Kind → what makes a model's call of its seq, kind and body. Raises InputError, or ApiError 404, for a bad body."""
+"""Kind → a function that reads a call from its model, seq, kind and body.
+
+It raises InputError, or ApiError 404, for a body that can't be used.
+"""

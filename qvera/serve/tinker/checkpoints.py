@@ -42,7 +42,7 @@ _LIVE = "IFNULL(expires, 1e18) > ?"
 
 
 class Checkpoint(NamedTuple):
-    """Where a checkpoint is, or will be; and what it is, once its files are on disk. Times are seconds since 1970."""
+    """The place of a checkpoint, and the facts about it once its files are on disk. Times are seconds since 1970."""
 
     path: str
     run: str
@@ -57,7 +57,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def shape(self) -> ModelShape:
-        """Of its model."""
+        """The method, rank and targets of its model."""
         return ModelShape(self.about["method"], self.about["rank"], self.about["targets"])
 
 
@@ -65,7 +65,7 @@ class Checkpoints:
     """The checkpoints of a server, for any thread. An expired one is not found."""
 
     def __init__(self, database: Database, root: Path, most_bytes: int) -> None:
-        """``most_bytes``: of all checkpoints of one key."""
+        """``most_bytes``: the most that all checkpoints of one key may take."""
         self.database, self._runs, self._most_bytes = database, root / "runs", most_bytes
         self._lock = threading.Lock()
 
@@ -109,7 +109,7 @@ class Checkpoints:
         )
 
     def find(self, path: str, owner: str, kind: Kind | None = None) -> Checkpoint:
-        """A checkpoint that a key may read. Raises ApiError 404, or InputError if it is of another ``kind``."""
+        """Return a checkpoint that a key may read. Raises ApiError 404, or InputError if it is of another ``kind``."""
         found = self._select("path = ? AND (owner = ? OR public)", path, owner)
         if not found:
             raise ApiError(404, f"There is no checkpoint {shortened(path)!r}.")
@@ -185,7 +185,7 @@ class Checkpoints:
 
 
 def recipients_of(texts: Sequence[str]) -> list[Any]:
-    """Recipients of age (filippo.io/age) by their keys. Raises InputError for a bad one, or where pyrage is missing."""
+    """Read recipients of age (filippo.io/age) from their keys. Raises InputError for a bad key, or without pyrage."""
     if not texts:
         return []
     try:
@@ -208,6 +208,7 @@ def encrypt(directory: Path, recipients: Sequence[Any]) -> None:
         return
     import pyrage
 
+    # after a restart it may run again: files with the suffix are done
     for file in [file for file in directory.iterdir() if file.suffix != ".age"]:
         with replacing(file.with_name(f"{file.name}.age")) as partial:
             partial.write_bytes(pyrage.encrypt(file.read_bytes(), recipients))

@@ -75,7 +75,7 @@ class Database(SqliteFile):
         """Raises as `SqliteFile`."""
         super().__init__(path, _SCHEMA, VERSION, "Tinker's API", synchronous="NORMAL")
         self._waiting: defaultdict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
-        """By promise or target."""
+        """Promise or target → those who wait for its end, and the event loop of each."""
         (self._last_end,) = self.rows("SELECT IFNULL(MAX(done_at), 0) FROM promises")[0]
 
     def begin(
@@ -88,9 +88,10 @@ class Database(SqliteFile):
         state: Literal["pending", "refused"] = "pending",
         size: int | None = None,
     ) -> tuple[str, bool]:
-        """Write down a call before it is done. Returns the promise's id, and False where the call is a repetition.
+        """Write down a call before it is done. Returns the promise's id, and False if the call is a repetition.
 
-        ``size``: None: bytes of the body.
+        A repetition has the ``target`` and ``seq`` of an earlier call, whose promise it gets. Without a ``size``, that
+        of the body counts.
         """
         promise, moment = f"promise-{secrets.token_hex(12)}", time.time()
         with self.transaction() as connection:
@@ -106,7 +107,10 @@ class Database(SqliteFile):
         return promise, True
 
     def open_of(self, owner: str, samples: bool) -> tuple[int, int]:
-        """How many calls of a key have no result, and their sizes together: of samples, or of all others."""
+        """Return the number of a key's calls without a result, and the sum of their sizes.
+
+        ``samples``: only calls for samples count; else only all others.
+        """
         query = "SELECT COUNT(*), IFNULL(SUM(size), 0) FROM promises WHERE state = 'pending' AND owner = ?"
         return tuple(self.rows(f"{query} AND (kind = ?) = ?", (owner, SAMPLE, samples))[0])
 
@@ -119,6 +123,7 @@ class Database(SqliteFile):
         with self.transaction() as connection:
             values = (state, payload, self._moment(), keep_body, promise)
             found = connection.execute(f"{query} AND state = 'pending' RETURNING target", values).fetchall()
+        # after the transaction, so that those who are woken find the result
         with self._lock:
             waiting = [
                 one for key in (promise, *(row["target"] for row in found)) for one in self._waiting.get(key, ())
@@ -132,21 +137,21 @@ class Database(SqliteFile):
         self.end(promise, category, message.encode())
 
     def _moment(self) -> int:
-        """Microseconds since 1970, and more than the last time, whatever the clock says."""
+        """Return microseconds since 1970, but always more than the last time: clients ask for ends since a moment."""
         self._last_end = max(self._last_end + 1, int(time.time() * 1e6))
         return self._last_end
 
     async def wait(self, key: str, look: Callable[[], T | None], seconds: float) -> T | None:
-        """What ``look`` finds now, or once the promise ``key``, or one of that target, has ended.
+        """Return what ``look`` finds. It looks now, and again whenever a promise of ``key`` ends.
 
-        None: it has found nothing after so many seconds.
+        Returns None if nothing was found for so many seconds. ``key``: a promise, or a target with all of its promises.
         """
         waits, ends_at = (asyncio.get_running_loop(), asyncio.Event()), time.monotonic() + seconds
         with self._lock:
             self._waiting[key].add(waits)
         try:
             while True:
-                waits[1].clear()
+                waits[1].clear()  # before the look, so that an end during the look is not missed
                 found = await asyncio.to_thread(look)
                 if found is not None or (left := ends_at - time.monotonic()) <= 0:
                     return found
@@ -159,12 +164,12 @@ class Database(SqliteFile):
                     del self._waiting[key]
 
     def promise(self, promise: str, owner: str) -> sqlite3.Row | None:
-        """A promise with its result; None: there is no such one, or its result was dropped long ago."""
+        """Return a promise with its result; None: there is no such promise, or it was forgotten long ago."""
         query = "SELECT id, state, payload FROM promises WHERE id = ? AND owner = ? AND state != 'refused'"
         return next(iter(self.rows(query, (promise, owner))), None)
 
     def promises(self, where: str, *values: object) -> list[sqlite3.Row]:
-        """Promises with their bodies and without results."""
+        """Return promises with their bodies, but without their results."""
         return self.rows(f"SELECT id, owner, target, seq, kind, size, state, body FROM promises WHERE {where}", values)
 
     def saved(self, model: str, through: int) -> None:
@@ -179,7 +184,7 @@ class Database(SqliteFile):
         self.rows("DELETE FROM promises WHERE done_at < ? AND body IS NULL", (int(before * 1e6),))
 
     def own(self, table: Literal["sessions", "models", "samplers"], key: str, owner: str) -> sqlite3.Row:
-        """A row of a key. Raises ApiError 404: unknown and foreign ones look the same."""
+        """Return a row that belongs to a key. Raises ApiError 404: unknown and foreign ones look the same."""
         found = self.rows(f"SELECT * FROM {table} WHERE id = ? AND owner = ?", (key, owner))
         if not found:
             raise ApiError(404, f"There is no {table.removesuffix('s')} {shortened(key)!r}.")

@@ -60,7 +60,7 @@ def _add_field(message: DescriptorProto, number: int, name: str, kind: str) -> N
         field.oneof_index = 0
         if not message.oneof_decl:
             message.oneof_decl.add(name="value")
-    elif mark == "%":
+    elif mark == "%":  # protobuf has a map as a list of entries
         entry = message.nested_type.add(name=f"{name.title().replace('_', '')}Entry")
         entry.options.map_entry = True
         _add_field(entry, 1, "key", "string")
@@ -112,7 +112,7 @@ class ForwardBackward(NamedTuple):
 def decompress(body: bytes, most_bytes: int) -> bytes:
     """The content of a zstd frame. Raises InputError for a broken frame, or a content of more than ``most_bytes``."""
     try:
-        if zstandard.frame_content_size(body) <= most_bytes:
+        if zstandard.frame_content_size(body) <= most_bytes:  # -1: not told; then the argument is the limit
             return zstandard.ZstdDecompressor().decompress(body, max_output_size=most_bytes)
     except zstandard.ZstdError as error:
         raise InputError(f"the body is no zstd frame of at most {most_bytes:,} bytes ({error}).") from None
@@ -252,7 +252,7 @@ def _tensor(name: str, tensor: Any, tokens: int) -> np.ndarray:
 def dense_of(
     name: str, values: np.ndarray, starts: np.ndarray, columns: np.ndarray, shape: tuple[int, ...], fill: int = 0
 ) -> np.ndarray:
-    """A tensor that came as CSR; missing cells are ``fill``. Raises InputError."""
+    """Return a tensor that came as CSR, as a dense one; missing cells are ``fill``. Raises InputError."""
     counts = np.diff(starts)
     if (
         len(shape) != 2
@@ -269,12 +269,15 @@ def dense_of(
 
 
 def packed(dtype: int, values: npt.ArrayLike) -> bytes:
-    """Numbers as a ``bytes`` field holds them."""
+    """Return numbers as a ``bytes`` field holds them."""
     return np.ascontiguousarray(values, _DTYPES[dtype]).tobytes()
 
 
 def encode_forward_backward(results: RowResults, shapes: Sequence[tuple[int, ...]]) -> bytes:
-    """A ForwardBackwardOutput. ``shapes``: of `ForwardBackward`. Rows of one trailing shape stand in one record."""
+    """Write a ForwardBackwardOutput. ``shapes`` are those of `ForwardBackward`.
+
+    Neighbouring rows of one trailing shape stand in one record.
+    """
     output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord", metrics={"loss:sum": results.loss})
     rows = zip(results.logprobs, shapes, strict=True)
     for trailing, group in itertools.groupby(rows, key=lambda row: row[1][1:]):

@@ -59,7 +59,11 @@ class Sender:
         return self.database.rows(query, (self.owner, min(limit, 1000), offset))
 
     async def wait(self, key: str, look: Callable[[], T | None], seconds: float) -> T | None:
-        """What ``look`` finds, for which the call is held (`Database.wait`). None: it takes longer."""
+        """Hold the call until ``look`` finds something (`Database.wait`), and return that.
+
+        Returns None if that takes longer, the client goes, or the server stops.
+        """
+        # in short waits, since nothing wakes `Database.wait` when the client goes
         ends_at = time.monotonic() + seconds
         while True:
             left = ends_at - time.monotonic()
@@ -88,7 +92,7 @@ class NewSession(BaseModel):
 
 
 class Named(BaseModel):
-    """What a call is about, by one of these."""
+    """The session, model, promise or checkpoint that a call is about."""
 
     session_id: str = ""
     model_id: str = ""
@@ -145,7 +149,7 @@ async def telemetry(sender: Reader) -> dict[str, str]:
 
 @router.get("/get_server_capabilities")
 async def capabilities(sender: Reader) -> dict[str, Any]:
-    """The names that take ``base_model``."""
+    """Answer with the names that ``base_model`` takes."""
     base = sender.tinker.base
     names = [base.name, f"{base.name}:vera-256"] if sender.access.covers(base.name) else []
     about = {"max_context_length": base.most_tokens, "trainable": True}
@@ -178,7 +182,7 @@ async def create_model(sender: Trainer) -> dict[str, str]:
 
 @router.post("/load_weights")
 async def load_weights(sender: Trainer) -> dict[str, str]:
-    """A new model from a saved state, or (the older form) a state for one that has done nothing yet."""
+    """Make a model from a saved state, or (the older form) load a state into one that has done nothing yet."""
     if parsed(LoadWeights, await sender.request.body()).session_id is None:
         return await _training(sender, "load_weights")
     return await _created(sender, "load_weights", LoadWeights)
@@ -229,7 +233,7 @@ async def _training(sender: Sender, kind: str, is_known: bool = True) -> dict[st
                 raise ApiError(404, f"This server does not do {kind[:100]!r}.")
             return {"request_id": tinker.call(model, seq, kind, content), "model_id": model_id}
         except (InputError, ApiError) as error:
-            if getattr(error, "status", 400) != 429:
+            if getattr(error, "status", 400) != 429:  # after 429 the client sends the same call again
                 tinker.refuse(model, seq, kind)
             raise
 
@@ -248,7 +252,7 @@ for _kind in ("forward_backward", "optim_step", *SAVES):
 
 @router.post("/retrieve_future")
 async def retrieve_future(sender: Reader, asked: Named) -> Response:
-    """The result of a promise, for which the call is held. ``try_again`` where it takes longer."""
+    """Answer with the result of a promise. The call is held for it, and answered ``try_again`` if it takes longer."""
 
     def look() -> Response | None:
         promise, stats = sender.database.promise(asked.request_id, sender.owner), sender.service.engine.stats()
@@ -296,14 +300,14 @@ async def asample(sender: Reader) -> dict[str, Any]:
 
 @router.post("/join_sampling_session")
 def join_sampling_session(sender: Reader, asked: OfSampler) -> dict[str, Any]:
-    """A number for another client of a sampler, by which its seq_ids begin."""
+    """Give another client of a sampler its number, with which its seq_ids begin."""
     sender.samples.find(asked.sampling_session_id, sender.owner)
     return {"type": "join_sampling_session", "client_counter": secrets.randbelow(9 * 10**9) + 1}  # by 10^9 below 2^63
 
 
 @router.post("/retrieve_futures")
 async def retrieve_futures(sender: Reader, asked: Poll) -> dict[str, Any]:
-    """Which calls of a sampler's client have ended, for which the call is held."""
+    """Tell which calls of a sampler's client have ended. The call is held until one has."""
     sampler, cursor = asked.target.sampling_session_id, asked.prev_cursor
     target = sender.owner, sampler, asked.target.cloned_sampler_id
     found = await sender.wait(sampler, lambda: sender.samples.ended(*target, cursor), min(asked.timeout, 30.0))
@@ -360,7 +364,7 @@ def list_of_run(sender: Reader, run: str) -> dict[str, Any]:
 
 @router.get(f"{_OF_RUN}/external_weights_urls")
 def external_weights_urls(sender: Reader, run: str, checkpoint: str) -> dict[str, Any]:
-    """A URL for each file of external weights. It needs no key and holds for an hour."""
+    """Give a URL for each file of external weights. It needs no key and holds for an hour."""
     found, token, ends = sender.checkpoints.download_token(f"tinker://{run}/{checkpoint}", sender.owner)
     base = f"{str(sender.request.base_url).rstrip('/')}{DOWNLOADS}{token}"
     return {"urls": {file: f"{base}/{file}" for file in sorted(os.listdir(found.directory))}, "expires": _moment(ends)}

@@ -121,7 +121,7 @@ class Sample:
 
 
 class Asked:
-    """What a body asks. Raises InputError that names the field."""
+    """The question in a body, checked. Raises InputError that names the field."""
 
     def __init__(self, body: SampleBody, service: Service, vocabulary: int) -> None:
         self.body, params, longest = body, body.sampling_params, service.engine.longest_tokens
@@ -146,6 +146,8 @@ class Asked:
             raise InputError(
                 f"prompt_logprobs_last_n: is {self.last:,}; expected 1 to {size - 1:,}, and prompt_logprobs: true."
             )
+        # A text that is a token of its own ends the answer as a token; other texts are looked for in what is written.
+        # Without any the base's stop tokens count, and an empty list asks for none at all.
         added, ends = service.prompts.encoder.tokenizer.get_added_vocab(), service.stop_tokens
         given = [params.stop] if isinstance(params.stop, str) else params.stop
         if given is not None:
@@ -166,6 +168,7 @@ class Asked:
             keeps_stop=True,
         )
         self.scoring: PromptScoring | None = None
+        # targets and drawn tokens are asked for in all places, likely ones and the prompt's own in the last ones
         for_all = self.targets.size or body.prompt_alt_tokens_k
         if size > 1 and (for_all or body.prompt_logprobs or body.topk_prompt_logprobs):
             self.scoring = PromptScoring(
@@ -178,13 +181,16 @@ class Asked:
             )
 
     def seed(self, number: int) -> int | None:
-        """That of a call's sample: another one for each, and none of a neighbouring seed's."""
+        """Return the seed of a call's sample; number -1 is that of the tokens drawn in its prompt.
+
+        It is hashed, so that samples of a call have other seeds than those of a call with a neighbouring seed.
+        """
         if (seed := self.body.sampling_params.seed) is None:
             return None
         return int.from_bytes(hashlib.sha256(f"{seed % 2**64}/{number}".encode()).digest()[:8])
 
     def encoded(self, samples: Sequence[Sample], scores: PromptScores | None) -> bytes:
-        """The result: a SampleResponse."""
+        """Return the result of a call, the bytes of a SampleResponse."""
         body, size, top = self.body, len(self.prompt), self.body.topk_prompt_logprobs
         response = MESSAGES["SampleResponse"](prompt_cache_hit_tokens=samples[0].events[0].cached_tokens)
         for sample in samples:
@@ -201,6 +207,7 @@ class Asked:
         drawn_tokens = drawn = np.zeros((size - 1, body.prompt_alt_tokens_k))
         if scores is not None:
             for whole, part in ((own, scores.own), (top_tokens, scores.top_tokens), (top_logprobs, scores.top)):
+                # more places may be scored than these two are asked for in
                 whole[size - self.last :] = part[len(part) - self.last :]
             given = np.where(self.targets < 0, 0.0, scores.targets) if given.size else given
             drawn_tokens, drawn = scores.drawn_tokens, scores.drawn
@@ -218,7 +225,7 @@ class Asked:
 
 @dataclass
 class _Call:
-    """A call without a result. What it asks is read when its first sample has its turn."""
+    """A call without a result. Its body is read when its first sample has its turn."""
 
     promise: str
     owner: str
@@ -249,7 +256,10 @@ class Samples:
             self._put(partial(self._queue, call))
 
     def create(self, access: Access, asked: NewSampler) -> str:
-        """A sampler of a saved adapter or of the base. Raises ApiError, or InputError for another base."""
+        """Make a sampler of a saved adapter or of the base, and return its id.
+
+        Raises ApiError, or InputError for another base.
+        """
         owner = access.name
         self._tinker.hear(asked.session_id, owner)
         served, base, path = self._tinker.base, asked.base_model, asked.model_path
@@ -264,7 +274,7 @@ class Samples:
         return sampler
 
     def find(self, sampler: str, owner: str) -> sqlite3.Row:
-        """A sampler's row. Raises ApiError: 410 if it or its session has ended, 404 if the owner has no such one."""
+        """Return a sampler's row. Raises ApiError: 410 if it or its session has ended, 404 if the owner has none."""
         found = self._database.own("samplers", sampler, owner)
         self._tinker.hear(found["session"], owner)
         if found["ended"] is not None:
@@ -279,7 +289,7 @@ class Samples:
         asked = parsed(SampleBody, body)
         sampler, count = asked.sampling_session_id, asked.num_samples
         self.find(sampler, owner)
-        Asked(asked, self._service, self._tinker.base.vocabulary)
+        Asked(asked, self._service, self._tinker.base.vocabulary)  # for its errors; it is read anew when its turn comes
         with self._database.transaction():  # no other call is accepted meanwhile
             _, samples = self._database.open_of(owner, samples=True)
             if samples + count > _MOST_OPEN:
@@ -291,7 +301,7 @@ class Samples:
         return promise, count
 
     def ended(self, owner: str, sampler: str, clone: int, cursor: int) -> dict[str, Any] | None:
-        """Calls of a sampler's client that have ended since a cursor; None: there are none. Raises as `find`."""
+        """Tell which calls of a sampler's client have ended since a cursor; None: no call has. Raises as `find`."""
         self.find(sampler, owner)
         query = "SELECT done_at, id, state, length(payload) FROM promises WHERE target = ? AND seq BETWEEN ? AND ?"
         query += " AND done_at > ? ORDER BY done_at"
@@ -329,6 +339,7 @@ class Samples:
 
     def _hand_over(self) -> None:
         """Hand over as many samples as the engine should have."""
+        # the next one is of the key that was given the fewest tokens
         while self._waiting and len(self._sent) < self._most_sent and not self._is_busy:
             call = self._waiting[min(self._waiting, key=self._given.__getitem__)][0]
             try:
@@ -348,7 +359,8 @@ class Samples:
 
     def _queue(self, call: _Call) -> None:
         self._calls[call.promise] = call
-        if call.owner not in self._waiting:  # what a key has not used before gives it nothing now
+        # a key that has not asked for a while begins level with the others, and not with a right to all that time
+        if call.owner not in self._waiting:
             least = min((self._given[owner] for owner in self._waiting), default=0)
             self._given[call.owner] = max(self._given[call.owner], least)
         self._waiting.setdefault(call.owner, deque()).append(call)
@@ -366,6 +378,7 @@ class Samples:
         service.engine.submit(request, lambda event: self._put(partial(self._take, sample.id, event)))
         call.samples.append(sample)
         self._sent[sample.id] = call, asked, sample
+        # as many as it may take; what it did not need is taken off at its end
         self._given[call.owner] += len(asked.prompt) + sampling.max_tokens
         if len(call.samples) == call.count:
             self._leave_queue(call)
@@ -388,7 +401,7 @@ class Samples:
         return self._service.store.resolve_directory(self._tinker.directory / directory, call.sampler)
 
     def _take(self, request: str, event: Event) -> None:
-        """An event of a sample; of one that has ended nothing counts."""
+        """Handle an event of a sample. Events of one that has ended do not count."""
         if request not in self._sent:
             return
         call, asked, sample = self._sent[request]
@@ -440,7 +453,7 @@ def _write_tensor(message: Any, dtype: int, values: np.ndarray) -> None:
 
 
 def _targets(given: Targets | None, rows: int) -> np.ndarray:
-    """Int64 [rows, K]; K is 0 where there are none. Raises InputError."""
+    """Return the target tokens, int64 [rows, K], -1 where nothing is asked; K is 0 without any. Raises InputError."""
     if given is None:
         return np.empty((rows, 0), np.int64)
     name, data, shape = "target_prompt_logprobs", np.array(given.data, np.int64), tuple(given.shape)

@@ -103,9 +103,10 @@ class Model:
 
 @contextlib.contextmanager
 def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) -> Iterator[Tinker]:
-    """Tinker's API over an engine, whose background work its ``tenants`` become. The engine must end first.
+    """Open Tinker's API over an engine. Raises InputError for a base that can't be trained.
 
-    What a server before this one has promised is done. Raises InputError for a base that can't be trained.
+    Calls that a server before this one has promised are done. The caller makes ``tenants`` the engine's background
+    work, and ends the engine first.
     """
     base, path = served.opened.base, Path(resolve_path(served.opened.target.section.path))
     tokenizer, model = str(path.resolve() if path.is_dir() else path), base.model
@@ -164,7 +165,7 @@ class Tinker:
     # Sessions
 
     def create_session(self, owner: str, about: dict[str, Any]) -> tuple[str, str]:
-        """A new session, and what its user should know. Raises ApiError 429 at the key's limit."""
+        """Begin a session. Returns its id, and what its user should know. Raises ApiError 429 at the key's limit."""
         with self._lock:
             _require_room("sessions", sum(one == owner for _, one in self._sessions), self.settings.sessions)
             session, now, text = f"session-{secrets.token_hex(12)}", time.time(), json.dumps(about)
@@ -198,9 +199,10 @@ class Tinker:
         for target in [model.id for model in models]:
             for promise in self.database.promises("target = ? AND state = 'pending'", target):
                 self.database.fail(promise["id"], "The session has ended.", "user")
-            self.database.saved(target, 2**31)
+            self.database.saved(target, 2**31)  # none of its calls is done again
             shutil.rmtree(self._states(target), ignore_errors=True)
-        for table, key in (("models", "session"), ("samplers", "session"), ("sessions", "id")):  # itself last
+        # the session last: after a kill before that it is still live, and ends once more
+        for table, key in (("models", "session"), ("samplers", "session"), ("sessions", "id")):
             query = f"UPDATE {table} SET ended = ? WHERE {key} = ? AND ended IS NULL"
             self.database.rows(query, (time.time(), session_id))
         shutil.rmtree(self.directory / "sessions" / session_id, ignore_errors=True)
@@ -208,24 +210,26 @@ class Tinker:
     def drop_unasked_samplers(self, session: str) -> None:
         """Delete unnamed adapters that no call of `kept_seconds` has asked for, but for the newest of each model."""
         before, unnamed = time.time() - self.settings.kept_seconds, "session = ? AND directory > '' AND ended IS NULL"
+        # a directory without the digits at its end names the model and kind of its adapter
         age = "ROW_NUMBER() OVER (PARTITION BY rtrim(directory, '0123456789') ORDER BY created DESC)"
         old = f"SELECT id FROM (SELECT id, created, {age} AS age FROM samplers WHERE {unnamed}) WHERE age > ?"
         asked = "EXISTS (SELECT 1 FROM promises WHERE target = samplers.id)"
         query = f"UPDATE samplers SET ended = ? WHERE id IN ({old}) AND created < ? AND NOT {asked}"
         self.database.rows(query, (time.time(), session, _UNNAMED_KEPT, before))
         used = {row[0] for row in self.database.rows(f"SELECT directory FROM samplers WHERE {unnamed}", (session,))}
+        # a young one may be an adapter that is just being saved, and has no row yet
         for directory in self.directory.glob(f"sessions/{session}/*"):
             if str(directory.relative_to(self.directory)) not in used and directory.stat().st_mtime < before:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _gone(self, table: Literal["sessions", "models"], name: str, owner: str) -> ApiError:
-        self.database.own(table, name, owner)
+        self.database.own(table, name, owner)  # raises 404 if it was never the owner's
         return ApiError(410, f"The {table.removesuffix('s')} {name} has ended.")
 
     # Models
 
     def create_model(self, owner: str, kind: str, body: bytes, asked: CreateModel | LoadWeights) -> tuple[str, str]:
-        """A new model, from a seed or a saved state. Returns its creation's promise, and its id.
+        """Make a model from a seed or a saved state. Returns its creation's promise, and its id.
 
         Raises ApiError (`hear`; 429 at the key's limit), or InputError if it can't be made as asked.
         """
@@ -274,7 +278,7 @@ class Tinker:
         return int(found[1])
 
     def model(self, model_id: str, owner: str) -> Model:
-        """A live model. Raises ApiError as `hear`."""
+        """Return a live model. Raises ApiError as `hear`."""
         model = self._models.get(model_id)
         if model is None or model.owner != owner:
             raise self._gone("models", model_id, owner)
@@ -320,6 +324,7 @@ class Tinker:
         Parts of one forward_backward may come in any order. Any other call proves that all before it are there, or
         were given up: the client sends a call once the one before was answered.
         """
+        # `proof`: the last call that proves this. Before it there are no gaps, or they will never be filled.
         proof = max((seq for seq, (kind, *_) in model.waiting.items() if kind != "forward_backward"), default=-1)
         for seq in sorted(model.waiting):
             if seq > max(model.next_seq, proof) and not closes_gaps:
@@ -334,7 +339,8 @@ class Tinker:
         model.waits_since = None
 
     def _start(self, model: Model, promise: str, call: Call) -> None:
-        if not model.in_engine:
+        """Hand a call to the engine. An error at that ends the promise."""
+        if not model.in_engine:  # after a restart, its first call brings it back
             model.in_engine = True
             if model.applied_seq >= 0:
                 file = self._states(model.id) / f"{model.applied_seq}.safetensors"
@@ -358,7 +364,7 @@ class Tinker:
     # The thread that waits for the disk
 
     def put(self, work: Callable[[], None]) -> None:
-        """Let the thread do this after all that it has to do. What a full disk refuses is begun again later."""
+        """Queue work for the thread, which does it in order. What a full disk refuses is tried again."""
         self._work.put(work)
 
     def _run(self) -> None:
@@ -374,7 +380,7 @@ class Tinker:
                 next_tick = time.monotonic() + _TICK_SECONDS
 
     def _do(self, work: Callable[[], None]) -> bool:
-        """False: the disk refused it."""
+        """Do a piece of work. Returns False if the disk refused it; other errors are logged, and it counts as done."""
         try:
             work()
         except RunFailed as error:
@@ -385,9 +391,10 @@ class Tinker:
         return True
 
     def _finish(self, model: Model, promise: str, call: Call, result: Any) -> None:
+        """Write down what came of a call, or why nothing did."""
         if isinstance(result, CallFailed):
             self.database.fail(promise, result.message, result.category)
-            if call.kind in ("create_model", "load_weights"):  # it was not made
+            if call.kind in ("create_model", "load_weights"):  # there is no such model, then
                 self._models.pop(model.id, None)
                 self.database.update("models", model.id, ended=time.time())
         else:
@@ -401,10 +408,11 @@ class Tinker:
             else:
                 payload = found if isinstance(found, bytes) else json.dumps(found).encode()
                 self.database.end(promise, "proto" if payload is found else "json", payload, keep_body=call.is_kept)
-                if call.kind == "load_weights":  # what it was made of may be deleted
+                if call.kind == "load_weights":  # saved soon: the state that it was made of may be deleted
                     model.unsaved_bytes += self.settings.save_bytes
 
     def _tick(self) -> None:
+        """Do what is due: close gaps, save models, end silent sessions, and drop old results and checkpoints."""
         now, settings = time.monotonic(), self.settings
         with self._lock:
             expired = [key for key, heard in self._sessions.items() if now - heard > settings.session_seconds]
@@ -424,6 +432,7 @@ class Tinker:
         seq = model.next_seq - 1
         file = self._states(model.id) / f"{seq}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
+        # the engine does a model's calls in order, so it saves after call `seq`; what comes from now on is unsaved
         model.is_saving, model.unsaved_bytes, model.unsaved_since = True, 0, None
 
         def done(result: Any) -> None:
@@ -438,13 +447,14 @@ class Tinker:
         else:
             self.database.saved(model.id, seq)
             model.applied_seq = seq
+            # only now, as a restart needs the file that the database names
             for other in file.parent.glob("*.safetensors"):
                 if other != file:
                     other.unlink(missing_ok=True)
         model.is_saving = False
 
     def _restore(self) -> None:
-        """Do again what is in no state file, and what was promised and not done."""
+        """Begin again the calls whose effect is in no state file, and those that were promised and not done."""
         live = self.database.rows("SELECT id, owner FROM sessions WHERE ended IS NULL")
         self._sessions.update((tuple(row), time.monotonic()) for row in live)
         columns = "id, session, owner, base, shape, seed, applied_seq"

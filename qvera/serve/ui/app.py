@@ -77,7 +77,7 @@ class Service:
         self.pages = Pages(self.place, self.directories, self.summaries, Views(self.directories))
 
     def list_signature(self) -> str:
-        """Changes with the shown list of runs. It is computed once for all who ask at about the same time."""
+        """Return a hash that changes with the list of runs. Those who ask at about the same time share one look."""
         now = time.monotonic()
         if now - self._listed[0] > LOOK_SECONDS / 2:
             self._listed = now, list_signature(self.summaries.list())
@@ -85,9 +85,9 @@ class Service:
 
 
 def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1", trains: bool = False) -> Starlette:
-    """The app over runs, or directories of runs; ``app.state.service`` is its state.
+    """Make the app over runs, or directories of runs; ``app.state.service`` is its state.
 
-    ``trains``: who knows the key of ``service.pages.starter`` may start runs in the first place.
+    ``trains``: those who know the key of ``service.pages.starter`` may start runs in the first of the places.
     Raises InputError if a place is no directory.
     """
     routes = [
@@ -190,7 +190,7 @@ def _compare(request: Request) -> Response:
 
 
 async def _asked(request: Request) -> tuple[Starter, dict[str, str]]:
-    """The form's values, from the holder of the key."""
+    """Return the starter, and the form's values. Raises HTTPException 403 without the key."""
     starter = _service(request).pages.starter
     assert starter is not None  # the routes are there only with it
     if not hmac.compare_digest(request.query_params.get("key", "").encode(), starter.key.encode()):
@@ -238,7 +238,7 @@ async def _list_events(request: Request) -> Response:
 
 
 def list_news(service: Service, seen: str) -> Iterator[list[bytes]]:
-    """``changed`` whenever the list of runs differs from what the reader has ``seen``."""
+    """Yield ``changed`` whenever the list of runs differs from what the reader has ``seen``."""
     while True:
         now = service.list_signature()
         yield [event("changed", {})] if now != seen else []
@@ -253,7 +253,7 @@ async def _run_events(request: Request) -> Response:
 
 
 def run_news(service: Service, id: str, position: Position, seen: str) -> Iterator[list[bytes]]:
-    """``records`` (new ones), ``changed`` (reload the page), or ``gone`` (there is no such run any more).
+    """Yield ``records`` (new ones), ``changed`` (reload the page), or ``gone`` (there is no such run any more).
 
     Args:
         position: how far the reader knows metrics.jsonl.

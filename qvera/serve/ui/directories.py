@@ -37,6 +37,7 @@ class RunDirectories:
             root = place.resolve()
             if root in self._roots.values():
                 continue
+            # the runs below a single place need no part of their id for the place
             alone = len(places) == 1 and not _holds_run(os.listdir(root))
             name, number = "" if alone else root.name or "runs", 1
             while name in self._roots:
@@ -89,7 +90,7 @@ def _holds_run(names: Sequence[str]) -> bool:
 
 
 def _is_plain_directory(entry: os.DirEntry[str]) -> bool:
-    """Not a link, not hidden, and with a name that fits into a URL."""
+    """Whether it is a directory and no link, not hidden, and has a name that fits into a URL."""
     return not entry.name.startswith(".") and entry.name.isprintable() and entry.is_dir(follow_symlinks=False)
 
 
@@ -118,6 +119,7 @@ def unreadable(directory: Path, *names: str) -> list[str]:
 
 def open_plain(path: Path) -> int | None:
     """A descriptor of a regular file; None for a link, or anything else."""
+    # O_NONBLOCK: to open a pipe would else wait for somebody to write into it
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -29,7 +29,7 @@ _KEYS, _CHARACTERS = 64, 512
 
 
 class Position(NamedTuple):
-    """How far a file was read. A file that replaces it has another inode."""
+    """The place up to which a file was read. A file that replaces it has another inode."""
 
     inode: int
     offset: int
@@ -77,7 +77,7 @@ class Curve:
 
 @dataclass
 class Read:
-    """What was read of a file so far."""
+    """The content of a file, as far as it was read."""
 
     position: Position  # where reading stopped
     train: Curve = field(default_factory=Curve)  # steps, or rounds in the form of steps
@@ -196,6 +196,7 @@ class MetricsFile:
             lines = piece.split(b"\n")[(1 if place else 0) : -1]  # the first and the last are cut
             for row in filter(None, (parse_row(line, _PLACES) for line in lines)):
                 read.add(row)
+        # ordinary reading goes on with the first whole line behind the samples
         after = os.pread(descriptor, _LINE_BYTES, stop).find(b"\n")
         read.position = Position(read.position.inode, stop + after + 1)
 
@@ -223,7 +224,7 @@ def whole_lines(descriptor: int, offset: int, end: int) -> Iterator[tuple[bytes,
 
 @dataclass(frozen=True)
 class News:
-    """What is new in a metrics.jsonl since a position."""
+    """The part of a metrics.jsonl that is new since a position."""
 
     position: Position  # where the next look begins
     records: list[dict[str, Any]]  # steps, rounds and evaluations of the whole run

@@ -43,7 +43,7 @@ class Finder:
 
     @property
     def shown(self) -> str:
-        """Which of the found rows are shown."""
+        """The numbers of the rows that are shown, in words."""
         first, last = self.page * PAGE_ROWS, min(self.found, (self.page + 1) * PAGE_ROWS)
         return f"{first + 1:,} to {last:,} of {self.found:,}" if last else "none found"
 
@@ -60,7 +60,7 @@ class Finder:
 def find(
     rows: Sequence[T], asked: Finder, name: Callable[[T], str], is_flagged: Callable[[T], bool] = lambda row: True
 ) -> tuple[list[T], Finder]:
-    """The rows that a form asks for, and the form with their number."""
+    """Return the rows that a form asks for, and the form with their number."""
     wanted = asked.text.strip().lower()
     fitting = [row for row in rows if wanted in name(row).lower() and (not asked.flagged or is_flagged(row))]
     page = min(asked.page, max(0, (len(fitting) - 1) // PAGE_ROWS))
@@ -169,7 +169,7 @@ class Pages:
         return self.form("recipe.html", name, parts, f"/events/runs?{urlencode({'seen': list_signature(runs)})}")
 
     def _once(self, key: object, signature: object, make: Callable[[], str]) -> str:
-        """The page made before if key and signature are the same, else a new one."""
+        """Return the page that was made before if key and signature are the same, else a new one."""
         with self._lock:
             known = self._made.get(key)
         if known is not None and known[0] == signature:
@@ -189,17 +189,17 @@ def adapter_href(id: str, name: str) -> str:
 
 
 def list_signature(runs: Sequence[Summary]) -> str:
-    """Differs between lists of runs that differ."""
+    """Return a short hash of a list of runs. It differs between lists that differ."""
     return hashlib.sha256(repr(runs).encode(errors="replace")).hexdigest()[:16]
 
 
 def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> dict[str, Any]:
-    """What templates know of the server: the page's place, and where its events come from."""
+    """Return the values that templates get from the server: the page's place, and where its events come from."""
     return {"trail": trail, "events": events, "now": [], "planned_steps": None, "form": None, **more}
 
 
 def _now(view: View) -> dict[str, Any]:
-    """Figures of a running run: key, title, value and note of each."""
+    """Return the figures of a running run: key, title, value and note of each."""
     last, phase = view.read.train.last, Progress.of(view.directory)
     if view.state != "running":
         return {}

@@ -44,7 +44,10 @@ class Starter:
         self._processes: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
 
     def recipe(self, name: str) -> Path:
-        """Where the recipe of a run is. InputError: it can't be a run's name here, or the file is a link."""
+        """Return the path of a run's recipe.
+
+        Raises InputError if the name can't be that of a run here, or the file is a link.
+        """
         if not re.fullmatch(r"\w[\w-]{0,99}", name, re.ASCII):
             raise InputError("Name: expected letters, digits, `_` and `-`, at most 100 of them.")
         if odd := unreadable(self.place, f"{name}.yaml"):
@@ -52,18 +55,18 @@ class Starter:
         return self.place / f"{name}.yaml"
 
     def id_of(self, name: str) -> str | None:
-        """The id of a run that is listed."""
+        """Return the id of a run; None: it is not listed."""
         run_dir = (self.place / name).resolve()
         return next((id for id, directory in self._directories.find().items() if directory == run_dir), None)
 
     def init(self, name: str, values: Mapping[str, str]) -> bool:
-        """`qvera init`; whether it has written the recipe."""
+        """Run `qvera init`. Returns whether it has written the recipe."""
         given = [f"--{option}={value}" for option, *_ in FIELDS[1:] if (value := values.get(option, "").strip())]
         self._start(name, "init", str(self.recipe(name)), *given)
         return self._processes[name, "init"].poll() == 0
 
     def act(self, name: str, do: str, text: str) -> None:
-        """What a button of a recipe's page does; ``text`` is the recipe as edited there."""
+        """Do what a button of a recipe's page is for. ``text`` is the recipe as edited there."""
         recipe, run_dir, command = self.recipe(name), self.place / name, do.removeprefix("stop-")
         if do in ("plan", "train", "resume"):
             replace_text(recipe, text.replace("\r\n", "\n"))  # as forms send them
@@ -79,7 +82,7 @@ class Starter:
             os.killpg(self._processes[name, command].pid, signal.SIGINT)
 
     def chat_url(self, name: str) -> str:
-        """Where the server of a run has its page; empty without one."""
+        """Return the address of the page that a run's server has; empty without a server."""
         found = re.search(r"at (http://127\.0\.0\.1:\d+)/v1\b", self.output(name, "serve"))
         return found[1] if found and self.is_running(name, "serve") else ""
 
@@ -111,6 +114,7 @@ class Starter:
         with open(Path(self._logs.name, f"{name}.{arguments[0]}"), "wb") as log:
             log.write(f"$ {shlex.join(['qvera', *arguments])}\n".encode())
             log.flush()
+            # -P: a file in the working directory must not stand in for a module
             process = self._processes[name, arguments[0]] = subprocess.Popen(
                 [sys.executable, "-P", "-m", "qvera", *arguments],
                 env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},

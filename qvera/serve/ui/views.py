@@ -40,7 +40,7 @@ from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER,
 from qvera.utils.formatting import count, duration, significant, text_or_dash
 
 State = Literal["running", "finished", "interrupted", "failed", "unreadable"]
-"""``interrupted``, too: its files have no end, and no process can write one."""
+"""``interrupted`` is also a run whose files have no end, and that has no process to write one."""
 
 _ENDED: dict[str, State] = {"done": "finished", "failed": "failed"}
 _ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "unreadable", "finished")
@@ -69,7 +69,7 @@ def _has_process(directory: Path) -> bool:
 
 
 def _small(file: Path) -> object:
-    """What a small JSON file holds; None where it can't be read."""
+    """Read a small JSON file; None where it can't be read."""
     if (descriptor := open_plain(file)) is None:
         return None
     try:
@@ -89,7 +89,7 @@ class Progress(NamedTuple):
 
     @classmethod
     def of(cls, directory: Path) -> Progress:
-        """As the run wrote it (`qvera.utils.progress.Phase`)."""
+        """Read the phase that a run has written (`qvera.utils.progress.Phase`); an empty one where there is none."""
         found = _small(directory / RUN_PROGRESS)
         done, total = get_number(found, "done"), get_number(found, "total")
         counted = "" if done is None or not total else f"{count(done)} of {count(total)}"
@@ -127,7 +127,7 @@ class Summaries:
         return sorted(runs, key=place)
 
     def signature(self, id: str, directory: Path) -> str:
-        """Changes with one run's state and files, except metrics.jsonl."""
+        """Return a short hash that changes with a run's state and its files, except metrics.jsonl."""
         with self._lock:
             return signature_of(self._summary(id, directory).state, stamps_of(directory, *SIGNED))
 
@@ -149,7 +149,7 @@ class Summaries:
 
 
 def stamps_of(directory: Path, *names: str) -> Stamps:
-    """Cheap signs of whether files have changed; () for a missing one."""
+    """Return cheap signs of whether files have changed; () for a missing one."""
     stamps: list[tuple[int, ...]] = []
     for name in names:
         try:
@@ -160,7 +160,7 @@ def stamps_of(directory: Path, *names: str) -> Stamps:
 
 
 def read_cells(directory: Path) -> tuple[str, list[str]]:
-    """The status in a run's run.json, and cells of its row, from there and the end of metrics.jsonl."""
+    """Return the status in a run's run.json, and the cells of its row, from there and the end of metrics.jsonl."""
     info: dict[str, Any] = {}
     if not unreadable(directory, "run.json"):
         with contextlib.suppress(OSError, InputError):
@@ -236,6 +236,8 @@ def signature_of(state: State, stamps: Stamps) -> str:
 
 
 class _Reader:
+    """A run that somebody looks at. Its files are read again only if they have changed."""
+
     def __init__(self, id: str, directory: Path) -> None:
         self.id, self.directory = id, directory
         self._metrics = MetricsFile(directory / "metrics.jsonl")
