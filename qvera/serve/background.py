@@ -20,7 +20,7 @@ class BackgroundWork(Protocol):
         """Whether there is a slice to do. Be quick: no step runs meanwhile. Call `Engine.wake` when it becomes true."""
 
     def run_slice(self) -> None:
-        """Do one short slice in the engine's thread; no request gets a token meanwhile.
+        """Do one short slice in the engine's thread. No request gets a token meanwhile.
 
         It may change the model during the call. After an error, nothing is done until `Engine.wake` is called.
         """
@@ -59,7 +59,7 @@ class Background:
         """``share`` of the time while answers run, from 0 (none) to 1."""
         self.clock, self._answering_seconds = clock, answering_seconds
         self.seconds, self.parts = 0.0, 0  # since the engine's start
-        self.failure: str | None = None  # of the last part; None where it went well
+        self.failure: str | None = None  # why the last part failed; None: it went well
         self._pause = math.inf if share <= 0 else (1 - share) / share
         self._next_at = self._answered_at = -math.inf
         self._work: BackgroundWork | None = None

@@ -106,7 +106,7 @@ class Engine:
         self._failures = self._prompt_tokens = self._generated = self._finished = 0
         self.background = Background(settings.training_share, answering_seconds=settings.answering_seconds)
         self._wake = threading.Condition()
-        self._layout = contextlib.ExitStack()
+        self._layout = contextlib.ExitStack()  # has the model in the layout of answers while the thread runs
         self._thread = threading.Thread(target=self._run, name="qvera-engine", daemon=True)
 
     def start(self) -> None:

@@ -166,7 +166,7 @@ class _Vocabulary:
 
 
 def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schemas within a schema, and where they stand."""
+    """Yield the schemas directly within a schema, each with its keys there, joined by dots."""
     for key, value in schema.items():
         named = value.items() if key in _OF_NAMES and isinstance(value, dict) else ()
         listed = enumerate(value) if isinstance(value, list) else ()

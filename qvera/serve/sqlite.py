@@ -45,7 +45,7 @@ class SqliteFile:
                     f"was written by a newer version of qvera (its version is {found}, and {version} is the newest "
                     "that this one knows). Update qvera, or choose another --training-dir."
                 )
-            elif found == 0:
+            elif found == 0:  # a new file; one transaction, so that a killed process leaves all tables or none
                 self._connection.executescript(f"BEGIN IMMEDIATE; {schema} PRAGMA user_version = {version}; COMMIT;")
         except sqlite3.OperationalError as error:
             problem = f"can't be used ({error}). Is its disk full, or read-only?"

@@ -132,7 +132,10 @@ class CallReader:
         return self.count == self._at_most
 
     def read(self, text: str, ends: bool) -> tuple[str, list[ToolCall]]:
-        """More text → the part of it that is no call, and calls that are complete. ``ends``: it is the last."""
+        """Read more text. Returns the part of it that is no call, and calls that are complete.
+
+        ``ends``: the text is the answer's last.
+        """
         shown, calls = "", list[ToolCall]()
         for character in text:  # one by one, so that none is lost behind a call that can't be read
             if self.is_full:
@@ -172,12 +175,12 @@ class CallReader:
         return shown
 
     def _as_text(self) -> str:
-        """All that is not shown, after which reading begins anew."""
+        """Return all text that was held back, and begin to read anew behind it."""
         text, self._unshown, self._parser = self._unshown, "", self._new_parser("")
         return text
 
     def _calls_in(self, value: Any) -> list[ToolCall]:
-        """The calls of a region; none if any is not of a known tool."""
+        """Return the calls in a region of the text; none if any is not of a known tool."""
         calls = []
         for each in value if isinstance(value, list) else [value]:
             function = each.get("function") if isinstance(each, dict) else None

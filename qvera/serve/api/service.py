@@ -148,7 +148,7 @@ class Service:
             self._open_uploads += Counter()  # drops zeros
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads. Calls that wait for a long or disk thread are given up."""
         for kind, threads in self._threads.items():
             threads.shutdown(wait=False, cancel_futures=kind != "quick")
 

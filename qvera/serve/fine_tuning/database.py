@@ -282,7 +282,7 @@ class Database(SqliteFile):
         return self._records(Event, "WHERE job = ? AND step IS NOT NULL ORDER BY step, number", (job_id,))
 
     def last_losses(self, job_id: str) -> dict[str, float]:
-        """A job's last ``train_loss`` and ``valid_loss``. It may have millions of events, so SQL picks them."""
+        """Return a job's last ``train_loss`` and ``valid_loss``. SQL picks them, as it may have millions of events."""
         found = {}
         query = "WHERE job = ? AND json_extract(data, ?) IS NOT NULL ORDER BY number DESC LIMIT 1"
         for name in ("train_loss", "valid_loss"):

@@ -387,12 +387,14 @@ def publish(sender: Trainer, run: str, checkpoint: str) -> None:
 
 @router.put(f"{_OF_RUN}/ttl", status_code=204)
 def set_ttl(sender: Trainer, run: str, checkpoint: str, body: NewTtl) -> None:
+    """Set when a checkpoint expires, counted from now; None: never."""
     ends = None if body.ttl_seconds is None else time.time() + body.ttl_seconds
     sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "expires", ends)
 
 
 @router.delete(_OF_RUN, status_code=204)
 def delete(sender: Trainer, run: str, checkpoint: str) -> None:
+    """Delete a checkpoint, by letting it expire at once."""
     sender.checkpoints.change(f"tinker://{run}/{checkpoint}", sender.owner, "expires", 0)
 
 

@@ -248,7 +248,7 @@ class Tinker:
         with self._lock:
             model = self._models.get(model_id)
             if model is None:
-                if self.database.rows("SELECT 1 FROM models WHERE id = ?", (model_id,)):
+                if self.database.rows("SELECT 1 FROM models WHERE id = ?", (model_id,)):  # an ended one keeps its id
                     raise self._gone("models", model_id, owner)
                 _require_room("models", sum(one.owner == owner for one in self._models.values()), self.settings.models)
                 seed = secrets.randbits(31) if seed is None else seed % 2**63
@@ -292,6 +292,7 @@ class Tinker:
 
         Raises InputError for a body that can't be used, and ApiError 429 if the key has too many open calls.
         """
+        # read before the lock is taken: a body may have megabytes
         call, owner, settings = READERS[kind](self, model, seq, kind, body), model.owner, self.settings
         with self._lock:
             if self._models.get(model.id) is not model:

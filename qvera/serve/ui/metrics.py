@@ -65,7 +65,7 @@ class Curve:
         if (self._seen - 1) % self.every == 0:
             self._rows[int(row["step"])] = row
         if len(self._rows) > MOST_ROWS:
-            self.every *= 2
+            self.every *= 2  # also for the steps to come, so that early and late ones are kept equally densely
             self._rows = {step: self._rows[step] for step in sorted(self._rows)[::2]}
 
     def rows(self) -> list[dict[str, Any]]:

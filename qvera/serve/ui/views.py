@@ -118,7 +118,7 @@ class Summaries:
         """Every run: running ones, then unfinished, then finished ones, the newest first."""
         with self._lock:
             runs = [self._summary(id, directory) for id, directory in self._directories.find().items()]
-            self._known = {run.id: self._known[run.id] for run in runs}
+            self._known = {run.id: self._known[run.id] for run in runs}  # without runs that are gone
 
         def place(run: Summary) -> tuple[int, float, str]:
             # running ones stay in the order of their ids: each of them is always the newest for a moment
