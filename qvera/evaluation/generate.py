@@ -51,6 +51,7 @@ def generating(model: nn.Module, base_only: bool = False, fixed: bool = False) -
     layers = [m for m in model.modules() if isinstance(m, AdaptedForward) and not m.disable_adapters]
     layers = [m for m in layers if not is_sharded(m.base_layer.weight)]
     frozen = [m for m in model.modules() if fixed and isinstance(m, linear.FrozenLinear4bit)]
+    # In a nested block, the outer one already holds W + ΔW and will drop it.
     if fixed or any(layer.holds_inference_weight for layer in layers) or not _dense_fits(layers):
         layers = []
     model.eval()
@@ -96,7 +97,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     **settings: Any,
 ) -> list[str]:
-    """The answers of `generate_tokens`, which takes the same, as texts without special tokens."""
+    """Answer prompts as `generate_tokens` does, with the same arguments. Returns texts without special tokens."""
     return tokenizer.batch_decode(generate_tokens(model, tokenizer, prompts, **settings), skip_special_tokens=True)
 
 
@@ -117,7 +118,7 @@ def generate_tokens(
 ) -> list[list[int]]:
     """Complete each prompt, in batches of similar length, and return the answers alone, in the order of the prompts.
 
-    An answer has the token that ends it, if any does.
+    An answer includes the token that ends it, if there is one.
 
     Where memory runs out, batches are halved. This changes sampled answers, and greedy ones only by rounding.
 
@@ -128,7 +129,7 @@ def generate_tokens(
         adapters: which adapter answers each prompt (`qvera.adapters.shared_model`); ``__base__`` for none.
         streamer: for one prompt only.
         progress: called after each batch with the number of finished prompts.
-        images: those of each prompt, whose ids have their places (`PromptWriter`).
+        images: the images of each prompt, whose ids hold their places (`PromptWriter`).
 
     InputError: a setting is out of its range, or a prompt and its answer need more positions than the model has.
     RunFailed: memory ran out with a single prompt.
@@ -159,6 +160,7 @@ def generate_tokens(
     # Under ZeRO-3 a rank whose answers have ended goes on, because the others still need its shards.
     together = any_sharded(model)
     answers: dict[int, list[int]] = {}
+    # Prompts of similar length are padded least.
     by_length = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     # sampling must not move the training run's random state
     forked = accelerator.forked_random_state()
@@ -167,6 +169,7 @@ def generate_tokens(
         joins = streamer is None and adapters is None
         joins = joins and rows_joined(model, prefix_once=True, packing=False) is not None
         prefix, cache = _common_prefix(prompts) if joins else 0, None
+        # What all prompts share is computed once; each batch starts from a copy of its keys and values.
         if prefix:
             cache = DynamicCache(config=causal_model(model).config)
             shared_ids = torch.tensor([prompts[0][:prefix]], device=device)
@@ -187,6 +190,7 @@ def generate_tokens(
             if images is not None:
                 shown = [image for i in rows for image in images[i]]
                 settings |= image_inputs(model, [prompts[i] for i in rows], shown, ids.shape[1], left=True)
+            # The longest prompt of a batch decides how many positions are left.
             most = max_new_tokens if limit is None else min(max_new_tokens, limit - max(len(prompts[i]) for i in rows))
             out = model.generate(
                 input_ids=ids.to(device),
@@ -200,6 +204,7 @@ def generate_tokens(
             )
             return [_ended(row, ends) for row in out[:, ids.shape[1] :].tolist()]
 
+        # Models whose tokens would see the padding get batches of equal lengths.
         is_unpadded = needs_equal_lengths(causal_model(model))
         groups = itertools.groupby(by_length, lambda i: len(prompts[i]) if is_unpadded else 0)
         batches = (batch for _, rows in groups for batch in microbatches(list(rows), batch_size))
@@ -220,7 +225,7 @@ CACHE_ARGUMENT = (
 
 
 def _ended(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """An answer without the padding behind its end."""
+    """Cut off the padding behind the end of an answer."""
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: end + 1]
 
@@ -260,14 +265,14 @@ class PromptWriter:
 
     @classmethod
     def of(cls, opened: OpenRun) -> PromptWriter:
-        """With the chat template of the run. InputError: it does not go with the tokenizer."""
+        """Make a writer with the chat template of a run. InputError: it does not go with the tokenizer."""
         recipe = opened.target.recipe
         name = template_of(recipe, opened.target.run) if recipe is not None else "auto"
         template = resolve_template(name, opened.base.tokenizer)
         return cls(template, Encoder(opened.base.tokenizer), recipe.data.system if recipe is not None else None)
 
     def ids(self, turns: list[Turn], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        """Token ids up to where the assistant's answer begins, with those of images.
+        """Return the token ids up to where the assistant's answer begins, with those of images.
 
         InputError: the template refuses the turns, or an image can't be read.
         """

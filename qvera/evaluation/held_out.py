@@ -51,7 +51,7 @@ def held_out_loss(
     progress: Callable[[int], None] | None = None,
     group: Group = ALONE,
 ) -> dict[str, Any]:
-    """``loss`` (nats a trained token), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds`` of ``examples``."""
+    """Score ``examples``: ``loss`` (nats a target), ``perplexity``, ``rows``, ``trained_tokens``, ``seconds``."""
     started = time.perf_counter()
 
     def loss_of(rows: list[int]) -> tuple[torch.Tensor, int]:
@@ -99,6 +99,7 @@ def over_held_out(
             advice = f"Lower training.per_device_eval_batch_size. {advice}"
         all_batches = mine + batches[:1] * idle
         for rows, result in each_in_halves(all_batches, compute, device, "held-out rows", advice, together):
+            # The repeated batch of an idle rank is rank 0's, and counts there.
             if rows is batches[0] and group.rank:
                 continue
             found.append((rows, result))
@@ -111,10 +112,11 @@ def over_held_out(
 
 
 def loss_scores(total: float, tokens: int, rows: int, seconds: float) -> dict[str, Any]:
-    """What `held_out_loss` returns; ``total`` is the summed negative log likelihood."""
+    """Make the scores that `held_out_loss` returns; ``total`` is the summed negative log likelihood."""
     loss = total / tokens if tokens else math.nan
     return {
         "loss": loss,
+        # exp overflows beyond 709.
         "perplexity": math.exp(min(loss, 700.0)) if tokens else math.nan,
         "rows": rows,
         "trained_tokens": tokens,
@@ -131,7 +133,7 @@ def answer_rows(
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to those ``examples`` that have a prompt.
+    """Answer those ``examples`` that have a prompt, greedily.
 
     Returns rows of ``source``, ``prompt``, ``reference``, ``answer``, ``exact`` (None without a reference).
     """
@@ -165,7 +167,7 @@ class EvalPrompt(NamedTuple):
 
 
 def prompts_of(examples: Sequence[Example], group_prompts: bool = False) -> list[EvalPrompt]:
-    """The rows that have a prompt; with ``group_prompts``, rows with the same prompt are one."""
+    """Select the rows that have a prompt; with ``group_prompts``, rows with the same prompt become one."""
     prompts: dict[object, EvalPrompt] = {}
     for row, example in enumerate(examples):
         if len(example.prompt_ids):
@@ -188,7 +190,7 @@ def score_model(
     max_new_tokens: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores of held-out rows, and greedy answers to ``prompts`` (which may be empty) with their scores.
+    """Score held-out rows, and answer ``prompts`` (which may be empty) greedily and score the answers.
 
     Args:
         held_out: computes the loss (`qvera.tasks.Task.held_out_loss`).

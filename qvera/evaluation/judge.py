@@ -42,7 +42,7 @@ class Pair:
 
 
 class Verdict(NamedTuple):
-    """What a judge said of answers A and B; ``preference`` is 1 for A, -1 for B, 0 for neither."""
+    """A judge's verdict on answers A and B; ``preference`` is 1 for A, -1 for B, 0 for neither."""
 
     preference: int
     scores: tuple[float, float] | None = None
@@ -74,11 +74,11 @@ class JudgePrompt:
 
     @property
     def sha256(self) -> str:
-        """Tells one prompt from another."""
+        """The hash of the text, which tells one prompt from another."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def filled(self, pair: Pair, swapped: bool) -> str:
-        """The text about a pair. ``swapped``: its answer is B, and the other one is A."""
+        """Fill in a pair. ``swapped``: its answer is B, and the other one is A."""
         first, second = (pair.other, pair.answer) if swapped else (pair.answer, pair.other)
         values = {"question": pair.question, "answer_a": first, "answer_b": second}
         values["reference"] = "\n\n".join(pair.references) or "(none)"
@@ -87,7 +87,7 @@ class JudgePrompt:
 
 
 def read_verdict(reply: str) -> Verdict | None:
-    """The last ``[[7, 4]]``, ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie) in a reply; None without one."""
+    """Read the last ``[[7, 4]]``, ``[[A]]``, ``[[B]]`` or ``[[C]]`` (a tie) in a reply; None without one."""
     found = list(_VERDICT.finditer(reply))
     if not found:
         return None
@@ -126,6 +126,7 @@ def judge_pairs(
     finally:
         executor.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other replies
     judged: list[dict[str, Any]] = [{"outcome": "tie", "scores": [], "preferences": [], "replies": []} for _ in pairs]
+    # Replies alternate: as they are, swapped.
     for number, texts in zip(asked, zip(replies[::2], replies[1::2], strict=True), strict=True):
         first, second = map(read_verdict, texts)
         if second is not None:  # there the answer is B
@@ -143,7 +144,7 @@ def judge_pairs(
 
 
 def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts and means over the pairs; a mean of nothing is None.
+    """Count outcomes and take means over the pairs; a mean of nothing is None.
 
     Returns:
         ``pairs``, ``wins``, ``ties``, ``losses``, ``unreadable``; ``win_rate`` (a tie counts ½) and its standard error
@@ -155,6 +156,7 @@ def summary_of(judged: Sequence[dict[str, Any]]) -> dict[str, Any]:
     points = [{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in outcomes if outcome != "unreadable"]
     readable = [row for row in judged if row["replies"] and row["outcome"] != "unreadable"]
     both = [row["preferences"] for row in readable]
+    # Preferences are about the answer, which the second order has as B: there -1 is for the answer read first.
     first = [place * sign > 0 for pair in both for place, sign in zip(pair, (1, -1), strict=True) if place]
     scores = [pair for pair in chain.from_iterable(row["scores"] for row in readable) if pair is not None]
 
@@ -187,7 +189,7 @@ class Judge:
     prompt: JudgePrompt
 
     def others(self, prompts: Sequence[EvalPrompt]) -> list[str] | None:
-        """The other answers; None for the base's, which come later. InputError: one is missing or to another prompt."""
+        """Return the answers to compare with; None for the base's, which come later. InputError: one does not fit."""
         if self.against == "base":
             return None
         if self.against == "reference":
@@ -227,7 +229,7 @@ class Judge:
 
 
 def other_answers(path: Path, examples: Sequence[Example]) -> list[str]:
-    """The answers in a file of ``qvera eval --predictions``. InputError: they are to other examples."""
+    """Read the answers from a file of ``qvera eval --predictions``. InputError: they are to other examples."""
     where = f"--judge-against {path}"
     try:  # str.splitlines would split an answer at other characters too
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
@@ -253,7 +255,7 @@ def other_answers(path: Path, examples: Sequence[Example]) -> list[str]:
 
 
 def summary_text(summary: dict[str, Any], name: str) -> list[str]:
-    """The result in a few lines; ``name`` says who is compared."""
+    """Describe the result in a few lines; ``name`` says who is compared."""
     sides = f"{name} against {summary['against']}"
     lines = [
         f"judge             {summary['model']}: {sides}, {summary['pairs']:,} pairs, each in both orders",

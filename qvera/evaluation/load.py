@@ -86,7 +86,7 @@ class OpenRun:
 
     @property
     def labels(self) -> Labels:
-        """What the outputs of a classifier mean."""
+        """The meaning of a classifier's outputs."""
         config = causal_model(self.model).config
         names = tuple(config.id2label[number] for number in range(config.num_labels))
         return Labels(names, config.problem_type == REGRESSION)
@@ -102,7 +102,7 @@ def require_answers(target: Artifact, what: str) -> None:
 
 
 def require_adapter(target: Artifact) -> Path:
-    """The directory of its adapter. InputError: it is a whole checkpoint."""
+    """Return the directory of the adapter. InputError: ``target`` is a whole checkpoint."""
     if target.adapter is None:
         raise InputError(
             f"{target.path}: is {target.what}, and neither a run (with {RECIPE_FILE}) nor an adapter directory (with "
@@ -112,7 +112,7 @@ def require_adapter(target: Artifact) -> Path:
 
 
 def find_adapter(path: Path, name: str | None = None) -> tuple[Artifact, Path]:
-    """Like `find_target`, and the directory of the adapter (`require_adapter`)."""
+    """Do what `find_target` does, and return the directory of the adapter too (`require_adapter`)."""
     target = find_target(path, name=name)
     return target, require_adapter(target)
 
@@ -146,6 +146,7 @@ def find_target(
             raise InputError(f"--recipe {recipe}: expected a recipe file, or a run directory with {RECIPE_FILE} in it.")
         given = load_recipe(file, of_a_run=run is not None)
         given = given if run is None else with_base_found(given, run / "adapter")
+    # A directory is tried as: several adapters, a run, an adapter, an export, any other checkpoint.
     if (root := adapters_root(path)) is not None:
         known = named_directories(root)
         if name is None and not needs_name and known:
@@ -212,7 +213,7 @@ def adapter_sha256(target: Artifact) -> str | None:
 
 
 def template_of(recipe: Recipe, run: Path | None) -> str:
-    """The template that a run trained with; run.json resolves ``auto``. Of a mixture, that of the first source."""
+    """Name the template that a run trained with; run.json resolves ``auto``. A mixture has its first source's."""
     name, used = recipe.data.template, None
     if name == "auto" and run is not None:
         with contextlib.suppress(LookupError, TypeError, AttributeError):
@@ -229,7 +230,7 @@ def template_beside(target: Artifact) -> str | None:
 
 
 def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
-    """Load it, ready for scores and answers. ``adapter=False`` loads the base alone.
+    """Load a target, ready for scores and answers. ``adapter=False`` loads the base alone.
 
     The base of a run or adapter is loaded as its recipe says, else with the defaults of ``model``. A checkpoint is
     loaded as it is stored, and computes in fp32 on a CPU. The base of a merged export has the export's precision.
@@ -291,13 +292,14 @@ def _require_loadable(directory: Path) -> None:
 
 
 def _load_other_adapter(base_model: nn.Module, directory: Path) -> PeftModel:
-    """A LoRA, or any other adapter that PEFT itself can load."""
+    """Load a LoRA, or any other adapter of PEFT's, and check that all of its tensors found a place."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             peft_model = PeftModel.from_pretrained(base_model, str(directory))
     except (ValueError, RuntimeError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise InputError(f"{directory}: PEFT can't put this adapter on its base: {first_line(error)}") from None
+    # PEFT only warns of a tensor that the file lacks, and says nothing of one that it does not use.
     missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
     if missing:
         raise InputError(f"{directory}: does not fit its base: {missing[0][:300]}")
@@ -313,7 +315,7 @@ def _load_other_adapter(base_model: nn.Module, directory: Path) -> PeftModel:
 
 
 def _load_merged_base(target: Artifact) -> loader.Base:
-    """The base of a merged export, as far as it is known and there."""
+    """Load the base of a merged export. InputError: it is not known, or not there."""
     section = _base_of_export(target)
     assert target.merged is not None
     if target.merged["base"]["weights"] == "original":
@@ -353,7 +355,7 @@ def _base_of_export(target: Artifact) -> ModelSection:
 
 
 def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader.Base:
-    """A checkpoint as it is stored, in 16 bits or in bitsandbytes' 4 bits."""
+    """Load a checkpoint as it is stored, in 16 bits or in bitsandbytes' 4 bits."""
     tokenizer = load_processor(ModelSection(path=str(directory)), model_class)
     try:
         loaded = loader.load_exported(directory, accelerator.current_device(), model_class)
@@ -369,7 +371,7 @@ def _load_stored(directory: Path, model_class: ModelClass = CAUSAL_LM) -> loader
 
 @contextlib.contextmanager
 def base_of(opened: OpenRun) -> Iterator[nn.Module]:
-    """Inside the block: the model before training. The adapter is off, or an export's base is loaded."""
+    """Yield the model before training: with the adapter off, or the base of an export, loaded for the block."""
     if opened.target.adapter is None:
         yield _load_merged_base(opened.target).model
         return
@@ -378,7 +380,7 @@ def base_of(opened: OpenRun) -> Iterator[nn.Module]:
 
 
 def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
-    """The recipe of a run, with a ``model.path`` that leads to its base.
+    """Return the recipe of a run, with a ``model.path`` that leads to its base.
 
     Its path may be relative to where the run started; the config of ``adapter`` has the whole path.
     """

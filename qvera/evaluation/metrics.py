@@ -24,7 +24,7 @@ References = Sequence[Sequence[str]]  # for each answer, one or more right texts
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Equal as JSON where both are JSON, else equal up to white space."""
+    """Whether two texts are equal as JSON where both are JSON, else up to white space."""
     if answer == reference:  # NaN is JSON for Python, and not equal to itself
         return True
     try:
@@ -34,7 +34,7 @@ def exact_match(answer: str, reference: str) -> bool:
 
 
 def _same_json(one: Any, other: Any) -> bool:
-    """Unlike ``==`` in Python, true is not 1 and false is not 0."""
+    """Compare two JSON values. Unlike with Python's ``==``, true is not 1 and false is not 0."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, list) and isinstance(other, list):
@@ -46,7 +46,7 @@ def _same_json(one: Any, other: Any) -> bool:
 
 @dataclass(frozen=True)
 class TextMetric:
-    """One metric."""
+    """A metric of answers."""
 
     name: str
     label: str
@@ -133,7 +133,7 @@ def text_metrics(names: Sequence[str]) -> list[TextMetric]:
 
 
 def scores_of(metrics: Sequence[TextMetric], answers: Sequence[str], references: References) -> dict[str, float]:
-    """Metric name → score over all rows. There must be a row, and each needs a reference."""
+    """Map each metric's name to its score over all rows. There must be a row, and each needs a reference."""
     found = {}
     for metric in metrics:
         if metric.of_all is not None:
@@ -144,13 +144,13 @@ def scores_of(metrics: Sequence[TextMetric], answers: Sequence[str], references:
 
 
 Metric = Callable[[Sequence[Any], Sequence[Any], Sequence[dict[str, Any]]], float]
-"""Of the caller: predictions, references and rows → a score."""
+"""A function of the caller's that makes a score of predictions, references and rows."""
 
 
 def own_scores(
     metrics: Mapping[str, Metric], predictions: Sequence[Any], references: Sequence[Any], rows: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
-    """Scores by functions of the caller's over all rows, which name their ``source``.
+    """Score all rows by functions of the caller's; rows name their ``source``.
 
     OwnCodeFailed: one raises, or gives no finite number.
     """
@@ -166,6 +166,7 @@ def own_scores(
     for name, function in metrics.items():
         found[name], problem = attempt(function, predictions, references, rows)
         if problem is not None:
+            # Each row alone, to name the first one that the function can't take.
             each = zip(predictions, references, rows, strict=True)
             bad = (row["source"] for p, r, row in each if attempt(function, [p], [r], [row])[1] is not None)
             alone = f"; alone, the first that it fails on is {source}" if (source := next(bad, None)) else ""
@@ -184,10 +185,10 @@ def require_packages(task: str) -> None:
 
 
 def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-    """``accuracy``, ``f1``, ``matthews``, ``top5`` (from ten classes on) for class numbers [n] and logits [n, classes].
+    """Score logits [n, classes] by class numbers [n]: ``accuracy``, ``f1``, ``matthews`` and ``top5``.
 
-    ``f1`` of two classes is that of the second, else the mean. Without rows, or with a logit that is not finite, there
-    are no scores, because scikit-learn refuses these.
+    ``top5`` is there from ten classes on. ``f1`` of two classes is that of the second, else the mean. Without rows, or
+    with a logit that is not finite, there are no scores, because scikit-learn refuses these.
     """
     if not len(targets) or not np.isfinite(logits).all():
         return {}
@@ -206,7 +207,7 @@ def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
 
 
 def value_scores(targets: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    """``pearson`` and ``spearman`` of values fp [n]; left out where undefined (a constant side, NaN, one row)."""
+    """Score values, fp [n]: ``pearson`` and ``spearman``, left out where undefined (a constant side, NaN, one row)."""
     from scipy.stats import pearsonr, spearmanr
 
     if len(targets) < 2 or not np.isfinite(found).all():

@@ -39,7 +39,7 @@ def adapters_root(path: Path) -> Path | None:
 
 
 def named_directories(root: Path) -> dict[str, Path]:
-    """Name → directory of every adapter under ``root``, sorted by name."""
+    """Map the name of every adapter under ``root`` to its directory, sorted by name."""
     with os.scandir(root) as entries:
         # a save that was cut off has a hidden name
         found = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
@@ -70,7 +70,7 @@ def require_named(path: Path, name: str | None) -> Path:
 
 
 def require_all_named(path: Path, names: Iterable[str], sources: Mapping[str, str] | None = None) -> dict[str, Path]:
-    """Name → directory of these adapters; ``sources`` says where a name stands, if not in ``--adapter``.
+    """Map these adapters to their directories; ``sources`` says where a name stands, if not in ``--adapter``.
 
     InputError: one does not exist.
     """
@@ -92,7 +92,7 @@ def require_all_named(path: Path, names: Iterable[str], sources: Mapping[str, st
 
 
 def _known(path: Path) -> tuple[dict[str, Path], str]:
-    """The adapters, and a sentence that names the first of them."""
+    """Return the adapters by name, and a sentence that names the first of them."""
     root = adapters_root(path)
     assert root is not None
     known = named_directories(root)
@@ -129,13 +129,13 @@ def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
 
 
 def held_out_rows(datasets: Datasets, name: str | None) -> Rows | None:
-    """Held-out rows of one adapter, or all of them as in `rows_to_compare`; None where there are none."""
+    """Return the held-out rows of one adapter, or all of them as in `rows_to_compare`; None where there are none."""
     rows, split = rows_to_compare(datasets, name)
     return rows if split == "held-out" else None
 
 
 def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
-    """Like `held_out_rows`. InputError: there are none."""
+    """Return `held_out_rows`. InputError: there are none."""
     if rows := held_out_rows(datasets, name):
         return rows
     whose = "the recipe holds out no rows" if name is None else f"adapter {shown_name(name)} has no held-out rows"

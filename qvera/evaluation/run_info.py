@@ -1,4 +1,4 @@
-"""What `qvera info` shows. Reads files only, and imports neither torch nor PEFT."""
+"""The facts that `qvera info` shows. Reads files only, and imports neither torch nor PEFT."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _EXPORTS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
 
 
 def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]:
-    """Facts of a directory: base, adapter, counts, hashes, versions.
+    """Collect facts of a directory: base, adapter, counts, hashes, versions.
 
     Args:
         path: a run, an adapter directory of any PEFT type, a merged export, or the hub id of an adapter. Also a run
@@ -84,6 +84,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
     if root is not None:
         found = named_directories(root)
         known = {entry.get("name") for entry in listed if isinstance(entry, dict)}
+        # A run that goes on saves adapters that its run.json does not list yet.
         others = [{"name": one, "directory": place.name} for one, place in found.items() if one not in known]
         facts |= {"saved_adapters": len(found), "adapters": [*listed, *others]}
     return facts

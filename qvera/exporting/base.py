@@ -81,9 +81,10 @@ class TrainedBaseReader(CheckpointReader):
         """Weights [E, m, n] of experts, each of which is quantized by itself."""
 
     def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
-        """With the absolute maxima of the whole tensor where it was quantized to 4 bits. A Conv1D is one block."""
+        """Yield a tensor's blocks, with the absolute maxima of the whole tensor where it was quantized to 4 bits."""
         transposed, absmax = self.transposed.get(entry.name), None
         if transposed is not None and self.four_bit:
+            # The tensor is read twice: for the maxima, then for the rows. A Conv1D is turned, so it is one block.
             parts = (block.rows for block in self.read(descriptor, entry, whole=transposed))
             # a Conv1D is quantized while loading, from weights in the compute dtype
             absmax = torch.cat(
@@ -95,7 +96,7 @@ class TrainedBaseReader(CheckpointReader):
             yield block._replace(absmax=absmax)
 
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` of a block as training had them, in ``compute``."""
+        """Return the ``rows`` of a block as training had them, in ``compute``."""
         if block.entry.name in self.stacks:
             return torch.stack([quantization.quantized_reader(expert, self.section, self.compute)() for expert in rows])
         transposed = self.transposed.get(block.entry.name)
@@ -106,6 +107,7 @@ class TrainedBaseReader(CheckpointReader):
         if block.absmax is None:
             found = quantization.quantized_reader(weight, self.section)()
         else:
+            # Blocks of 64 elements are counted over the flattened weight, not row by row.
             at = block.first * weight.shape[1] // BLOCK
             absmax = block.absmax[at : at + -(-weight.numel() // BLOCK)]
             found = quantization.quantize_dequantize_blocks(weight, absmax, self.section.quantization, self.compute)
@@ -131,11 +133,11 @@ class PackedBaseReader(CheckpointReader):
         self.statistics = {entry.name for weight in packed.values() for entry in weight.statistics.values()}
 
     def blocks(self, skip: Collection[str]) -> Iterator[Block]:
-        """Statistics of packed weights are only hashed, like ``skip``."""
+        """Yield all blocks but those of ``skip`` and of packed weights' statistics, which are only hashed."""
         return super().blocks(self.statistics.union(skip))
 
     def blocks_of(self, descriptor: int, entry: TensorEntry) -> Iterator[Block]:
-        """Blocks of a packed weight have the scales of the whole weight."""
+        """Yield a tensor's blocks; those of a packed weight have the scales of the whole weight."""
         weight = self.packed.get(entry.name)
         if weight is None:
             yield from self.read(descriptor, entry)
@@ -144,12 +146,13 @@ class PackedBaseReader(CheckpointReader):
         each = math.prod(sizes)  # of a row, or of an expert
         step = rows_per_block(each, weight.blocksize)
         for first in range(0, count, step):
+            # Two weights are in a byte.
             start, stop = first * each // 2, min(first + step, count) * each // 2
             data = read_bytes(descriptor, entry, start, stop - start)
             yield Block(weight.dense, first, data, first + step >= count, absmax)
 
     def as_trained(self, block: Block, rows: torch.Tensor) -> torch.Tensor:
-        """``rows`` of a block as training used them, in ``compute``."""
+        """Return the ``rows`` of a block as training used them, in ``compute``."""
         if block.absmax is None:
             return rows.to(self.compute)
         return self.packed[block.entry.name].dequantized(rows, block.absmax, block.first, self.compute)
@@ -157,7 +160,7 @@ class PackedBaseReader(CheckpointReader):
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[int]:
-    """Inside the block, torch uses one thread for each thread that calls it. Gives how many should call (the cores).
+    """Inside the block, torch uses one thread for each thread that calls it. Yields how many threads should call it.
 
     Independent blocks keep cores busier than one split block, and results then do not depend on the number of cores.
     """
@@ -187,7 +190,7 @@ class AdapterOnBase(NamedTuple):
     names: dict[str, str]  # the model's name of a tensor → its name in the files
 
     def reader(self, section: ModelSection, known: dict[str, str]) -> TrainedBaseReader | PackedBaseReader:
-        """Reads weights as training had them; ``known`` has the SHA-256 of files that are already hashed."""
+        """Make a reader of weights as training had them; ``known`` has the SHA-256 of files that are already hashed."""
         if self.packed:
             return PackedBaseReader(self.stored, self.stamps, known, self.packed, self.compute)
         return TrainedBaseReader(self.stored, self.stamps, known, section, self.compute, self.model, self.names)

@@ -61,7 +61,7 @@ _PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForImageClassification": "image-classification",
 }
-"""transformers' class → the hub's pipeline_tag."""
+"""Maps a class of transformers to the hub's pipeline_tag."""
 _METRICS = {
     "exact_match": "exact_match",
     "bleu": "bleu",
@@ -71,7 +71,7 @@ _METRICS = {
     "pearson": "pearsonr",
     "spearman": "spearmanr",
 }
-"""Our name of a score → the hub's."""
+"""Maps our name of a score to the hub's."""
 _NO_SCORES = ("rows", "trained_tokens", "seconds", "scored_rows", "references", "tokens")
 _SHARED = (
     "*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", ADAPTER_CONFIG, "config.json",
@@ -97,7 +97,7 @@ class CardSubject(NamedTuple):
 
 
 def find_subject(path: Path, name: str | None = None) -> CardSubject:
-    """What is to be shared: a run, an adapter directory, or an export. InputError: it is none of these."""
+    """Find out what a directory to share is: a run, an adapter, or an export. InputError: it is none of these."""
     certificate = try_read_json(path / CERTIFICATE) or {}
     kind = certificate.get("kind", "adapter")
     if kind not in _KINDS or not isinstance(certificate.get("adapter"), dict):
@@ -111,6 +111,7 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
     weights = Path(certificate["adapter"]["path"]) / ADAPTER_WEIGHTS
     base = ModelSection(path=certificate["base"]["path"], revision=certificate["base"].get("revision"))
     facts, recipe, outcome = dict(certificate["adapter"]), None, ({}, {}, None)
+    # The run tells more than the certificate, but it may have trained on since the export.
     if weights.is_file() and file_sha256(weights) == certificate["adapter"].get("sha256"):
         target = find_target(weights.parent)
         facts, recipe, outcome = directory_facts(weights.parent), target.recipe, _outcome(target)
@@ -121,7 +122,7 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
 
 
 def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """run.json, eval.json (if it is of this adapter) and chat template; of one adapter of many what concerns it."""
+    """Read run.json, eval.json (if it is of this adapter) and the chat template; for one of many, only its part."""
     if target.run is None or target.adapter is None or target.recipe is None:
         return {}, {}, template_beside(target)
     summary, place = try_read_json(target.run / "run.json") or {}, target.run
@@ -133,6 +134,7 @@ def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | No
         summary = {**summary, "data": data, "result": own}
     found, sha256 = try_read_json(place / "eval.json") or {}, adapter_sha256(target)
     about = found.get("subject") if sha256 is not None and isinstance(found.get("scores"), dict) else None
+    # An evaluation of the base, or of an earlier state of the adapter, is not about what is shared.
     if not isinstance(about, dict) or (about.get("column"), about.get("adapter_sha256")) != ("Adapter", sha256):
         found = {}
     return summary, found, NAMED_TEMPLATES.get(template_of(target.recipe, target.run))
@@ -212,7 +214,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
 
 
 def _license(base: ModelSection, hub_id: str | None) -> dict[str, str]:
-    """The license in the base's own card, from its directory or the hub's cache."""
+    """Read the license from the base's own card, in its directory or the hub's cache; {} if there is none."""
     found: Any = Path(resolve_path(base.path)) / "README.md"
     if hub_id is not None:
         found = try_to_load_from_cache(hub_id, "README.md", revision=base.revision)
@@ -263,7 +265,7 @@ Scores = Mapping[str, Any]
 def _score_tables(
     subject: CardSubject, before: Scores, after: Scores
 ) -> Iterator[tuple[str, list[str], list[tuple[str, list[str]]]]]:
-    """Sentence, columns, and name and cells of each row: from run.json, from eval.json, from the certificate."""
+    """Yield tables as (sentence, columns, rows of name and cells), from run.json, eval.json and the certificate."""
     of_run = " They are those of the adapter before it was exported." if subject.kind != "adapter" else ""
     sides: dict[str, Scores] = {"before training": before, "after": after}
     found = [(f"{_on(after, 'held-out rows')}.{of_run}", sides)]
@@ -298,13 +300,13 @@ def _on(scores: Scores, what: str) -> str:
 
 
 def files_of(subject: CardSubject) -> list[Path]:
-    """Weights, settings and tokenizer. Other files may hold rows or answers, so they are not shared."""
+    """List the files to share: weights, settings, tokenizer. Others may hold rows or answers, so they stay here."""
     found = sorted(subject.directory.iterdir())
     return [file for file in found if file.is_file() and any(fnmatch(file.name, name) for name in _SHARED)]
 
 
 def contents_of(subject: CardSubject, repo: str) -> dict[str, Path | bytes]:
-    """Name → file or bytes: `files_of`, the card, and the chat template that an adapter needs."""
+    """Map each name to a file or bytes: `files_of`, the card, and the chat template that an adapter needs."""
     contents: dict[str, Path | bytes] = {}
     if subject.kind in ("adapter", "lora") and subject.chat_template is not None:
         contents[CHAT_TEMPLATE] = subject.chat_template.encode()

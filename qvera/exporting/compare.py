@@ -1,4 +1,4 @@
-"""How far an export is from the trained model, on rows of its own data.
+"""Measure how far an export is from the trained model, on rows of its own data.
 
 The trained model runs on a quantized base, and the export on 16-bit or dequantized weights: they are two models.
 """
@@ -40,6 +40,7 @@ BATCH_TOKENS = 2048
 def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
     batch: list[Example] = []
     for example in examples:
+        # Every row is padded to the longest one, the next one included.
         longest = max(len(e.input_ids) for e in [*batch, example])
         if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
             yield batch
@@ -107,12 +108,12 @@ def measure_difference(
 
 
 def rows_name(difference: Mapping[str, Any]) -> str:
-    """What people call the compared rows, by ``split``."""
+    """The words for the compared rows in messages, by ``split``."""
     return "training rows" if difference.get("split") == "training" else "rows"
 
 
 def difference_text(difference: dict[str, Any], base: str = "") -> str:
-    """A certificate's ``difference`` in a sentence or two; ``base`` says which weights a merge is onto."""
+    """Describe a certificate's ``difference`` in a sentence or two; ``base`` says which weights a merge is onto."""
     if "not_measured" in difference:
         return f"not measured: {difference['not_measured']}"
     sides = [difference.get(side) or {"loss": difference[f"loss_{side}"]} for side in ("trained", "exported")]
@@ -143,7 +144,7 @@ def difference_text(difference: dict[str, Any], base: str = "") -> str:
 
 
 def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Rows) -> dict[str, Any]:
-    """Held-out loss and, where rows have references, ``exact_match`` (`qvera.evaluation.held_out.score_model`)."""
+    """Score the loss and, where rows have references, ``exact_match`` (`qvera.evaluation.held_out.score_model`)."""
     task = task_of(recipe)
     task.prepare(opened.model, opened.base.tokenizer, datasets)
 
@@ -218,12 +219,13 @@ def _open_with_rows(
 
 
 def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, Any]:
-    """If data or memory is missing, the result says so, and the export stands."""
+    """Call ``measure``. If data or memory is missing, the result says so, because the export itself is good."""
     try:
         return measure()
     except (InputError, OSError, ValueError) as error:
         return {"not_measured": f"{error} {again}"}
     except (MemoryError, RuntimeError) as error:
+        # On a CPU, torch raises a plain RuntimeError when memory runs out.
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         return {"not_measured": f"the memory gave out. {again}"}

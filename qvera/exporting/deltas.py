@@ -37,7 +37,7 @@ class Delta:
     """Factors of the ΔW of one weight; A and B may be views of a shared pair."""
 
     factors: Factors
-    transposed: bool  # a Conv1D's, or that of experts whose matrices are [in, out]
+    transposed: bool  # the weight is a Conv1D's, or of experts whose matrices are [in, out]
     experts: int = 0  # of a layer, for a weight [E, m, n]; 0: it is one matrix
 
     @property
@@ -47,11 +47,11 @@ class Delta:
 
     @property
     def magnitude(self) -> torch.Tensor | None:
-        """Norms [m] to which the rows of W + ΔW are scaled; None: they are not."""
+        """The norms [m] to which the rows of W + ΔW are scaled; None if they are not scaled."""
         return getattr(self.factors, "magnitude", None)
 
     def lora(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' [r, n] and B' [m, r] in fp32, with ΔW = B' A'. InputError: each expert of a layer has a ΔW of its own."""
+        """Return A' [r, n] and B' [m, r] in fp32, with ΔW = B' A'. InputError: the weight is that of experts."""
         if self.experts:
             raise InputError(
                 "this adapter changes experts (adapter.experts), each of which would be a LoRA of its own here. Export "
@@ -60,16 +60,16 @@ class Delta:
         return self.factors.lora()
 
     def loras(self, name: str) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """(``name``, `lora`); of experts (``name.i``, A' and B') of each."""
+        """Yield (``name``, `lora`); for experts, (``name.i``, A' and B') of each one."""
         if not self.experts:
             yield name, self.lora()
         for number in range(self.experts):
             yield f"{name}.{number}", self.factors.expert(number).lora()
 
     def rows(self, first: int = 0, count: int | None = None, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows [first, first + count) of ΔW in fp32: [out, in], or [in, out] for a Conv1D. Default: all.
+        """Return rows [first, first + count) of ΔW in fp32: [out, in], or [in, out] for a Conv1D. Default: all.
 
-        Of experts: the matrices [k, m, n] of experts [first, first + count).
+        For experts these are the matrices [k, m, n] of experts [first, first + count).
 
         A magnitude needs ``weight``, the same rows of W. InputError: a magnitude on a Conv1D.
         """
@@ -130,6 +130,7 @@ class AdapterDeltas:
         def move(part: Any) -> Any:
             if not isinstance(part, torch.Tensor):
                 return part
+            # A and B of a layer may be views of the shared pair: the pair is moved once, and viewed again there.
             whole = part if part._base is None else part._base
             if id(whole) not in moved:
                 moved[id(whole)] = whole.to(device)
@@ -143,7 +144,7 @@ class AdapterDeltas:
         return dataclasses.replace(self, pair=pair, layers=layers)
 
     def facts(self, adapter_dir: Path) -> dict[str, Any]:
-        """The certificate's entry for the adapter."""
+        """Return the certificate's entry for the adapter."""
         return {
             "path": str(adapter_dir),
             "sha256": self.sha256,
@@ -157,13 +158,13 @@ class AdapterDeltas:
         }
 
     def certificate(self, kind: str, section: ModelSection, adapter_dir: Path, **more: Any) -> dict[str, Any]:
-        """The certificate of an export that holds factors only."""
+        """Return the certificate of an export that holds factors only."""
         base = {"path": section.path, "revision": section.revision}
         start = {"format": 1, "kind": kind, "base": base, "adapter": self.facts(adapter_dir)}
         return {**start, **more, "versions": memory.versions()}
 
     def header(self, base: str | None = None) -> dict[str, str]:
-        """Header of a safetensors file made from it. Names no directories, because files are shared."""
+        """Return the header of a safetensors file made from the adapter. It names no directories: files are shared."""
         name = base or self.config.base_model_name_or_path or ""
         found = {
             "qvera_version": __version__,
@@ -197,12 +198,14 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
         head = {name: tensor.float() for name, tensor in named.items() if name.startswith(starts)}
         wanted = {name: tuple(t.shape) for name, t in base.named_parameters() if name.startswith(starts)}
         _require_shapes(adapter_dir, "a head of", wanted, head)
+    # The trained tensors by linear: name → kind → tensor. Those of a classification head are not of a linear.
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(key for key in tensors if key.startswith(PREFIX)):
         name, _, kind = key.removeprefix(PREFIX).rpartition(".")
         if f"{name}.{kind}" not in head:
             found.setdefault(name, {})[kind] = tensors[key]
     shared = {key.removeprefix(SHARED_PREFIX): t.float() for key, t in tensors.items() if key.startswith(SHARED_PREFIX)}
+    # Where A and B come from: the file or the seed of PEFT's VeRA, our seed, or the weights of the base.
     pair: Pair | None = None
     own_pairs: dict[str, Pair] = {}
     if own is None:
@@ -231,6 +234,7 @@ def read_deltas(adapter_dir: Path, base: torch.nn.Module, section: ModelSection 
             expected: dict[str, tuple[int, ...]] = {"vera_lambda_b": (m,), "vera_lambda_d": (rank,)}
         else:
             rank, expected = method_of(own).rank_at(own, spec), method_of(own).tensors(own, spec)
+        # The base decides each shape, so an adapter of another model is found here.
         given = {kind: tuple(vector.shape) for kind, vector in vectors.items()}
         if given != expected or (pair is not None and (n > pair[0].shape[1] or m > pair[1].shape[0])):
             held = "" if pair is None else f" and a pair of {list(pair[0].shape)} and {list(pair[1].shape)}"
@@ -271,7 +275,7 @@ def _require_shapes(
 def _pairs_of_weights(
     config: QveraConfig, specs: Sequence[LinearSpec], section: ModelSection | None
 ) -> dict[str, Pair]:
-    """Each linear's own A and B, from the cache, else from the weights of the base."""
+    """Return each linear's own A and B, from the cache, else from the weights of the base."""
     method, model, pairs = method_of(config), None, {}
     for spec in specs:
         pair = method.own_pair(config, spec, None)
@@ -300,7 +304,7 @@ def _seeded_pair(config: QveraConfig) -> Pair:
 
 
 def _stock_pair(config: VeraConfig, tensors: Mapping[str, torch.Tensor], shapes: Sequence[tuple[int, int]]) -> Pair:
-    """PEFT's pair: from the file, else drawn in PEFT's order (first A, then B)."""
+    """Return the pair of PEFT's VeRA: from the file, else drawn in PEFT's order (first A, then B)."""
     if "base_model.vera_A" in tensors:
         return tensors["base_model.vera_A"].float(), tensors["base_model.vera_B"].float()
     if not shapes:
@@ -318,7 +322,7 @@ class TokenTable:
     shape: tuple[int, ...]
 
     def put(self, weight: torch.Tensor, first: int, last: bool) -> torch.Tensor:
-        """The base's rows from ``first`` on, with those of added tokens. After the ``last`` come new rows."""
+        """Put the added tokens' rows into the base's from ``first`` on. Rows beyond the base's follow the ``last``."""
         stop = self.shape[0] if last else first + len(weight)
         out = weight.new_zeros(stop - first, *weight.shape[1:])
         out[: len(weight)] = weight
@@ -335,7 +339,7 @@ def token_tables(
     shapes: Mapping[str, tuple[int, ...]],
     files: Mapping[str, str],
 ) -> dict[str, TokenTable]:
-    """Name of embedding and head in the checkpoint → table; ``shapes`` are those of the base's tensors.
+    """Map the names of embedding and head in the checkpoint to tables; ``shapes`` are those of the base's tensors.
 
     ``files``: the model's name of a tensor → its name in the checkpoint. InputError: the adapter's rows have another
     shape.

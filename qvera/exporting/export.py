@@ -66,6 +66,7 @@ def export(
     options = options.replace(dtype="float32" if written == "q8_0" else written, base=base or options.base)
     console = console or Console(stderr=True)
     recipe, limit = target.recipe, options.certificate_rows
+    # A merge has its own way: it can be continued, quantized and compared later. It returns here.
     if to == "merged":
         if compare_only:
             certificate = _finished_merge(target, adapter_dir, out, limit)
@@ -98,6 +99,7 @@ def export(
         say(f"{size} in {out / file}, {len(certificate['delta'])} weights changed")
         say(f"Ollama takes it with: ollama create NAME -f {shlex.quote(str(out / 'Modelfile'))}")
         return certificate
+    # What remains writes factors of ΔW only, for which a model without weights is enough.
     config = read_config(adapter_dir)
     require_base(config, adapter_dir, section.path, fingerprint_of(section))
     require_no_added_tokens(config, adapter_dir, f"--to {to}")
@@ -120,6 +122,7 @@ def export(
         elif not model_class.has_own_head:
             say(lora.serving_text(rank or adapter.rank, adapter.magnitude))
     difference = None
+    # A whole LoRA equals the adapter but for rounding, so only one that is cut is measured.
     if rank is not None and compare and recipe is not None and limit:
         difference = compare_lora(target, recipe, out, limit, console)
         say(difference_text(difference))
@@ -159,7 +162,7 @@ def _require_fitting(
 
 
 class Chat(NamedTuple):
-    """Chat template and system prompt of a run; ``beside`` is the template where it is not the base's own."""
+    """The chat template and system prompt of a run; ``beside`` is the template if it is not the base's own."""
 
     template: str | None
     system: str | None
@@ -167,7 +170,7 @@ class Chat(NamedTuple):
 
 
 def chat_of(target: Artifact) -> Chat:
-    """From the run, or from a template beside the adapter."""
+    """Find the chat template and system prompt, in the run or beside the adapter."""
     recipe = target.recipe
     if recipe is None:
         beside = template_beside(target)

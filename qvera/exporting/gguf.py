@@ -96,7 +96,7 @@ def modelfile(
 
 
 def known_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str | None]:
-    """Which of `NAMED_TEMPLATES` equals the tokenizer's own, and the default system prompt of the latter."""
+    """Find the one of `NAMED_TEMPLATES` that equals the tokenizer's own, and the own one's default system prompt."""
     if not tokenizer.chat_template:
         return "plain", None
     user, answer = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
@@ -108,6 +108,7 @@ def known_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str | None, str 
         try:
             if own.render([system, *turns], prompt=True) != named.render([system, *turns], prompt=True):
                 continue
+            # Without a system turn some templates write a default prompt, so what stands in its place is compared.
             bare = own.render(turns, prompt=True)
             if bare == named.render(turns, prompt=True):
                 return name, None
@@ -123,7 +124,7 @@ TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 
 
 class GgufTensor(NamedTuple):
-    """Name, PyTorch's shape, and GGUF's name of the type."""
+    """A tensor of a GGUF file: its name, PyTorch's shape, and GGUF's name of its type."""
 
     name: str
     shape: tuple[int, ...]
@@ -131,14 +132,14 @@ class GgufTensor(NamedTuple):
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], wanted: str) -> GgufTensor:
-        """A tensor in a file of type ``wanted``; llama.cpp's converter chooses its own type in the same way."""
+        """Describe a tensor in a file of type ``wanted``. Its own type is chosen as by llama.cpp's converter."""
         if len(shape) < 2 or name.endswith("_norm.weight"):
             return cls(name, shape, "F32")
         return cls(name, shape, "F16" if wanted == "Q8_0" and shape[-1] % 32 else wanted)
 
     @property
     def bytes(self) -> int:
-        """Its size in the file."""
+        """The size of the tensor in the file."""
         import gguf
 
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
@@ -151,7 +152,7 @@ def _require_gguf() -> None:
 
 
 def _new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWriter:
-    """A writer with the settings of every file; ``facts`` are written under ``qvera.``."""
+    """Make a writer with the settings that every file has; ``facts`` are written under ``qvera.``."""
     import gguf
 
     writer = gguf.GGUFWriter(None, architecture)
@@ -173,6 +174,7 @@ def _write_gguf(path: Path, writer: GGUFWriter, tensors: list[GgufTensor], block
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+    # The header is small. What follows is hashed as it is written, so the file is not read again.
     digest = hashlib.sha256(path.read_bytes())
     with open(path, "ab") as handle:
 
@@ -244,7 +246,7 @@ def export_gguf(
             raise Interrupted(stopped.format(stop.asked))
 
     def rows_of(results: Iterator[tuple[Block, torch.Tensor]]) -> Iterator[torch.Tensor]:
-        """Rows in llama.cpp's order; q and k come whole."""
+        """Yield rows in llama.cpp's order; q and k come whole."""
         parts: list[torch.Tensor] = []
         for block, rows in results:
             name = block.entry.name
@@ -320,6 +322,8 @@ def export_gguf_lora(
     def values() -> Iterator[torch.Tensor]:
         for layer, delta in adapter.layers.items():
             A, B = (part.float() for part in (delta.lora() if factors is None else factors[layer]))
+            # llama.cpp divides alpha by each layer's own rank: the factor is 1 for the largest, and is undone for
+            # smaller ones.
             B = B * (ranks[layer] / alpha)
             if architecture.is_paired(f"{layer}.weight"):
                 B = architecture.paired_rows(f"{layer}.weight", B)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp holds the models of one transformers class."""
+    """What llama.cpp needs to know to hold the models of one transformers class."""
 
     name: str
     paired: bool = False  # the rows of a head of q and k are in pairs (Llama's first release)
@@ -38,7 +38,7 @@ class Family:
 
 
 def head_size(config: PretrainedConfig) -> int:
-    """Elements of a head of queries."""
+    """The number of elements of a head of queries."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -61,7 +61,7 @@ FAMILIES["Gemma3ForConditionalGeneration"] = FAMILIES["Gemma3ForCausalLM"]  # it
 
 
 def _difference(name: str, config: PretrainedConfig) -> str | None:
-    """What llama.cpp would do otherwise, since it derives this from the family and the number of layers."""
+    """Name a setting that llama.cpp would have otherwise, since it derives it from family and layers; or None."""
     numbers = range(1, config.num_hidden_layers + 1)
     if name == "smollm3":
         if config.use_sliding_window:
@@ -128,11 +128,11 @@ class GgufArchitecture:
         return found
 
     def is_paired(self, name: str) -> bool:
-        """Whether its rows change places (`paired_rows`)."""
+        """Whether the rows of a tensor change places (`paired_rows`)."""
         return self.family.paired and _PAIRED.search(name) is not None
 
     def paired_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """All rows of q or k in llama.cpp's order: element i of a head beside element i + half."""
+        """Reorder all rows of q or k as llama.cpp has them: element i of a head beside element i + half."""
         found = _PAIRED.search(name)
         assert found is not None
         heads = self.config.num_attention_heads if found[1] == "q" else self.config.num_key_value_heads
@@ -140,7 +140,7 @@ class GgufArchitecture:
         return halves.transpose(1, 2).reshape(rows.shape)
 
     def extra_tensors(self) -> dict[str, torch.Tensor]:
-        """Factors by which Llama 3.1 and Phi-3 divide rotary frequencies; checkpoints do not have them."""
+        """Compute the factors by which Llama 3.1 and Phi-3 divide rotary frequencies; checkpoints do not have them."""
         if self.rope.get("rope_type") == "longrope":
             return {
                 f"rope_factors_{kind}.weight": torch.tensor(self.rope[f"{kind}_factor"]) for kind in ("long", "short")
@@ -154,6 +154,8 @@ class GgufArchitecture:
         factors = []
         for frequency in frequencies.tolist():
             length = 2 * math.pi / frequency
+            # As transformers' rope_type llama3: long waves are divided by the factor, short ones stay, others are
+            # between.
             smooth = min(max((context / length - low) / (high - low), 0.0), 1.0)
             factors.append(1 / ((1 - smooth) / factor + smooth))
         return {"rope_freqs.weight": torch.tensor(factors)}
@@ -232,7 +234,7 @@ _SPLITTERS = {
     ("digits", "words"): "smollm",
     ("words",): "gpt-2",
 }
-"""How a text becomes words → llama.cpp's name of it (``tokenizer.ggml.pre`` in llama-vocab.cpp)."""
+"""Maps the way a text is split into words to llama.cpp's name of it (``tokenizer.ggml.pre`` in llama-vocab.cpp)."""
 _PHI_3 = re.compile("phi-?3", re.IGNORECASE)
 _NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}
 _SPACE = "▁"
@@ -299,7 +301,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, config
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[list[str], list[int]]:
-    """Text and kind of each id, as llama.cpp's converter has them."""
+    """List the text and the kind of each id, as llama.cpp's converter has them."""
     from gguf import TokenType
 
     vocabulary, added = {number: text for text, number in tokenizer.get_vocab().items()}, tokenizer.added_tokens_decoder
@@ -360,13 +362,13 @@ def _splitter(tree: dict[str, Any]) -> str:
 
 
 def _steps(tree: dict[str, Any], stage: str, members: str) -> list[dict[str, Any]]:
-    """A stage of tokenizer.json has a sequence of steps, a single step, or none."""
+    """List the steps of a stage of tokenizer.json, which has a sequence of them, a single one, or none."""
     whole = tree.get(stage) or {}
     return list(whole.get(members, [whole] if whole else []))
 
 
 def _piece_scores(tree: dict[str, Any]) -> dict[str, float]:
-    """Minus the place among the merges: SentencePiece's scores of a BPE have the same order.
+    """Score each piece by minus its place among the merges; SentencePiece's scores of a BPE have the same order.
 
     SentencePiece and llama.cpp split only at spaces before merging, and merge any two pieces whose sum is a piece.
     """

@@ -38,7 +38,7 @@ Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # layer, or layer.numbe
 
 
 def serving_text(rank: int, is_dora: bool = False) -> str:
-    """The setting with which engines serve this rank, or what to do if they can't."""
+    """Name the setting with which engines serve this rank, or what to do if they can't."""
     if is_dora:
         return "vLLM takes no DoRA (adapter.magnitude): give it the whole model, by --to merged"
     place = next((known for known in VLLM_RANKS if known >= rank), None)
@@ -48,7 +48,7 @@ def serving_text(rank: int, is_dora: bool = False) -> str:
 
 
 def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
-    """What a smaller rank loses: errors of `truncate` by layer, and a conclusion."""
+    """Say what a smaller rank loses, from the errors of `truncate` by layer, with a conclusion."""
     ordered = sorted(errors, key=errors.__getitem__)
     low, high, typical = ordered[0], ordered[-1], errors[ordered[len(ordered) // 2]]
     line = (
@@ -65,7 +65,7 @@ def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
 
 
 def rounding_text(dtype: torch.dtype) -> str:
-    """How exact a whole LoRA is in this dtype."""
+    """Say how exact a whole LoRA is in this dtype."""
     if dtype == torch.float32:
         return "exact: its factors are the adapter's own in float32"
     name = str(dtype).removeprefix("torch.")
@@ -76,7 +76,7 @@ def rounding_text(dtype: torch.dtype) -> str:
 
 
 def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of ΔW = B A by rank k: A'' [k, n] and B'' [m, k] in fp32, and its error.
+    """Find the best approximation of ΔW = B A by rank k: A'' [k, n] and B'' [m, k] in fp32, and its error.
 
     This is the truncated SVD (Eckart and Young), taken of the small factors (QR of each, then the SVD of an r x r
     core), never of a dense ΔW. The error is relative to ‖ΔW‖, in Frobenius norms.
@@ -84,6 +84,7 @@ def truncate(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     left, left_core = torch.linalg.qr(B.double())  # [m, p], [p, r]
     right, right_core = torch.linalg.qr(A.double().t())  # [n, q], [q, r]
     U, S, Vh = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
+    # Each factor gets the root of the singular values, so both have the same norm.
     root, whole = S[:rank].sqrt(), S.norm()
     error = (S[rank:].norm() / whole).item() if whole > 0 else 0.0
     kept_B, kept_A = (left @ U[:, :rank]) * root, root.unsqueeze(1) * (right @ Vh[:rank].t()).t()
@@ -194,6 +195,7 @@ def export_lora(
             if delta.magnitude is not None:
                 yield delta.magnitude.float()
 
+    # PEFT has one rank for all linears; those of another rank are named in a pattern.
     rank = max(ranks.values())
     others = {name: one for name, one in ranks.items() if one != rank}
     if is_lora and adapter.ours is not None:
@@ -243,7 +245,7 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
 
 
 def in_every_place(adapter: AdapterDeltas, model: PreTrainedModel) -> AdapterDeltas:
-    """The adapter with a copy for each place of a module that stands in several (`share_tied_modules`), as PEFT has."""
+    """Copy the ΔW of a module that stands in several places (`share_tied_modules`) to each place, as PEFT has it."""
     layers, config = dict(adapter.layers), copy.copy(adapter.config)
     layers |= {place: adapter.layers[name] for place, name in other_places(adapter.layers, model).items()}
     if len(layers) > len(adapter.layers) and not isinstance(config.target_modules, str):
@@ -252,13 +254,13 @@ def in_every_place(adapter: AdapterDeltas, model: PreTrainedModel) -> AdapterDel
 
 
 def require_kept_by_peft(adapter: AdapterDeltas, model: PreTrainedModel) -> Places:
-    """`require_kept` for the linears and experts of an adapter."""
+    """Call `require_kept` for the linears and experts of an adapter."""
     turned = {name: delta.transposed if delta.experts else None for name, delta in adapter.layers.items()}
     return require_kept(LoraConfig(r=1, **_targets(adapter), task_type=adapter.config.task_type), turned, model)
 
 
 def _targets(adapter: AdapterDeltas) -> dict[str, Any]:
-    """PEFT's ``target_modules``, and its ``target_parameters`` where there are experts."""
+    """Return PEFT's ``target_modules``, and its ``target_parameters`` where there are experts."""
     targets, stacks = adapter.config.target_modules, sorted(name for name, d in adapter.layers.items() if d.experts)
     if stacks or any(getattr(adapter.config, limit, None) is not None for limit in LIMITS):
         targets = adapter.layers.keys() - set(stacks)
@@ -275,7 +277,7 @@ def _write_for_peft(
     header: Mapping[str, str],
     chat_template: str | None,
 ) -> int:
-    """Add what all kinds have: targets, base, head and header."""
+    """Add to ``config`` and ``specs`` what all kinds have (targets, base, head, header), and write the adapter."""
     own = adapter.config
     common = {
         "fan_in_fan_out": all(delta.transposed and not delta.experts for delta in adapter.layers.values()),

@@ -72,12 +72,12 @@ from qvera.utils.signals import StopRequests
 _MERGING_BYTES = 2 * 10**9
 """Free memory needed on an accelerator: the pair of a 70B at rank 1024 in fp32 is 230 MB, and blocks add to it."""
 Merged = tuple[Block, torch.Tensor, tuple[float, float] | None]
-"""Rows in the output's dtype, and max and sum of |ΔW| in them where the weight is adapted."""
+"""A block, its rows in the output's dtype, and max and sum of |ΔW| in them where the weight is adapted."""
 Progress = Callable[[int, int, str], None]  # called with (finished tensors, all tensors, tensor name)
 
 
 class Merging:
-    """Opens and compares base and adapter before anything is written; then gives merged rows."""
+    """A base and its adapter, opened and compared before anything is written. Yields merged rows (`merged`)."""
 
     reader: CheckpointReader
 
@@ -123,13 +123,13 @@ class Merging:
             for name in changed
             for source, place in base.fused[name].expert_of().items()
         }
-        """Tensor of a single expert in the files → its stack, the expert's number, and its place in the expert."""
+        """Maps a tensor of one expert in the files to its stack, the expert's number, and its place in the expert."""
         self.merged_expert = functools.lru_cache(maxsize=4)(self._merged_expert)  # its tensors come one after the other
         self.head = dict(sorted(self.adapter.head.items()))  # tensors of a classification head, fp32
         # in the order of the base's files; then those of the head
         whole = {entry.name: entry.dtype for entry in base.entries if not entry.dtype.is_floating_point}
         self.parts: dict[str, list[str]] = {}
-        """Tensor of the files → those that have its rows (`conversion.in_parts`), itself in most cases."""
+        """Maps a tensor of the files to those that have its rows (`conversion.in_parts`), in most cases itself."""
         for entry in base.entries:
             self.parts.setdefault(entry.rows_of or entry.name, []).append(entry.name)
         self.specs = []
@@ -141,7 +141,7 @@ class Merging:
         self.layers: dict[str, dict[str, float]] = {}  # adapted weight → max and mean |ΔW|, of the merged ones
 
     def identity(self) -> dict[str, Any]:
-        """An interrupted export continues only where all of this is equal.
+        """Return all that must be equal for an interrupted export to continue.
 
         The base's files are compared by size, time and inode, because their SHA-256 is only known after merging.
         """
@@ -159,7 +159,7 @@ class Merging:
     def merged(
         self, skip: Collection[str], known: dict[str, str], check: Callable[[], None], progress: Progress | None
     ) -> Iterator[Iterator[tuple[Block, torch.Tensor]]]:
-        """Merged rows except ``skip``, in order; they fill `layers`.
+        """Yield merged rows except those of ``skip``, in order. As they are read, `layers` fills up.
 
         ``known``: SHA-256 of files already hashed. ``check`` is called at each block, and raises to stop.
         """
@@ -168,6 +168,7 @@ class Merging:
             self.reader = base.reader(self.section, known)
         else:
             self.reader = CheckpointReader(base.stored, base.stamps, known)
+        # Tensors that are not merged are still read, because the certificate has the hash of each file.
         skip = {entry.name for entry in base.stored} - {entry.name for entry in base.entries} | set(skip)
 
         def counted(results: Iterator[Merged]) -> Iterator[tuple[Block, torch.Tensor]]:
@@ -193,7 +194,7 @@ class Merging:
             yield counted(results)
 
     def _merge(self, block: Block) -> Merged:
-        """W + ΔW in fp32, rounded once to the output's dtype.
+        """Add ΔW to a block of W in fp32, and round the sum once to the output's dtype.
 
         The host waits for an accelerator twice a block: for the numbers and for the rows. RunFailed: NaN or Inf.
         """
@@ -221,6 +222,7 @@ class Merging:
         if of_delta:
             found = (max(-of_delta[0], of_delta[1]), of_delta[2])
         if not (math.isfinite(low) and math.isfinite(high)):
+            # Find out what is wrong: the base itself, the sum, or only its rounding to the output's dtype.
             if not torch.isfinite(block.rows.float()).all():
                 raise RunFailed(f"{name}: the base weight itself has NaN or Inf ({block.entry.file}).")
             what = "has NaN or Inf" + (" after merging" if delta is not None else "")
@@ -233,7 +235,7 @@ class Merging:
         return block, result.cpu(), found
 
     def _merged_expert(self, target: str, number: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """W + ΔW and ΔW of one expert in fp32, each in the tensors that the base's files have of it."""
+        """Return W + ΔW and ΔW of one expert in fp32, each cut into the tensors that the base's files have of it."""
         fused, section = self.base.fused[target], self.section
         weight = fused.part(number, lambda entry, _: read_tensor(entry, self.base.stamps))
         is_quantized = section.quantization in ("nf4", "fp4") and weight.numel() % 64 == 0
@@ -246,7 +248,7 @@ class Merging:
         return fused.split(change + weight), fused.split(change)
 
     def _merge_expert(self, block: Block) -> Merged:
-        """As `_merge`, for rows of a tensor of one expert."""
+        """Do what `_merge` does, for rows of a tensor of one expert."""
         name, rows = block.entry.name, slice(block.first, block.first + len(block.rows))
         fused, number, place = self.expert_sources[name]
         merged, changes = self.merged_expert(fused.spec.name, number)
@@ -262,7 +264,7 @@ class Merging:
         return block, result.contiguous(), found
 
     def config(self) -> PretrainedConfig:
-        """The config of the merged model: its dtype, its tokens, no quantization."""
+        """Make the config of the merged model: its dtype, its tokens, no quantization."""
         config, section = self.base.config, self.section
         config.dtype = self.dtype
         for table in self.tables.values():
@@ -278,7 +280,7 @@ class Merging:
         return config
 
     def certificate(self, kind: str, files: dict[str, str]) -> dict[str, Any]:
-        """What was merged into what, once all of the base is read; ``files``: name → SHA-256."""
+        """Say what was merged into what, once all of the base is read; ``files`` maps names to SHA-256."""
         section, base = self.section, self.base
         trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
         for weight in base.packed.values():  # what is in the file, whatever the recipe says
@@ -357,6 +359,7 @@ def export_merged(
                     if section.eos_token is not None:
                         generation.eos_token_id = merging.tokenizer.eos_token_id
                     place_files(out, generation.save_pretrained)
+                # The config comes last: from then on the directory is a model.
                 replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
                 place_files(out, merging.config().save_pretrained)
         except KeyboardInterrupt:
@@ -375,6 +378,7 @@ def _write_shards(
 ) -> None:
     """Write the shards that are not finished. ``check`` raises to stop; ``kept`` says what an error leaves."""
     left = [(name, group) for name, group in shards if not work.has(name)]
+    # Tensors of finished shards are skipped; what is known of their ΔW comes from the state file.
     done = {spec.name for spec in merging.specs} - {spec.name for _, group in left for spec in group}
     skip = {part for name in done for part in merging.parts.get(name, [name])}
     merging.layers = {name: facts for name, facts in work.facts.get("layers", {}).items() if name in skip}
@@ -418,6 +422,7 @@ def export_quantized(
     model_class = getattr(read_config(adapter_dir), "model_class", CAUSAL_LM)
     base, place = base_directory(section), out.absolute()
     is_dense = read_json(base / "config.json", "the config of a model").get("quantization_config") is None
+    # Refused before the merge, which may take long.
     if is_dense and not read_source(section.replace(quantization=quantization), base, model_class).quantized:
         raise InputError(f"--quantize: {base} has no linear of a class that bitsandbytes quantizes. Leave it out.")
     merged = place.with_name(f".{place.name}.merged")
@@ -475,7 +480,7 @@ def export_quantized(
 def _finished_merge(
     merged: Path, adapter_dir: Path, section: ModelSection, options: ExportSection
 ) -> dict[str, Any] | None:
-    """The certificate of a merge that an interrupted call finished; else None."""
+    """Return the certificate of a merge that an interrupted call finished; None if there is none."""
     found = try_read_json(merged / CERTIFICATE) if (merged / "config.json").is_file() else None
     if found is None or any(merged.glob(".qvera_export*")):
         return None
@@ -494,7 +499,7 @@ def _finished_merge(
 def _weight_errors(
     dense: Path, quantized: Path, section: ModelSection, model_class: ModelClass, progress: StageProgress
 ) -> dict[str, float]:
-    """Name of each 4-bit weight → ‖Q(W) - W‖ / ‖W‖ (Frobenius), with W from ``dense``.
+    """Map the name of each 4-bit weight to ‖Q(W) - W‖ / ‖W‖ (Frobenius), with W from ``dense``.
 
     One weight of ``dense`` is in memory at a time. ``progress`` may raise, to stop.
     """
@@ -515,6 +520,7 @@ def _weight_errors(
             tensor = fused[entry.name]
             parts = [tensor.part(i, lambda e, at: read_tensor(e, source.stamps, at)) for i in range(entry.shape[0])]
             weight = torch.stack(parts).float()
+        # Sums in fp64 over blocks of rows, so no second copy of the weight is made.
         wrong = size = 0.0
         with open(entry.file, "rb", buffering=0) as handle:
             for block in reader.blocks_of(handle.fileno(), entry):

@@ -24,7 +24,7 @@ def _require_additive(adapters: Sequence[AdapterDeltas]) -> None:
 
 
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
-    """Why a weighted sum is not a VeRA adapter; None where seed, rank, layers, d and a are the same.
+    """Say why a weighted sum is not a VeRA adapter; None where seed, rank, layers, d and a are the same.
 
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. ``adapter.train_d: false`` keeps d the same.
     """
@@ -58,7 +58,7 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> dict[str, torch.Tensor]:
-    """The vectors of Σ w ΔW as a VeRA adapter, for scaling, negation, averages and interpolation.
+    """Return the vectors of Σ w ΔW as a VeRA adapter, for scaling, negation, averages and interpolation.
 
     InputError: the sum is no VeRA adapter (`same_directions`), or there is not one weight for each.
     """
@@ -85,7 +85,7 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
 def stacked_factors(
     adapters: Sequence[AdapterDeltas], weights: Sequence[float]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Σ w ΔW as an exact LoRA of rank r₁ + r₂ + ... in fp32: all A' stacked [Σ r, n], all w B' side by side [m, Σ r].
+    """Return Σ w ΔW as an exact LoRA of rank Σ r in fp32: all A' stacked [Σ r, n], all w B' side by side [m, Σ r].
 
     An adapter that lacks a layer has zeros there.
     """
@@ -122,7 +122,8 @@ def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path, cha
 
 
 def union(adapters: Sequence[AdapterDeltas]) -> AdapterDeltas:
-    """The first adapter with the layers and targets of all, for `export_lora` with `stacked_factors`."""
+    """Return the first adapter with the layers and targets of all, for `export_lora` with `stacked_factors`."""
+    # Reversed, so that a layer of several adapters is the first one's.
     layers = {name: delta for adapter in reversed(adapters) for name, delta in adapter.layers.items()}
     configs = [adapter.config for adapter in adapters]
     limited = any(getattr(one, limit, None) is not None for one in configs for limit in LIMITS)
