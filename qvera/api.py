@@ -154,11 +154,11 @@ def load(
 
 
 class Model:
-    """What `load` found. The first call that needs the model loads it.
+    """A run, an adapter, an export or a base, as `load` found it. The first call that needs its weights reads them.
 
     Attributes:
         target: the directory, the base, the recipe.
-        names: of adapters that are loaded together; empty for a single one or none.
+        names: the names of adapters that are loaded together; empty for a single one or none.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Model:
 
     @functools.cached_property
     def opened(self) -> OpenRun:
-        """Base, tokenizer and adapter, in memory."""
+        """The base, its tokenizer and the adapter, in memory."""
         path = self.target.path
         with Phase(self.console, f"loading {path}", len(self.names) or None) as show:
             if not self.names:
@@ -205,6 +205,7 @@ class Model:
             raise InputError(f"adapter: names {len(names)} adapters for {len(listed)} prompts; name one for each.")
         if self.names:
             if adapter is None:
+                # It raises, and its message lists the adapters: one of them must be named.
                 require_named(self.target.path, None)
             for name in names:
                 if name is not None and name not in self.names:
@@ -241,7 +242,7 @@ class Model:
         max_new_tokens: int | None = None,
         with_base: bool = False,
     ) -> dict[str, Any]:
-        """Held-out loss, answers and their scores, as from ``qvera eval``.
+        """Measure the held-out loss, answer, and score the answers, as ``qvera eval`` does.
 
         Args:
             rows: a file, or the rows themselves, in a format of ``data.format``; default: the recipe's held-out rows.
@@ -333,6 +334,7 @@ def _file_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
         try:
             yield file
         except InputError as error:
+            # The caller gave no file, so its name would tell nothing.
             raise InputError(str(error).replace(str(file), "rows")) from None
 
 

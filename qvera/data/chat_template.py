@@ -428,6 +428,7 @@ def _layout_spans(
     """Place the answers by the layout; None if its literals and the row's contents do not make up the text."""
     if any(turn.extra or (turn.role == "assistant" and not turn.content) for turn in conversation.turns):
         return None
+    # Two conversations have one shape if their roles agree, and which contents are empty or hold images.
     shape = tuple((m["role"], "context" in m, _form(m["content"])) for m in messages)
     key = (shape, repr(conversation.tools) if conversation.tools else None)
     layouts = template.layouts

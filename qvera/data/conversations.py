@@ -134,6 +134,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         if theirs not in row.fields:
             hint = did_you_mean(theirs, row.fields)
             raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint} Columns found: {found}.")
+    # Our names of the fields that the row has, called so in the file or in data.columns.
     present = {name for name in known if name in columns or name in row.fields}
     if format == "auto":
         detected = [name for name, kind in FORMATS.items() if kind.trains in ("answers", "texts")]

@@ -340,6 +340,7 @@ def build_datasets(
         own = {"mixture": [], "eval_path": None, "eval_split": None, "eval_fraction": fraction, **dict(part)}
         sections.append(section.model_copy(update=own))
     sections = [with_label_names(each) for each in sections]
+    # Each source is read, checked and held out from by itself. What follows joins them.
     with Phase(console or Console(stderr=True), "reading rows", file=progress_file) as show:
         sources = [tokenized(each, encoder, show, cached) for each in sections]
     # Rows are divided and thinned out before the weights, which may repeat some of them.
@@ -374,6 +375,7 @@ def build_datasets(
         # by sorting: hashes are no table's indices, and numpy 2.0 overflows where it tries 64 unsigned bits as such
         stats.repeated_rows = int(np.isin(held_out.ids_hash, train.ids_hash, kind="sort").sum())
     for part in (train, held_out, *set_aside.values()):
+        # Tables hold images as files do, so rows need what makes a model's input of them.
         part.processor = processor if isinstance(processor, ImageProcessor) else images_of(processor)
     if section.format in LABELLED:
         # A part that is set aside is no training data, so its labels are checked like those of held-out rows.

@@ -171,6 +171,7 @@ def few_of_each_label(sources: Sequence[Rows], count: int, seed: int) -> list[Ro
                 f"data.rows_per_label: counts the rows of classes, and {concatenated(sources)[row].source} has the "
                 f"label {name}, a number of a regression. Remove the key, or set data.limit."
             )
+    # The first ``count`` of each label in random order, marked at their old places.
     seen: Counter[str] = Counter()
     taken = np.zeros(len(names), dtype=bool)
     for row in random_order(len(names), seed, 2**62).tolist():
@@ -203,6 +204,7 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
     all_numbers = None not in numbers.values()
     has_fraction = any(value is not None and not value.is_integer() for value in numbers.values())
     asked = section.regression if section.format == "classification" else False  # an image has a class
+    # Whole numbers alone may be classes (0, 1, 2), so only a fraction makes a regression without being asked.
     if asked is True or (asked == "auto" and has_fraction and all_numbers and not section.label_names):
         labels = Labels((VALUE,), True)
         for rows in (train, *held_out):

@@ -146,6 +146,7 @@ def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
         rows = read_rows(path, split=split, config_name=hub[0], revision=hub[1], most_characters=most)
     else:  # a local eval file beside a hub dataset: the hub's keys are not about it
         rows = read_rows(path, most_characters=most)
+    # With several adapters the limit counts the rows of each, so all rows are read.
     limit = None if held_out else section.limit
     seen: Counter[str | None] = Counter()
     for row in itertools.islice(rows, None if section.has_adapters else limit):
@@ -387,6 +388,7 @@ def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
     asked, total = part.tokenizer.section.tokenize_processes, -(-part.rows // CHUNK_ROWS)
     processes = min(asked or len(os.sched_getaffinity(0)), total)
     done, begun = 0, time.perf_counter()
+    # Begin with one process and measure: others are started only if the rest would take long.
     for chunk in part.chunks(0) if asked is None else ():
         yield chunk
         done += 1

@@ -356,6 +356,7 @@ class RowTokenizer:
         bounds: list[Bounds],
     ) -> list[Example]:
         input_ids = self.encoder.with_bos(ids)
+        # A BOS in front moves all bounds by one.
         shift = len(input_ids) - len(ids)
         prompt_ids: list[int] = []
         prompt_text, reference, header = "", None, 0
@@ -383,6 +384,7 @@ class RowTokenizer:
             assert self.encoder.eos_id is not None  # rows with answers ask for one
             input_ids = [*input_ids, self.encoder.eos_id]
             trained = np.append(trained, True)
+        # The first token has nothing before it that could predict it.
         trained[:1] = False
         if not trained.any():
             raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
@@ -414,6 +416,7 @@ class RowTokenizer:
         kept = np.flatnonzero(keep)
         is_long, bos = len(kept) > limit, int(len(kept) > 0 and whole.input_ids[kept[0]] == self.encoder.bos_id)
         if is_long and too_long == "cut-start":
+            # The BOS stays in front.
             cut = kept[bos : len(kept) - limit + bos]
             keep[cut] = asked[cut] = False
         elif is_long and too_long == "cut-end":

@@ -225,6 +225,7 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     adapter = read_deltas(adapter_dir, model, section)
     fingerprint = base_fingerprint(directory)
     require_base(adapter.config, adapter_dir, section.path, fingerprint)
+    # Both lists have the same tensors in the same order.
     names = {own.name: entry.name for own, entry in zip(named, stored, strict=True)}
     buffers = {names.get(name) for name, _ in model.named_buffers()}  # whole numbers, such as experts, are copied
     for entry in entries:

@@ -101,6 +101,7 @@ class Merging:
                 self.tokenizer.chat_template = chat_template
         self.added_tokens = ids_of(self.tokenizer, section.added_tokens)
         require_tokens(self.adapter.config, adapter_dir, self.added_tokens)
+        # Shapes of the output: those of the files, but for experts and added tokens.
         shapes = {entry.name: entry.shape for entry in base.entries}
         own = {file: base.model.get_parameter(n) for n in expert_specs(base.model) if (file := base.names.get(n))}
         self.flat = {name: tuple(weight.shape) for name, weight in own.items() if weight.dim() == 2}
@@ -117,6 +118,7 @@ class Merging:
             base.names.get(own := name if delta.experts else f"{name}.weight", own): delta
             for name, delta in self.adapter.on(self.device).layers.items()
         }
+        # Experts that are single in the files. A dequantized base changes all of them, else a ΔW changes some.
         changed = base.fused.keys() if options.base == "dequantized" else base.fused.keys() & self.deltas.keys()
         self.expert_sources = {
             source: (base.fused[name], *place)
@@ -134,6 +136,7 @@ class Merging:
             self.parts.setdefault(entry.rows_of or entry.name, []).append(entry.name)
         self.specs = []
         for name, parts in self.parts.items():
+            # Parts of one tensor of the files lie one below the other.
             first, *others = (shapes[part] for part in parts)
             shape = (first[0] + sum(other[0] for other in others), *first[1:]) if others else first
             self.specs.append(TensorSpec(name, whole.get(name, self.dtype), shape))

@@ -1,4 +1,4 @@
-"""What training did to each weight, and the page of it: intruder dimensions, size and effective rank of ΔW.
+"""Measures what training did to each weight, and draws a page: intruder dimensions, size and effective rank of ΔW.
 
 One of the first k left singular vectors of W + ΔW is an intruder dimension if its cosine with every left singular
 vector of W is below ε, signs aside (LoRA vs Full Fine-tuning, arXiv 2410.21228).
@@ -37,7 +37,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 @dataclasses.dataclass(frozen=True)
 class LinearAnalysis:
-    """One adapted linear.
+    """The measurements of one adapted linear.
 
     Attributes:
         role: see `roles_of`.
@@ -79,7 +79,7 @@ class Analysis(Mapping[str, Factors]):
 
     @property
     def reduced_rank(self) -> int:
-        """Of the reduced adapter. Zeros fill up where a linear needs less."""
+        """The rank of the reduced adapter. Zeros fill up where a linear needs less."""
         return max(each.rank + len(each.intruders) for each in self.linears)
 
     def __getitem__(self, name: str) -> Factors:
@@ -144,7 +144,7 @@ def analyze_adapter(
 
 
 def roles_of(names: Iterable[str]) -> dict[str, str]:
-    """Name of a linear → its shortest end that no other kind has: ``q_proj``, ``attention.output.dense`` (RoBERTa)."""
+    """Map each linear's name to its shortest end that no other kind has: ``q_proj``, ``attention.output.dense``."""
     kinds = {name: tuple(_LAYER.sub(".*.", name, count=1).strip(".").split(".")) for name in names}
     sharing: Counter[tuple[str, ...]] = Counter()
     for kind in set(kinds.values()):
@@ -169,7 +169,7 @@ def _analyze(
     epsilon: float,
     keep: float | None,
 ) -> tuple[LinearAnalysis, Factors | None]:
-    """``weight`` is as in the checkpoint: [in, out] for a Conv1D. ``factors`` are those of ΔW."""
+    """Measure a linear. ``weight`` is as in the checkpoint: [in, out] for a Conv1D. ``factors`` are those of ΔW."""
     if keep is not None:  # fp32's singular vectors are 1e-5 off where values are near to each other
         weight = weight.double()
     tuned, step = weight.clone(), rows_per_block(weight.shape[1])
@@ -178,6 +178,7 @@ def _analyze(
         part += delta.rows(first, len(part))
     if not torch.isfinite(tuned).all():
         raise RunFailed(f"{name}: W + ΔW has NaN or Inf in it, so it has no singular vectors. Look at this adapter.")
+    # From the factors this is cheap; a sparse ΔW has none and is decomposed as a whole.
     values = torch.linalg.svdvals(delta.rows()) if factors is None else delta_singular_values(*factors)
     if delta.transposed:
         weight, tuned = weight.t(), tuned.t()
@@ -218,14 +219,14 @@ class Intruders(NamedTuple):
 
 
 def find_intruders(weight: Tensor, tuned: Tensor, top_k: int, epsilon: float) -> Intruders:
-    """The intruders among the first ``top_k`` singular vectors of ``tuned`` = W + ΔW [m, n]."""
+    """Find the intruders among the first ``top_k`` singular vectors of ``tuned`` = W + ΔW [m, n]."""
     top = leading_singular_vectors(tuned, min(top_k, *tuned.shape))
     cosines, exact = largest_cosines(weight, top.U, epsilon)
     return Intruders(top, cosines, exact, cosines < epsilon)
 
 
 def largest_cosines(weight: Tensor, vectors: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The largest |cosine| of each of ``vectors`` [m, k], of length 1, with any left singular vector of W [m, n].
+    """Find the largest |cosine| of each of ``vectors`` [m, k], of length 1, with any left singular vector of W [m, n].
 
     Returns ``cosines`` and ``exact`` of `Intruders`. For a large weight, only enough is computed to know on which side
     of ``epsilon`` each is:
@@ -264,7 +265,7 @@ def _exact_cosines(weight: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest_share_bounds(weight: Tensor, vectors: Tensor, steps: int) -> Tensor:
-    """For each vector x [m], an upper bound on the largest (u_iᵀ x)² over all left singular vectors u_i of W [m, n].
+    """Bound, for each vector x [m], the largest (u_iᵀ x)² over all left singular vectors u_i of W [m, n] from above.
 
     The Lanczos process on W Wᵀ from x, ``steps`` long, gives nodes and weights of the Gauss quadrature of x's spectral
     measure Σ (u_iᵀ x)² δ(σ_i²). By the inequalities of Chebyshev, Markov and Stieltjes no point has more of the measure
@@ -282,6 +283,7 @@ def largest_share_bounds(weight: Tensor, vectors: Tensor, steps: int) -> Tensor:
         if step == steps - 1:
             break
         known = space[: step + 1]
+        # Gram and Schmidt twice: once leaves rounding errors, with which the vectors lose their right angles.
         for _ in range(2):
             product = product - torch.einsum("smj,sj->mj", known, torch.einsum("smj,mj->sj", known, product))
         length = product.norm(dim=0)
@@ -297,19 +299,22 @@ def largest_share_bounds(weight: Tensor, vectors: Tensor, steps: int) -> Tensor:
 
 
 def mitigation_factors(intruders: Intruders, keep: float) -> tuple[Tensor, Tensor]:
-    """A [k, n] and B [m, k] that take k intruders down to λ = ``keep``: B A = (λ − 1) Σ_i σ_i u_i v_iᵀ (section 5)."""
+    """Return A [k, n] and B [m, k] that take k intruders down to λ = ``keep``.
+
+    B A = (λ − 1) Σ_i σ_i u_i v_iᵀ (section 5).
+    """
     U, S, V = (part[..., intruders.found] for part in intruders.top)
     return V.t().contiguous(), (keep - 1) * S * U
 
 
 def delta_singular_values(A: Tensor, B: Tensor) -> Tensor:
-    """Those of ΔW = B A: [min(m, n, r)], falling, fp64, from the factors' small cores."""
+    """Return the singular values of ΔW = B A: [min(m, n, r)], falling, fp64, from the factors' small cores."""
     left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in (B, A.t()))
     return torch.linalg.svdvals(left @ right.t())
 
 
 def effective_rank(singular_values: Tensor) -> float:
-    """exp of the entropy of the singular values' shares of their sum (Roy and Vetterli, 2007); 0 for a zero matrix."""
+    """Return exp of the entropy of the singular values' shares of their sum (Roy and Vetterli, 2007); 0 for zeros."""
     total = singular_values.sum()
     if not total > 0:
         return 0.0
@@ -323,7 +328,7 @@ ROLE_TITLES = ["linears", "intruder dimensions", "‖ΔW‖ / ‖W‖", "effecti
 
 
 def role_rows(document: Document) -> list[tuple[str, list[str]]]:
-    """The cells of `ROLE_TITLES` for each kind of linear, then for all of them; norms and ranks are medians."""
+    """Return the cells of `ROLE_TITLES` for each kind of linear, then for all; norms and ranks are medians."""
     roles: dict[str, list[dict[str, Any]]] = {}
     for linear in document["linears"]:
         roles.setdefault(linear["role"], []).append(linear)
@@ -342,13 +347,13 @@ def role_rows(document: Document) -> list[tuple[str, list[str]]]:
 
 
 def loss_titles(document: Document) -> list[str]:
-    """The column titles of `loss_rows`."""
+    """Return the column titles of `loss_rows`."""
     reduced = document["reduced"]
     return ["Rows", "Base", "Adapter", *([] if reduced is None else [f"Reduced to {reduced['keep']:g}"])]
 
 
 def loss_rows(document: Document) -> list[tuple[str, list[str]]]:
-    """For each text its rows, and the losses of base, adapter and reduced adapter (if there is one)."""
+    """Return for each text its rows, and the losses of base, adapter and reduced adapter (if there is one)."""
     rows = []
     for losses in document["losses"]:
         models = [losses[model] for model in ("base", "adapter", "reduced") if losses[model] is not None]
@@ -357,7 +362,7 @@ def loss_rows(document: Document) -> list[tuple[str, list[str]]]:
 
 
 def summary(document: Document) -> str:
-    """A sentence: how many intruder dimensions there are, and in how many linears."""
+    """Say in a sentence how many intruder dimensions there are, and in how many linears."""
     found = [len(linear["intruders"]) for linear in document["linears"]]
     total, touched = sum(found), sum(number > 0 for number in found)
     dimensions = f"{total:,} intruder dimension{'' if total == 1 else 's'}"
@@ -366,7 +371,7 @@ def summary(document: Document) -> str:
 
 
 def analysis_page(document: Document) -> str:
-    """HTML with heat maps over layers, tables, and every intruder dimension."""
+    """Make the page: HTML with heat maps over layers, tables, and every intruder dimension."""
     pictures: list[tuple[str, Callable[[dict[str, Any]], float], Callable[[float], str], str]] = [
         ("Intruder dimensions", lambda linear: len(linear["intruders"]), count, "among the first k singular vectors"),
         ("Size of ΔW", lambda linear: linear["relative_norm"], percent, "‖ΔW‖ / ‖W‖, Frobenius"),
@@ -400,13 +405,13 @@ def analysis_page(document: Document) -> str:
 
 
 SHADES = 9
-"""Above the shade of 0: the classes h1 to h9 of style.css."""
+"""The number of shades above that of 0: the classes h1 to h9 of style.css."""
 
 
 def heat_map(
     title: str, rows: Mapping[str, Mapping[int, float]], note: str, text: Callable[[float], str]
 ) -> Chart | None:
-    """A heat map of row → column → value, 0 or more; None without values. The largest value has the full colour."""
+    """Draw a heat map of row → column → value, 0 or more; None without values. The largest has the full colour."""
     columns = sorted({column for values in rows.values() for column in values})
     if not columns:
         return None

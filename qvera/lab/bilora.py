@@ -166,6 +166,7 @@ class BilevelBatches(PartBatches):
             return self.part_rows(2, np.arange(len(self.lengths)), step - self.retrain_from)
         cycle, place = divmod(step, self.lower_steps + self.upper_steps)
         upper = self.is_upper(step)
+        # The number of this batch among those of its level.
         batch = cycle * self.upper_steps + place - self.lower_steps if upper else cycle * self.lower_steps + place
         levels = split_levels(len(self.lengths), self.upper_share, self.seed)
         return self.part_rows(int(upper), levels[upper], batch)

@@ -18,7 +18,7 @@ SHA256 = "sha256"
 
 
 def data_sha256(content: bytes | memoryview) -> str:
-    """The hash of what follows the header in a safetensors file."""
+    """Hash what follows the header in a safetensors file."""
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 

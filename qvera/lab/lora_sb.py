@@ -64,7 +64,7 @@ class LoraSb(Method):
 
 
 class FirstGradient(Schedule):
-    """The start of LoRA-SB."""
+    """Gives LoRA-SB its start, by `StartFromGradient`."""
 
     name = "first_gradient"
     keys = ("adapter.method",)
@@ -96,6 +96,7 @@ class StartFromGradient(TrainingHook):
         layers = {name: m for name, m in training.model.named_modules() if isinstance(m, QveraLinear)}
         steps = max(training.steps, training.batches.per_epoch)
         rows, rate = _first_rows(training.batches, steps, section.gradient_rows), current_rate(training.schedule)
+        # Linears in parts, whose gradients fit into the memory together. Each part takes a pass over the rows.
         parts: list[dict[str, QveraLinear]] = []
         most, room = memory.available_bytes(training.device) // _SHARE_OF_FREE_MEMORY, 0
         for name, layer in layers.items():
@@ -120,6 +121,7 @@ class StartFromGradient(TrainingHook):
                         raise RunFailed(f"{name}: its gradient over the first {len(rows)} rows has NaN or Inf.")
                     svd = truncated_svd(rows_of_tensor(sign_step(gradient, rate)), section.rank)
                     made = {"qvera_frozen_A": svd.V.t(), "qvera_frozen_B": svd.U, "qvera_R": torch.diag(svd.S)}
+                    # Ranks may round the decomposition differently, and all must train over the same A and B.
                     made = training.group.broadcast_tensors({kind: tensor.cpu() for kind, tensor in made.items()})
                     with torch.no_grad():
                         for kind, vector in layer.vectors("default").items():
@@ -127,7 +129,7 @@ class StartFromGradient(TrainingHook):
 
 
 def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:
-    """The first ``most`` different rows that training will see, in order."""
+    """List the first ``most`` different rows that training will see, in order."""
     found: dict[int, None] = {}
     for step in range(steps):
         if len(found) >= most:
@@ -152,7 +154,7 @@ def _gradients(
 
 @contextlib.contextmanager
 def _base_alone(model: nn.Module, layers: dict[str, QveraLinear]) -> Iterator[None]:
-    """The base without its adapter, in training mode, so that layers are recomputed."""
+    """Switch the adapter off inside the block, in training mode, so that layers are recomputed."""
     was_training = model.training
     # PEFT, asked for the base within a pass (a loss with a reference), freezes vectors of layers that are off already
     vectors = [vector for layer in layers.values() for vector in layer.tensors("default").values()]
@@ -190,7 +192,7 @@ class _AddUp(torch.autograd.Function):
 
 @contextlib.contextmanager
 def collected(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Each backward pass in the block adds to these linears' gradients [out_features, in_features], fp32 or wider."""
+    """Collect gradients [out_features, in_features] of linears, fp32 or wider, from backward passes in the block."""
     gradients: dict[str, Tensor] = {}
 
     def leaf(_module: nn.Module, _inputs: object, y: Tensor) -> Tensor:
@@ -214,5 +216,5 @@ def collected(model: nn.Module, linears: Mapping[str, nn.Module]) -> Iterator[di
 
 
 def sign_step(gradient: Tensor, size: float) -> Tensor:
-    """−size · sign(gradient): the first step of a sign-based optimizer, as Adam's is."""
+    """Return −size · sign(gradient), the first step of a sign-based optimizer, as Adam's is."""
     return gradient.sign().mul_(-size)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def require_rank(rank: int, spec: LinearSpec) -> None:
-    """InputError where a linear has fewer singular values than the rank."""
+    """Raise InputError where a linear has fewer singular values than the rank."""
     most = min(spec.in_features, spec.out_features)
     if rank > most:
         raise InputError(
@@ -47,7 +47,7 @@ def require_rank(rank: int, spec: LinearSpec) -> None:
 
 
 def svd_pair(adapter: QveraConfig, spec: LinearSpec, base_layer: nn.Module | None, rank: int) -> Pair | None:
-    """A and B of a linear in fp32, cached or computed now. Without ``base_layer``, None if they are not cached."""
+    """Return A and B of a linear in fp32, cached or computed now. Without ``base_layer``, None if not cached."""
     if base_layer is None:
         return FactorCache.of(adapter).find(spec.name, rank, (adapter.pair_numbers or {}).get(spec.name))
     require_rank(rank, spec)
@@ -107,7 +107,7 @@ class FactorCache:
         return FACTORS.root / f"{PREFIX}{key}"
 
     def pair(self, name: str, layer: nn.Module, rank: int) -> Pair:
-        """A = Σ Vᵀ [rank, n] and B = U [m, rank] of a linear, fp32, on the layer's device or the CPU."""
+        """Return A = Σ Vᵀ [rank, n] and B = U [m, rank] of a linear, fp32, on the layer's device or the CPU."""
 
         def compute() -> dict[str, Tensor]:
             A, B = svd.truncated_svd(svd.rows_of(layer), rank).pair()
@@ -118,7 +118,7 @@ class FactorCache:
         return found["A"], found["B"]
 
     def find(self, name: str, rank: int, number: float | None) -> Pair | None:
-        """A and B of a linear by their `pair_number`, without its weight; None where they are not cached."""
+        """Find A and B of a linear by their `pair_number`, without its weight; None where they are not cached."""
         if self.fingerprint is None or number is None:
             return None
         files = sorted(self.directory.glob(f"{glob.escape(name)}.*.rank{rank}.safetensors"))
@@ -128,7 +128,7 @@ class FactorCache:
         return nearest if nearest is not None and same_pair(pair_number(nearest[1]), number) else None
 
     def singular_values(self, name: str, layer: nn.Module) -> Tensor:
-        """All singular values of a linear, fp64, falling."""
+        """Return all singular values of a linear, fp64, falling."""
         values = self._cached(name, layer, "values", lambda: {"S": svd.singular_values(svd.rows_of(layer))})
         return values["S"]
 
@@ -160,13 +160,14 @@ class FactorCache:
                 found = made()
                 with contextlib.suppress(OSError):
                     _write(file, {**found, _SAMPLE: sample})
+            # The entry is of the model on disk, and this one was changed since it was loaded.
             elif not torch.allclose(found[_SAMPLE], sample, rtol=1e-4, atol=1e-6):
                 return made()
             return found
 
 
 def _storage(layer: nn.Module) -> str:
-    """A text for the number format of a weight, as far as its values depend on it."""
+    """Name the number format of a weight, as far as its values depend on it."""
     if isinstance(layer, quantization.Linear4bit):
         facts = quantization.four_bit_facts(layer)
         return f"{facts.quant_type}{'-double' if facts.double_quant else ''}-{facts.blocksize}"

@@ -78,6 +78,7 @@ class Lorta(Method):
     def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         group, (layer, _) = _group(spec), _layer_and_module(spec)
         A, B, heads = (at_least_fp32(tensors[f"qvera_{kind}_{group}"]) for kind in ("A", "B", "heads"))
+        # The factors of the layer and of the module are the same for all heads, so they are multiplied first.
         d = at_least_fp32(tensors[LAYERS])[layer] * at_least_fp32(tensors[_module_row(spec)])
         cut = spec.out_features if _is_input_first(adapter) else spec.in_features
         heads = heads[: math.ceil(cut / B.shape[1])] * d
@@ -109,7 +110,7 @@ def _is_input_first(adapter: Settings) -> bool:
 
 
 def _layer_and_module(spec: LinearSpec) -> tuple[int, str]:
-    """``model.layers.3.self_attn.q_proj`` → 3 and ``self_attn.q_proj``."""
+    """Split a linear's name: ``model.layers.3.self_attn.q_proj`` gives 3 and ``self_attn.q_proj``."""
     parts = spec.name.split(".")
     for index, part in enumerate(parts[:-1]):
         if part.isdigit():
@@ -121,7 +122,7 @@ def _layer_and_module(spec: LinearSpec) -> tuple[int, str]:
 
 
 def _group(spec: LinearSpec) -> str:
-    """Linears of one part of a layer with one in_features share A, B and C_h: ``self_attn_4096``."""
+    """Name the group of linears that share A, B and C_h, by part of the layer and in_features: ``self_attn_4096``."""
     *part, _ = _layer_and_module(spec)[1].split(".")
     return "_".join([*part, str(spec.in_features)])
 

@@ -72,7 +72,7 @@ class Resample(Schedule):
 
 
 def phase_count(recipe: Any, rows: int) -> int:
-    """How many phases a run has. InputError if their ranks sum to too much."""
+    """Count the phases of a run. InputError if their ranks sum to too much."""
     phases = max(1, -(-planned_steps(recipe, rows) // recipe.training.resample_every))
     if phases * recipe.adapter.rank > MOST_RANK:
         raise InputError(
@@ -110,7 +110,7 @@ class VeraPhases(Vera):
 
 
 def _phases(adapter: Any) -> tuple[int, int]:
-    """The number of phases, and the index of the last one in use."""
+    """Return the number of phases, and the index of the last one in use."""
     phases, current = len(adapter.seed_chain), getattr(adapter, "current_phase", None)
     return phases, phases - 1 if current is None else current
 
@@ -181,7 +181,7 @@ def move_state(layer: QveraLinear, config: QveraConfig, optimizer: torch.optim.O
 
 
 def carried_share(old: Factors, new: Factors) -> Tensor:
-    """How much of the momentum of VeRA's b is carried over from one phase of a linear to the next: a factor each [m].
+    """Return the factors [m] by which the momentum of VeRA's b is carried over from one phase of a linear to the next.
 
     Flora keeps G Pᵀ of a gradient G and moves it as (G P_oldᵀ P_old) P_newᵀ. ∂b_i = s (B_i ⊙ d) A ∂W_iᵀ is the gradient
     of row i of W in one direction, v_i = s (B_i ⊙ d) A [n]. P_old is replaced by v_i / ‖v_i‖². So the factor is

@@ -38,7 +38,7 @@ class TokenSample(NamedTuple):
 
 
 def token_probabilities(x: Tensor, g_norms: Tensor | None = None) -> Tensor:
-    """p [T] ∝ ‖x_t‖ ‖g_t‖ for x [T, n], fp32 or wider, all above 0. Without ``g_norms`` [T] only by ‖x_t‖."""
+    """Return p [T] ∝ ‖x_t‖ ‖g_t‖ for x [T, n], fp32 or wider, all above 0. Without ``g_norms`` [T] only by ‖x_t‖."""
     norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
     odds = norms if g_norms is None else norms * g_norms.to(norms.dtype)
     # a run that diverges ends by its loss: no place below is out of range, which on CUDA would end the whole process
@@ -49,7 +49,7 @@ def token_probabilities(x: Tensor, g_norms: Tensor | None = None) -> Tensor:
 
 
 def _not_kept(highest: Tensor) -> Tensor:
-    """1 - p_C, fp64 [k], for C = the first 0, 1, .. k - 1 of the highest p [k]."""
+    """Return 1 - p_C, fp64 [k], for C = the first 0, 1, .. k - 1 of the highest p [k]."""
     units = _in_units(highest)
     return 1 - (units.cumsum(0) - units).double() / _UNITS
 
@@ -60,7 +60,7 @@ def _in_units(p: Tensor) -> Tensor:
 
 
 def kept_count(highest: Tensor) -> Tensor:
-    """|C| as int64 [1]: how many of the tokens with the ``highest`` p [k] are kept for certain; less than k."""
+    """Return |C|, int64 [1]: how many of the tokens with the ``highest`` p [k] are kept for certain; less than k."""
     slots = len(highest) - torch.arange(len(highest), device=highest.device)
     return (_not_kept(highest) / slots).argmin(0, keepdim=True)
 
@@ -72,6 +72,7 @@ def sample_tokens(p: Tensor, k: int, generator: torch.Generator | None = None) -
     highest = p.topk(k)
     count = kept_count(highest.values)
     is_kept = torch.arange(k, device=p.device) < count
+    # Tokens that are kept for certain get no share of the draws; a draw is a place in the running sum of the rest.
     rest = _in_units(p.scatter(0, highest.indices, highest.values.masked_fill(is_kept, 0.0))).cumsum(0)
     numbers = torch.rand(k, dtype=torch.float64, device=p.device, generator=generator)
     places = torch.minimum((numbers * rest[-1:]).long(), rest[-1:] - 1)
@@ -81,7 +82,7 @@ def sample_tokens(p: Tensor, k: int, generator: torch.Generator | None = None) -
 
 
 def drawn_weights(p: Tensor, not_kept: Tensor, draws: Tensor | int) -> Tensor:
-    """(1 - p_C) / (p_t (k - |C|)): ``not_kept`` is 1 - p_C, and ``draws`` is k - |C|."""
+    """Return (1 - p_C) / (p_t (k - |C|)), where ``not_kept`` is 1 - p_C and ``draws`` is k - |C|."""
     return not_kept / (p * draws)
 
 

@@ -58,7 +58,7 @@ class Sara(Method):
         adapter.ranks = ranks or None
 
     def rank_at(self, adapter: Settings, spec: LinearSpec) -> int:
-        """A recipe knows no weights: then the highest rank that the linear may have."""
+        """Return the rank of a linear; before its weight is known, the highest that it may have."""
         ranks = getattr(adapter, "ranks", None) or {}
         most = min(adapter.rank, spec.in_features, spec.out_features)
         return int(ranks.get(spec.name, most))
@@ -74,7 +74,7 @@ class Sara(Method):
         return Traits(is_trained=name != "qvera_d" or adapter.train_d)
 
     def scale(self, adapter: Settings, spec: LinearSpec) -> float:
-        """VeRA's for the highest rank, so that the step of a linear does not depend on its own rank."""
+        """Return VeRA's scale for the highest rank, so that the step of a linear does not depend on its own rank."""
         return vera_scale(adapter.rank, spec.in_features)
 
     def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
@@ -105,7 +105,7 @@ class _Mixture(Sara):
         return {**shapes, "qvera_router_in": (k,), "qvera_router_out": (experts,)}
 
     def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> Tensor:
-        """d varies around d_initial and the router is random: equal experts would stay equal."""
+        """Start d at random around d_initial, and the router at random: equal experts would stay equal."""
         if name == "qvera_b" or not getattr(adapter, "init_weights", True):
             return super().start(name, shape, adapter, spec)
         seed = getattr(adapter, "projection_seed", getattr(adapter, "seed", 0))
@@ -128,7 +128,7 @@ class _Mixture(Sara):
         )
 
     def add(self, layer: Any, adapter_name: str, x: Tensor, y: Tensor, overwrite: bool) -> Tensor:
-        """y + s b ⊙ B (d ⊙ z), where d = Σₑ gₑ dₑ and g = softmax(w_out (w_in · z / rms(z)))."""
+        """Return y + s b ⊙ B (d ⊙ z), where d = Σₑ gₑ dₑ and g = softmax(w_out (w_in · z / rms(z)))."""
         vectors, pair = layer.vectors(adapter_name), layer.pair(adapter_name)
         assert pair is not None
         A, B = pair

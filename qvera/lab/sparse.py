@@ -27,7 +27,7 @@ Watch = Callable[[Tensor, Tensor], None]
 
 
 def _block_elements(on_accelerator: bool) -> int:
-    """8 MB in fp32 fit a CPU's cache. Accelerators get 64 MB: small blocks would wait for kernel launches."""
+    """Return the elements of a block. 8 MB in fp32 fit a CPU's cache; with 64 MB accelerators launch few kernels."""
     return 2**24 if on_accelerator else 2**21
 
 
@@ -73,7 +73,7 @@ def sampled_product(g: Tensor, x: Tensor, indices: Tensor) -> Tensor:
 
 
 def largest_places(blocks: Iterator[Tensor], count: int, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest |values| of a matrix that comes in ``blocks`` of rows [rows, n], one in memory at a time.
+    """Find the ``count`` largest |values| of a matrix that comes in ``blocks`` of rows [rows, n], one at a time.
 
     Returns sorted flat indices, int32, and the values there. ``skip`` are sorted flat indices that do not count.
     """
@@ -90,6 +90,7 @@ def largest_places(blocks: Iterator[Tensor], count: int, skip: Tensor | None = N
             torch.cat([best.to(places.device), (places + first).int()]),
             torch.cat([values.to(flat), flat[places]]),
         )
+        # After each block only the best so far are kept, so memory does not grow with the matrix.
         kept = values.abs().topk(min(count, len(values)), sorted=False).indices
         best, values = best[kept], values[kept]
         first += len(flat)
@@ -98,13 +99,13 @@ def largest_places(blocks: Iterator[Tensor], count: int, skip: Tensor | None = N
 
 
 def largest_products(g: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` places where |gᵀ x| is largest, and gᵀ x there; see `largest_places`."""
+    """Find the ``count`` places where |gᵀ x| is largest, and gᵀ x there; see `largest_places`."""
     wide = x.to(_wide(x.dtype))  # products in 16 bits would often be equal
     return largest_places((rows.to(wide.dtype) @ wide for rows in row_blocks(g.t(), x.shape[1])), count)
 
 
 def working_bytes(tokens: int, rows: int, columns: int, count: int, itemsize: int, on_accelerator: bool) -> int:
-    """The most that forward and backward of `add_sparse` hold for a moment, without the gradient of x.
+    """Estimate the most bytes that forward and backward of `add_sparse` hold at once, without the gradient of x.
 
     A block of tokens of x and y (the last block is still there while the next is made), or, while candidates are
     searched, a block of gᵀ x and its absolute values. 16-bit inputs need fp32 copies. Indices and values in another
@@ -149,21 +150,21 @@ class SparseChange(NamedTuple):
         )
 
     def delta(self) -> Tensor:
-        """Dense, in fp32 or wider, without a graph."""
+        """Make ΔW a dense matrix, in fp32 or wider, without a graph."""
         values = self.values.detach().to(_wide(self.values.dtype))
         dense = values.new_zeros(self.rows * self.columns)
         dense[self.places.long()] = values
         return dense.view(self.rows, self.columns)
 
     def outputs(self, part: slice) -> SparseChange:
-        """Consecutive rows of ΔW."""
+        """Cut consecutive rows out of ΔW."""
         start, stop, _ = part.indices(self.rows)
         low, high = (int(torch.searchsorted(self.places.long(), row * self.columns)) for row in (start, stop))
         places = self.places[low:high] - start * self.columns
         return SparseChange(self.values[low:high], places, stop - start, self.columns)
 
     def inputs(self, part: slice) -> SparseChange:
-        """Consecutive columns of ΔW."""
+        """Cut consecutive columns out of ΔW."""
         start, stop, _ = part.indices(self.columns)
         i, j = self.places // self.columns, self.places % self.columns
         kept = (j >= start) & (j < stop)

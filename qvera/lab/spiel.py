@@ -172,7 +172,7 @@ class Candidates:
 def by_accumulated_gradient(
     indices: Tensor, values: Tensor, share: float, candidates: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the largest |total| among the ``candidates`` (places, int32) that keep no value.
+    """Choose new places: the largest |total| among the ``candidates`` (places, int32) that have no value that stays.
 
     Drops the ``share`` smallest of the values [k] at ``indices``; with too few candidates, fewer. A place that is both
     dropped and chosen keeps its value. Returns positions of the dropped values, their new places (int32), and the
@@ -183,13 +183,14 @@ def by_accumulated_gradient(
     stays[dropped] = False
     free = (~torch.isin(candidates, indices[stays])).nonzero().squeeze(1)
     grown = free[total[free].abs().topk(min(len(dropped), len(free)), sorted=True).indices]
+    # A place that is dropped and chosen at once drops out of both lists, so its value and state stay.
     slots = dropped[~torch.isin(indices[dropped], candidates[grown])]
     grown = grown[~torch.isin(candidates[grown], indices[dropped])]
     return slots[: len(grown)], candidates[grown], grown
 
 
 def by_momentum(indices: Tensor, values: Tensor, share: float, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the largest row_i column_j (SM3's accumulators [m] and [n]) among the places that have no value.
+    """Choose new places: the largest row_i column_j (SM3's accumulators [m], [n]) among those without a value.
 
     Drops the ``share`` smallest of the values [k] at ``indices``, int32 [k], sorted. Returns positions of the dropped
     values and their new places (int32), [c] each.
@@ -208,6 +209,7 @@ def replace(indices: Tensor, values: Tensor, slots: Tensor, places: Tensor) -> T
     """
     indices[slots] = places
     values[slots] = 0.0
+    # Products need sorted places, so the caller gets the order for the optimizer's state too.
     order = indices.argsort()
     indices.copy_(indices[order])
     values.copy_(values[order])
@@ -215,7 +217,7 @@ def replace(indices: Tensor, values: Tensor, slots: Tensor, places: Tensor) -> T
 
 
 class SparseLayer(NamedTuple):
-    """A linear with sparse values."""
+    """A linear with sparse values, and their places."""
 
     layer: AdaptedForward
     values: nn.Parameter  # [k]
@@ -265,6 +267,8 @@ class Reselection(TrainingHook):
         for layer, *_ in self.layers.values():
             layer.gradient_watch, layer.needs_whole_passes = None, False  # type: ignore[attr-defined]
         several = self.group.world_size > 1
+        # Ranks saw different rows. Rank 0's places count, and this step is not added: the others have no gradients
+        # there.
         if several and not all(candidates.agreed for candidates in self.candidates.values()):
             for name, candidates in self.candidates.items():  # one at a time: together they are as large as the adapter
                 found = {} if candidates.indices is None else {name: candidates.indices.cpu()}
@@ -345,6 +349,7 @@ class AgedAdamW(torch.optim.Optimizer):
                 age, mean, square = state["age"].add_(1), state["exp_avg"], state["exp_avg_sq"]
                 mean.lerp_(grad, 1 - beta1)
                 square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                # Bias correction by each value's own age, where Adam has one count of steps for all.
                 size = square.div(_weight_sum(beta2, age)).sqrt_().add_(group["eps"])
                 parameter.mul_(1 - rate * group["weight_decay"])
                 parameter.addcdiv_(mean / _weight_sum(beta1, age), size, value=-rate)
@@ -414,7 +419,7 @@ class SparseSM3(torch.optim.Optimizer):
                 parameter.sub_(state["momentum"], alpha=group["lr"])
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Zeros before the first step."""
+        """Return the state of a parameter: momentum and both accumulators, zeros before the first step."""
         state = self.state[parameter]
         if not state:
             _, (rows, columns) = self._places[parameter]

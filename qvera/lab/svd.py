@@ -59,14 +59,14 @@ class WeightRows:
     read: Callable[[], Iterator[Tensor]]
 
     def blocks(self, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
-        """The rows, at most 32 MB in fp64 at a time."""
+        """Yield the rows, at most 32 MB in fp64 at a time."""
         for rows in self.read():
             for part in rows.split(max(1, _CHUNK_ELEMENTS // self.shape[1])):
                 yield part.to(dtype)
 
 
 def rows_of(layer: nn.Module, step: int | None = None) -> WeightRows:
-    """The weight [out_features, in_features] of a linear or Conv1D, as its stored numbers say."""
+    """Read the weight [out_features, in_features] of a linear or Conv1D by rows, as its stored numbers say."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if not isinstance(layer, (quantization.Linear4bit, quantization.Linear8bit)):
@@ -84,26 +84,26 @@ def rows_of(layer: nn.Module, step: int | None = None) -> WeightRows:
 
 
 def rows_of_tensor(weight: Tensor, step: int | None = None) -> WeightRows:
-    """The rows of a dense weight [m, n], ``step`` at a time."""
+    """Read a dense weight [m, n] by rows, ``step`` at a time."""
     m, n = weight.shape
     each = step or max(1, _CHUNK_ELEMENTS // n)
     return WeightRows((m, n), weight.device, lambda: iter(weight.split(each)))
 
 
 class TruncatedSvd(NamedTuple):
-    """W V = U diag(S)."""
+    """Singular values and vectors of a weight: W V = U diag(S)."""
 
     U: Tensor  # [m, r], orthonormal columns
     S: Tensor  # [r], from the largest down
     V: Tensor  # [n, r], orthonormal columns
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """LoRA-XS's frozen A = Σ Vᵀ [r, n] and B = U [m, r]."""
+        """Return LoRA-XS's frozen A = Σ Vᵀ [r, n] and B = U [m, r]."""
         return self.S.unsqueeze(1) * self.V.t(), self.U
 
 
 def truncated_svd(weight: WeightRows, rank: int) -> TruncatedSvd:
-    """The ``rank`` largest singular values of a weight and their vectors, fp64. ValueError if there are not so many."""
+    """Find the ``rank`` largest singular values of a weight and their vectors, fp64. ValueError if it has fewer."""
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"a weight [{m}, {n}] has 1 to {min(m, n)} singular values, and {rank} were asked for")
@@ -113,7 +113,7 @@ def truncated_svd(weight: WeightRows, rank: int) -> TruncatedSvd:
 
 
 def leading_singular_vectors(weight: Tensor, count: int, at_least: int | None = None) -> TruncatedSvd:
-    """The ``count`` leading singular vectors of a weight [m, n], in its dtype, each of them converged.
+    """Find the ``count`` leading singular vectors of a weight [m, n], in its dtype, each of them converged.
 
     Converged: ‖Wᵀu − σv‖ is at the level of rounding. Where 40 blocks are not enough, the whole weight is decomposed;
     with ``at_least`` fewer vectors may come back instead, but not fewer than that. Beside the weight, memory holds at
@@ -129,6 +129,7 @@ def leading_singular_vectors(weight: Tensor, count: int, at_least: int | None = 
             found = _svd_on(rows, space, count)
             remainders = (weight.t() @ found.U - found.V * found.S).norm(dim=0)
             good = remainders <= 50 * torch.finfo(weight.dtype).eps * found.S[0]
+            # Only vectors before the first that has not converged count.
             converged = int(good.cumprod(dim=0).sum())
             if converged == count or (number == last and converged >= (count if at_least is None else at_least)):
                 return _with_fixed_signs(TruncatedSvd(*(part[..., :converged] for part in found)))
@@ -136,13 +137,13 @@ def leading_singular_vectors(weight: Tensor, count: int, at_least: int | None = 
 
 
 def singular_vectors(weight: Tensor) -> TruncatedSvd:
-    """All min(m, n) singular vectors of a weight [m, n], in its dtype."""
+    """Find all min(m, n) singular vectors of a weight [m, n], in its dtype."""
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     return _with_fixed_signs(TruncatedSvd(U, S, Vh.t()))
 
 
 def _krylov_spaces(weight: WeightRows, rank: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Orthonormal K [n, …] with one block, then with two, and so on up to min(m, n) columns."""
+    """Yield orthonormal K [n, …] with one block, then with two, and so on up to min(m, n) columns."""
     m, n = weight.shape
     columns, side = min(rank + OVERSAMPLING, m, n), min(m, n)
     block = torch.from_numpy(uniform_matrix(columns, n, _SEED, _SKETCH)).to(weight.device).to(dtype).t()
@@ -172,9 +173,10 @@ def _with_fixed_signs(found: TruncatedSvd) -> TruncatedSvd:
 
 
 def singular_values(weight: WeightRows) -> Tensor:
-    """All min(m, n) singular values of a weight, fp64 on the CPU, falling; noise below 1e-8 of the largest."""
+    """Find all min(m, n) singular values of a weight, fp64 on the CPU, falling; noise below 1e-8 of the largest."""
     m, n = weight.shape
     side = min(m, n)
+    # By the eigenvalues of WᵀW or W Wᵀ, whichever is smaller.
     gram = torch.zeros(side, side, dtype=torch.float64, device=weight.device)
     if n <= m:
         for rows in weight.blocks():
@@ -187,7 +189,7 @@ def singular_values(weight: WeightRows) -> Tensor:
 
 
 def rank_of_share(values: Tensor, share: float) -> int:
-    """How many leading singular ``values`` (falling) make up ``share`` of the sum of all (SARA, arXiv 2408.03290)."""
+    """Count the leading singular ``values`` (falling) that make up ``share`` of their sum (SARA, arXiv 2408.03290)."""
     sums = values.double().cumsum(0)
     wanted = share * sums[-1]
     return min(int((sums < wanted).sum().item()) + 1, len(values))

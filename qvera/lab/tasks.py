@@ -48,7 +48,7 @@ class Tasks(Schedule):
 
 
 def take_tasks(section: Any, sections: Sequence[Any], sources: Sequence[Any]) -> tuple[list[str], dict[str, Rows]]:
-    """The names of the trained tasks, and the rows of held-out ones, which are taken out of their sources.
+    """Return the names of the trained tasks, and the rows of held-out ones, which are taken out of their sources.
 
     Training rows get their task's number (`Rows.part_of`). InputError if tasks or ``data.held_out_tasks`` do not fit.
     """
@@ -97,7 +97,7 @@ def _without(rows: Rows, values: np.ndarray, names: dict[str, list[Rows]]) -> Ro
 
 
 def source_names(sections: Sequence[Any]) -> list[str]:
-    """Names for sources as tasks: their paths. Where paths repeat, config, split or a number is added."""
+    """Name sources as tasks, by their paths. Where paths repeat, config, split or a number is added."""
     paths = [about.path for about in sections]
     names = [
         path if paths.count(path) == 1 else " ".join(filter(None, (path, about.config_name, about.split)))
@@ -107,7 +107,7 @@ def source_names(sections: Sequence[Any]) -> list[str]:
 
 
 def held_out_names(section: Any, names: Sequence[str]) -> list[str]:
-    """The tasks that ``data.held_out_tasks`` takes out of training; InputError if it does not fit."""
+    """List the tasks that ``data.held_out_tasks`` takes out of training; InputError if it does not fit."""
     asked = section.held_out_tasks
     if isinstance(asked, int):
         chosen = {names[i] for i in random_order(len(names), section.seed, -1)[:asked].tolist()}
@@ -127,7 +127,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def task_rows(section: Any, task_of: np.ndarray) -> list[np.ndarray]:
-    """The rows of each task, int64. ``task_of`` [n] is each row's task, or its label with ``data.task_labels``.
+    """List the rows of each task, int64. ``task_of`` [n] is each row's task, or its label with ``data.task_labels``.
 
     Tasks of labels are drawn as in MultitaskFinetuneDataset of arXiv 2203.04904, without replacement within a task.
     """
@@ -145,7 +145,7 @@ _TASK_ORDER, LEVELS = 2**30, 2**30 + 1
 
 @functools.lru_cache(maxsize=8)
 def part_order(part: int, epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
-    """int64 [n]: the order of a part's rows in one of its epochs."""
+    """Return the order of a part's rows in one of its epochs, int64 [n]."""
     return random_order(n, seed, (part + 1) * 2**32 + epoch) if shuffle else np.arange(n)
 
 
@@ -154,7 +154,7 @@ class PartBatches(Batches):
     """Each part has its own epochs: a batch never mixes two parts, and an epoch's last batch may be short."""
 
     def part_rows(self, part: int, members: np.ndarray, batch: int) -> list[int]:
-        """Batch ``batch`` (from 0) of a part whose rows are ``members`` int64 [n]."""
+        """Return the rows of batch ``batch`` (from 0) of a part whose rows are ``members``, int64 [n]."""
         size = self.global_batch_size
         epoch, position = divmod(batch, steps_per_epoch(len(members), size))
         chosen = part_order(part, epoch, len(members), self.seed, self.shuffle)
@@ -177,7 +177,7 @@ class TaskBatches(PartBatches):
     steps_each: int = 1
 
     def turn(self, step: int) -> tuple[int, int]:
-        """The task of optimizer step ``step`` (from 0), and how many steps this task had before."""
+        """Return the task of optimizer step ``step`` (from 0), and the number of steps that it had before."""
         turn, within = divmod(step, self.steps_each)
         round_, place = divmod(turn, len(self.tasks))
         task = part_order(_TASK_ORDER, round_, len(self.tasks), self.seed, self.shuffle)[place]
@@ -195,7 +195,7 @@ class AdaptHook(TrainingHook):
     """
 
     def finish(self, training: Any) -> dict[str, Any]:
-        """``loss_before`` and ``loss_after`` are of the query rows. None: a loss was not finite."""
+        """Adapt to each held-out task. ``loss_before`` and ``loss_after`` are of its query rows; None if not finite."""
         found = [_adapted(training, name, rows) for name, rows in training.datasets.set_aside.items()]
         return {"adaptation": found} if found else {}
 
@@ -205,7 +205,9 @@ def _adapted(loop: Any, name: str, rows: Rows) -> dict[str, Any]:
     training, data, batches = recipe.training, recipe.data, loop.batches
     support, query = split_rows(rows, training.adapt_rows, data.seed)
     query = query[: data.eval_limit]
+    # Each task starts from what the run has trained, so that is kept and put back at the end.
     trained = {key: vector.detach().clone() for key, vector in vectors.items()}
+    # A task may have fewer rows than a batch.
     sizes = min(training.global_batch_size, len(support)), min(training.per_device_train_batch_size, batches.pass_rows)
     own_batches = Batches(lengths_of(support), *sizes, pack_tokens=batches.pack_tokens, seed=data.seed)
     rate = training.adapt_learning_rate or training.learning_rate
@@ -239,7 +241,7 @@ def _adapted(loop: Any, name: str, rows: Rows) -> dict[str, Any]:
 
 
 def split_rows(rows: Rows, support_rows: int, seed: int) -> tuple[Rows, Rows]:
-    """Support and query rows of a task, drawn by ``seed``: at most half are support rows."""
+    """Divide a task's rows into support and query rows, drawn by ``seed``: at most half are support rows."""
     drawn = random_order(len(rows), seed, -1)
     count = max(1, min(support_rows, len(rows) // 2))
     return rows.take(np.sort(drawn[:count])), rows.take(np.sort(drawn[count:]))

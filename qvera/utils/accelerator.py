@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NVIDIA_CARD = "/dev/nvidia0"
-"""Its device file, which the driver makes."""
+"""The device file of the first NVIDIA card, which the driver makes."""
 _NOTHING = contextlib.nullcontext()
 _ALIGNED_BYTES = 16
 """`HeldTensors` begin at multiples of this."""
@@ -33,7 +33,7 @@ def is_available() -> bool:
 
 
 def unusable_card() -> str | None:
-    """A sentence about an NVIDIA card that is here and that torch can't use; None where there is none such."""
+    """Return a sentence about an NVIDIA card that is here and that torch can't use; None if there is no such card."""
     import torch
 
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
@@ -49,14 +49,14 @@ def unusable_card() -> str | None:
 
 
 def device_count() -> int:
-    """Accelerators that this process sees."""
+    """Return the number of accelerators that this process sees."""
     import torch
 
     return torch.accelerator.device_count() if is_available() else 0
 
 
 def current_device() -> torch.device:
-    """The accelerator of this process, else the CPU. Under a launcher it is the one of its LOCAL_RANK."""
+    """Return the accelerator of this process, else the CPU. Under a launcher it is the one of its LOCAL_RANK."""
     import torch
 
     found = torch.accelerator.current_accelerator() if is_available() else None
@@ -74,7 +74,7 @@ def use_device(index: int) -> None:
 
 
 def in_use(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """A context in which kernels are launched on this accelerator; nothing on a CPU, and where they are already."""
+    """Make a context that launches kernels on this accelerator; nothing on a CPU, or if it is the current one."""
     import torch
 
     if device.index is None or device.index == torch.accelerator.current_device_index():
@@ -123,13 +123,13 @@ def empty_host_cache() -> None:
 
 
 def free_and_total_bytes(device: torch.device) -> tuple[int, int] | None:
-    """Free bytes and all bytes of an accelerator; None where that is not known (MPS)."""
+    """Return the free bytes and all bytes of an accelerator; None where they are not known (MPS)."""
     ask = _function(device, "mem_get_info")
     return None if ask is None else ask(device)
 
 
 def counted_bytes(device: torch.device, what: Literal["allocated", "reserved"], peak: bool = False) -> int | None:
-    """Bytes of tensors on an accelerator, or all that this process's allocator holds: now, or the ``peak``.
+    """Return the bytes of tensors on an accelerator, or all that this process's allocator holds: now, or the ``peak``.
 
     The peak is that since `reset_peak`. None where the device does not count it (MPS has no peak).
     """
@@ -149,7 +149,7 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """``cuda: NVIDIA H100``, or the type alone."""
+    """Return a device's name, such as ``cuda: NVIDIA H100``, or its type alone."""
     ask = _function(device, "get_device_name")
     return device.type if ask is None else f"{device.type}: {ask(device)}"
 
@@ -229,6 +229,7 @@ class HeldTensors:
         import numpy as np
         import torch
 
+        # All arrays lie in one buffer, so an accelerator gets one copy instead of one for each.
         packed = np.zeros(self._starts[-1], dtype=np.uint8)
         for start, array in zip(self._starts, arrays.values(), strict=False):
             packed[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -238,7 +239,7 @@ class HeldTensors:
 
 
 def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Numpy arrays as tensors on a device.
+    """Turn numpy arrays into tensors on a device.
 
     A CPU shares the arrays' memory. An accelerator gets one copy from pinned memory, for which the host does not wait.
     """
@@ -257,7 +258,7 @@ def records_graphs(device: torch.device) -> bool:
 
 
 class GraphRecorder:
-    """Records what launches many kernels as graphs, which launch them at once. Its graphs never run at one time."""
+    """Records the kernels of a function as a graph, which launches them at once. Only one graph may run at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -267,8 +268,8 @@ class GraphRecorder:
     def record(self, run: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Record the kernels of ``run``, none of which runs yet.
 
-        Returns what launches them, and the output of ``run``, which every launch fills anew. RuntimeError: the host
-        would wait for the device.
+        Returns a function that launches them, and the output of ``run``, which every launch fills anew. RuntimeError:
+        the host would wait for the device.
         """
         import torch
 
@@ -296,7 +297,7 @@ def refusing_waits(device: torch.device) -> Iterator[None]:
 
 
 def collective_backend() -> str:
-    """For `torch.distributed.init_process_group`: gloo for control, the accelerator's own backend for its tensors."""
+    """Name the backend for `init_process_group`: gloo for control, the accelerator's own for its tensors."""
     import torch
 
     if not is_available():
@@ -309,7 +310,7 @@ def collective_backend() -> str:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The accelerator's generator state (uint8) by its type, such as ``cuda``; empty where there is none."""
+    """Return the accelerator's generator state (uint8) by its type, such as ``cuda``; {} where there is none."""
     device = current_device()
     ask = _function(device, "get_rng_state")
     return {} if ask is None else {device.type: ask()}
@@ -337,7 +338,7 @@ def forked_random_state() -> Iterator[None]:
 
 
 def _function(device: torch.device, name: str) -> Callable[..., Any] | None:
-    """A function of the accelerator's module; None where there is none, and on a CPU."""
+    """Look up a function of the accelerator's torch module; None where it lacks it, and on a CPU."""
     import torch
 
     return getattr(torch.get_device_module(device), name, None) if is_accelerator(device) else None

@@ -8,7 +8,7 @@ from urllib.parse import unquote_to_bytes
 from qvera.utils.errors import InputError
 
 MOST_BYTES = 200
-"""Of a directory's name. File systems take 255; ``.html`` and the mark of an unfinished file need room."""
+"""The most bytes of a directory's name. File systems take 255; ``.html`` and a mark of unfinished files need room."""
 _GOOD = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE | re.DOTALL)
 """Windows opens these as devices, with any suffix."""
@@ -16,7 +16,7 @@ _ESCAPED = re.compile(r"(?:=[0-9A-F]{2})+")
 
 
 def escape_name(name: str) -> str:
-    """A directory's name for an adapter's name; `unescape_name` reverses it.
+    """Make a directory's name from an adapter's name; `unescape_name` reverses it.
 
     Letters and digits of any alphabet, ``-``, ``_`` and dots stay. Other characters become their UTF-8 bytes as
     ``=XX``, which needs no quotes in a shell and none in a URL. So do: a dot or ``-`` at the beginning, a dot at the
@@ -29,7 +29,7 @@ def escape_name(name: str) -> str:
 
 
 def unescape_name(directory: str) -> str:
-    """The adapter's name for a directory. One that was named by hand gives its own name."""
+    """Return the adapter's name for a directory. A directory that was named by hand gives its own name."""
     composed = unicodedata.normalize("NFC", directory)  # a copy by way of an older macOS has decomposed names
     try:
         return _ESCAPED.sub(lambda found: unquote_to_bytes(found[0].replace("=", "%")).decode(), composed)
@@ -38,9 +38,9 @@ def unescape_name(directory: str) -> str:
 
 
 def directory_names(names: Iterable[str]) -> dict[str, str]:
-    """The directory of each name; InputError as in `escape_name`. They differ on every file system.
+    """Map each name to a directory; InputError as in `escape_name`. The directories differ on every file system.
 
-    So in names that `similar_names` finds, capitals and other alphabets are escaped too.
+    For this, names that `similar_names` finds have capitals and other alphabets escaped too.
     """
     listed = list(names)
     similar = {name for group in similar_names(listed) for name in group}
@@ -48,12 +48,12 @@ def directory_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def shown_name(name: str) -> str:
-    """A name for a line of a terminal: in quotes where it has line breaks or the like."""
+    """Write a name for a line of a terminal: in quotes where it has line breaks or the like."""
     return name if name.isprintable() else repr(name)
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:
-    """Groups of names that differ only by case, by spaces, or by how their characters are composed."""
+    """Group names that differ only by case, by spaces, or by how their characters are composed."""
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
         folded = unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
@@ -81,6 +81,7 @@ def _directory(name: str, ascii_only: bool, lower_only: bool) -> str:
         stays[-1] &= name[-1] != "."
         escaped = ("".join(f"={byte:02X}" for byte in c.encode()) for c in name)
         directory = "".join(c if stay else other for c, other, stay in zip(name, escaped, stays, strict=True))
+        # Two neighbours may compose where each alone does not, so the whole is looked at again.
         if not _is_composed(directory):
             return _directory(name, ascii_only=True, lower_only=lower_only)
     if (size := len(directory.encode())) > MOST_BYTES:

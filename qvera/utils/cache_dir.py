@@ -49,7 +49,7 @@ class DiskCache:
 
     @property
     def root(self) -> Path:
-        """Computed each time: QVERA_CACHE may change."""
+        """The directory of all entries, computed each time, because QVERA_CACHE may change."""
         return cache_root() / self.folder
 
     @property
@@ -138,6 +138,7 @@ def discard(directory: Path) -> None:
     gone = directory.with_name(f".removed-{directory.name.lstrip('.')}")
     shutil.rmtree(gone, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        # A rename takes the name away at once. A delete that is killed would leave half an entry under it.
         directory.rename(gone)
         shutil.rmtree(gone)
 
@@ -149,7 +150,7 @@ class HashIndex:
         self._path = path
 
     def known(self, files: Iterable[Path]) -> dict[Path, str]:
-        """File → SHA-256 of the files that it has."""
+        """Map those of the files that the index has to their SHA-256."""
         document = try_read_json(self._path) or {}  # a damaged index loses nothing but time
         found: dict[Path, str] = {}
         for file in files:
@@ -171,13 +172,14 @@ class HashIndex:
             return  # a cache that can't be written: the next use hashes again
 
     def hashed(self, files: list[Path], known: dict[Path, str], progress: StageProgress | None) -> dict[Path, str]:
-        """File → SHA-256 of all ``files``: those not in ``known`` are hashed now and remembered."""
+        """Map all ``files`` to their SHA-256. Those that are not in ``known`` are hashed now and remembered."""
         total = sum(file.stat().st_size for file in files)
         done, found, new = 0, dict(known), {}
         for file in files:
             if progress is not None:
                 progress("hashing", done, total, file.name)
             if file not in found:
+                # The stamp is from before the hash: a file that changes meanwhile then fits no entry.
                 stat = file_stamp(file.stat())
                 found[file] = file_sha256(file)
                 new[file] = (stat, found[file])

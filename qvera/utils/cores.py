@@ -1,4 +1,4 @@
-"""Cores that this process may use, and how many of them others use. Imports no torch."""
+"""Measures the cores that this process may use, and how many of them others use. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import psutil
 
 _WINDOW_SECONDS = 0.25
 _FEW = 0.25
-"""Cores in use by others that change nothing."""
+"""Up to so many cores in use by others change nothing."""
 _SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """Threads of GNU's and LLVM's OpenMP that wait for others sleep, where they would take time from them."""
 
 
 class Cores(NamedTuple):
-    """``allowed`` by the affinity of this process and the CPU quota of its cgroups, and those that ``others`` use."""
+    """The cores ``allowed`` by a process's affinity and the CPU quota of its cgroups; ``others`` use some of them."""
 
     allowed: float
     others: float
@@ -32,7 +32,7 @@ class Cores(NamedTuple):
 
     @property
     def free_threads(self) -> int:
-        """Threads that find a core of their own, at least one."""
+        """The number of threads that find a core of their own, at least one."""
         return max(1, round(self.allowed - self.others))
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ class Cores(NamedTuple):
 
 
 def measure(seconds: float = _WINDOW_SECONDS) -> Cores:
-    """Look for ``seconds`` at what runs beside this process, which sleeps meanwhile."""
+    """Watch for ``seconds`` what runs beside this process, which sleeps meanwhile."""
     ids = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     quotas = dict(_quotas())
 
@@ -58,11 +58,12 @@ def measure(seconds: float = _WINDOW_SECONDS) -> Cores:
     busy = min(max(len(ids) - (idle - idle_before) / passed, 0.0), len(ids))
     found = [Cores(len(ids), busy)]
     found += [Cores(quota, min((used[group] - used_before[group]) / passed, quota)) for group, quota in quotas.items()]
+    # The tightest of all limits decides.
     return min(found, key=lambda cores: cores.allowed - cores.others)
 
 
 def _quotas() -> Iterator[tuple[Path, float]]:
-    """The cgroups of this process that limit its CPU time (v1 or v2), each with its limit in cores."""
+    """Yield the cgroups of this process that limit its CPU time (v1 or v2), each with its limit in cores."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
@@ -82,7 +83,7 @@ def _quotas() -> Iterator[tuple[Path, float]]:
 
 
 def _used_seconds(group: Path) -> float:
-    """CPU seconds that a cgroup has used; 0 where it does not say."""
+    """Return the CPU seconds that a cgroup has used; 0 where it does not say."""
     with contextlib.suppress(OSError, ValueError):
         return int((group / "cpuacct.usage").read_text()) / 1e9  # v1
     with contextlib.suppress(OSError, ValueError, LookupError):

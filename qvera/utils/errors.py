@@ -50,26 +50,26 @@ class Interrupted(QveraError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message as a sentence; some libraries list every model they know after it."""
+    """Return the first line of a library's message as a sentence; some list every model that they know after it."""
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     return line if line.endswith(".") else line + "."
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's message on one line without a full stop; or its type, if it has none."""
+    """Write an error's message on one line without a full stop; or its type, if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= limit else text[: limit - 1] + "…").rstrip(".")
 
 
 def hub_hint() -> str:
-    """The last sentence of an error about something that the hub was to give."""
+    """Return the last sentence for an error about something that the hub should have given."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set, so the hub was not asked."
     return "Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
-    """The end of a sentence about an unknown name: "; did you mean 'x'?", or a full stop where nothing is near."""
+    """End a sentence about an unknown name: "; did you mean 'x'?", or a full stop where no known name is near."""
     near = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."

@@ -32,12 +32,12 @@ from qvera.utils.errors import InputError, RunFailed
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
+    """Return the path itself, or the nearest directory above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def no_directory(path: Path) -> str:
-    """The beginning of a message about a path that should be a directory and is not."""
+    """Begin a message about a path that should be a directory and is not."""
     return f"{path}: " + ("is a file, not a directory" if path.exists() else "no such directory")
 
 
@@ -68,7 +68,7 @@ def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") 
 
 
 def try_read_json(path: Path) -> dict[str, Any] | None:
-    """`read_json`, but None where it would raise: for records that can be made again."""
+    """Do what `read_json` does, but return None where it would raise: for records that can be made again."""
     try:
         return read_json(path, "a JSON object")
     except InputError:
@@ -76,13 +76,13 @@ def try_read_json(path: Path) -> dict[str, Any] | None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Hash a file's bytes by SHA-256, in hex."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def file_stamp(facts: os.stat_result) -> list[int]:
-    """Size, mtime_ns and inode: a cheap way to notice that a file (or a link's target) has changed."""
+    """Return size, mtime_ns and inode: a cheap way to notice that a file (or a link's target) has changed."""
     return [facts.st_size, facts.st_mtime_ns, facts.st_ino]
 
 
@@ -98,12 +98,12 @@ def read_at(descriptor: int, into: memoryview, offset: int) -> bool:
 
 
 def plain_json(value: Any) -> Any:
-    """A JSON value with null in place of NaN and Inf, which other parsers refuse."""
+    """Copy a JSON value with null in place of NaN and Inf, which other parsers refuse."""
     return to_jsonable_python(value, inf_nan_mode="null")
 
 
 RECIPE_FILE = "recipe.yaml"
-"""In a run's directory."""
+"""The recipe of a run, in its directory."""
 RUN_OWNER = ".qvera_run.owner"
 """In a run's directory: the process that trains there (host, pid, start in ISO format)."""
 RUN_PROGRESS = ".qvera_run.progress"
@@ -121,7 +121,7 @@ CERTIFICATE = "qvera_export.json"
 
 
 def cache_root() -> Path:
-    """``$QVERA_CACHE``, else ``$XDG_CACHE_HOME/qvera``, else ``~/.cache/qvera``."""
+    """Return the directory of all caches: ``$QVERA_CACHE``, else ``$XDG_CACHE_HOME/qvera``, else ``~/.cache/qvera``."""
     if own := os.environ.get("QVERA_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -129,7 +129,7 @@ def cache_root() -> Path:
 
 
 def resolve_path(path: str) -> str:
-    """A recipe's model or tokenizer path with ``~`` expanded; hub ids stay as they are."""
+    """Expand ``~`` in a recipe's model or tokenizer path; hub ids stay as they are."""
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
@@ -158,6 +158,7 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
             InputError: it holds something else, is not writable, or another process works in it.
         """
         state = require_new_or_unfinished(out, what)
+        # As it reads back from the file (tuples become lists), so that both can be compared.
         fresh = {"identity": json.loads(json.dumps(identity)), "shards": {}, "facts": {}}
         lock = FileLock(out / f".qvera_{what}.lock", timeout=0)
         try:
@@ -179,7 +180,7 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         return cls(out, state, found, lock)
 
     def has(self, name: str) -> bool:
-        """Whether that shard is finished; its bytes are hashed and compared."""
+        """Whether a shard is finished. Its bytes are hashed and compared."""
         target = self.out / name
         return name in self.shards and target.is_file() and file_sha256(target) == self.shards[name]
 
@@ -234,6 +235,7 @@ def require_empty(out: Path) -> None:
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``out``, or is deleted after an error; InputError as `require_empty`."""
     require_empty(out)
+    # Beside ``out``, because a rename is one step only within a file system.
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

@@ -10,7 +10,7 @@ _BYTE_UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """``digits`` significant digits, without an exponent where one can be avoided: 2.31, 0.0412, 1,234, 1.2e+09."""
+    """Write a number with ``digits`` significant digits, mostly without an exponent: 2.31, 0.0412, 1,234, 1.2e9."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     # the exponent after rounding: 9.996 has its three digits as 10.0, not as 10.00
@@ -30,31 +30,31 @@ def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str | None:
 
 
 def count(value: float) -> str:
-    """9,871; from 10,000 on three digits and a unit: 209 k, 1.42 M, 7 B."""
+    """Write a count: 9,871; from 10,000 on with three digits and a unit: 209 k, 1.42 M, 7 B."""
     if abs(value) < 9_999.5:
         return f"{value:,.0f}"
     return _scaled(value, _COUNT_UNITS) or f"{value:,.0f}"
 
 
 def counted(number: int, what: str) -> str:
-    """1 thread, 2 threads."""
+    """Write a number with its noun: 1 thread, 2 threads."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def folded(text: str, most_lines: int = 8) -> str:
-    """An answer for a terminal: a line that repeats once, with how often, and no more than ``most_lines``."""
+    """Shorten an answer for a terminal: at most ``most_lines``, and a line that repeats once, with a count."""
     lines = [(line, len(list(same))) for line, same in groupby(line for line in text.splitlines() if line.strip())]
     shown = [line + f" (x {times:,})" * (times > 1) for line, times in lines[:most_lines]]
     return "\n".join(shown + [f"… {counted(len(lines) - most_lines, 'more line')}"] * (len(lines) > most_lines))
 
 
 def size(value: float) -> str:
-    """Bytes: 512 B, 838 kB, 1.23 GB."""
+    """Write a number of bytes: 512 B, 838 kB, 1.23 GB."""
     return _scaled(value, _BYTE_UNITS) or f"{value:.0f} B"
 
 
 def duration(seconds: float) -> str:
-    """0.85 s, 48 s, 3 min 12 s, 2 h 05 min, 3 d 4 h."""
+    """Write a duration: 0.85 s, 48 s, 3 min 12 s, 2 h 05 min, 3 d 4 h."""
     if seconds < 9.95:
         return f"{significant(seconds, 2)} s"
     whole = round(seconds)
@@ -70,17 +70,17 @@ def duration(seconds: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """0.875 → 87.5 %; a trailing .0 is dropped."""
+    """Write a fraction as a percentage: 0.875 → 87.5 %. A trailing .0 is dropped."""
     return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
 
 
 def text_or_dash(value: float | None, text: Callable[[float], str]) -> str:
-    """``text(value)``, or a dash for None."""
+    """Return ``text(value)``, or a dash for None."""
     return "–" if value is None else text(value)
 
 
 def moment(iso: str) -> str:
-    """An ISO 8601 time as 24 November 2026, 15:20 UTC; other texts come back unchanged."""
+    """Write an ISO 8601 time as 24 November 2026, 15:20 UTC; other texts come back unchanged."""
     try:
         when = datetime.fromisoformat(iso)
     except ValueError:
@@ -90,7 +90,7 @@ def moment(iso: str) -> str:
 
 
 def axis_labels(ticks: Sequence[float], kind: str = "number") -> list[str]:
-    """Labels for the ticks of one axis, all with the same unit and number of decimals.
+    """Make labels for the ticks of one axis, all with the same unit and number of decimals.
 
     ``kind`` is ``number``, ``count`` (k, M), ``bytes`` (kB, MB, GB) or ``log`` (each label with its own decimals).
     """
@@ -112,18 +112,18 @@ def _decimals(value: float) -> int:
 
 
 def first_of(names: Sequence[object], shown: int = 1) -> str:
-    """``a``, or ``a (and 2 more)``; with the first ``shown`` names."""
+    """List the first ``shown`` names: ``a``, or ``a (and 2 more)``."""
     more = f" (and {len(names) - shown} more)" if len(names) > shown else ""
     return ", ".join(map(str, names[:shown])) + more
 
 
 def shortened(text: str, limit: int = 60) -> str:
-    """A text, cut to ``limit`` characters."""
+    """Cut a text to ``limit`` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def describe(value: object) -> str:
-    """A value's JSON type, and the value if it is short, for messages."""
+    """Name a value's JSON type, with the value itself (shortened) if it is no list or object, for messages."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
     return kind if value is None or isinstance(value, (dict, list)) else f"{kind} ({shortened(repr(value), 40)})"

@@ -38,13 +38,13 @@ Row = TypeVar("Row")
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory held now: tensors on the accelerator, or `private_bytes`."""
+    """Return the memory held now: by tensors on the accelerator, or `private_bytes`."""
     allocated = accelerator.counted_bytes(device, "allocated")
     return private_bytes() if allocated is None else allocated
 
 
 def private_bytes() -> int:
-    """RssAnon + RssShmem + VmSwap: memory that can't be dropped without loss. Not on Linux: the resident set."""
+    """Return RssAnon + RssShmem + VmSwap, memory that can't be dropped without loss. Elsewhere: the resident set."""
     try:
         text = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -54,7 +54,7 @@ def private_bytes() -> int:
 
 
 def allocated_bytes() -> int | None:
-    """malloc's memory in use by this process; None without glibc 2.33 or newer."""
+    """Return malloc's memory in use by this process; None without glibc 2.33 or newer."""
     if not hasattr(psutil, "heap_info"):
         return None
     heap = psutil.heap_info()
@@ -63,7 +63,10 @@ def allocated_bytes() -> int | None:
 
 @functools.cache
 def kernel_bytes(dtype: torch.dtype) -> int:
-    """Bytes in the CPU's kernel cache for each new shape of a matrix product (`qvera.data.rows`); 0 if unknown."""
+    """Measure the bytes that the CPU's kernel cache takes for each new shape of a matrix product; 0 if unknown.
+
+    `qvera.data.rows` says why it matters.
+    """
     import torch
 
     weight = torch.zeros(64, 64, dtype=dtype)
@@ -75,7 +78,7 @@ def kernel_bytes(dtype: torch.dtype) -> int:
 
 
 def mapped_weights_bytes() -> int:
-    """Resident bytes of this process's mapped safetensors files; 0 where the system does not say."""
+    """Return the resident bytes of this process's mapped safetensors files; 0 where the system does not say."""
     try:
         maps = psutil.Process().memory_maps()
     except (AttributeError, psutil.Error):  # not on macOS
@@ -128,14 +131,14 @@ class PeakWatch:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated: on the accelerator, or in RAM within the process's cgroup limit."""
+    """Return the memory that can still be allocated: on the accelerator, or in RAM within the cgroup limit."""
     if (known := accelerator.free_and_total_bytes(device)) is not None:
         return known[0]
     return min([psutil.virtual_memory().available, *_cgroup_available()])
 
 
 def _cgroup_available() -> Iterator[int]:
-    """Free bytes of each memory cgroup above this process (v1 or v2); file pages count as free."""
+    """Yield the free bytes of each memory cgroup above this process (v1 or v2); file pages count as free."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -160,7 +163,7 @@ def _cgroup_available() -> Iterator[int]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device with what a timing depends on: the model of the card or processor, and torch's threads."""
+    """Name the device with what a timing depends on: the model of the card or processor, and torch's threads."""
     import torch
 
     if accelerator.is_accelerator(device):
@@ -172,7 +175,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of each package that a result can depend on."""
+    """Return the versions of Python and of each package that a result can depend on."""
     found = {"python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "bitsandbytes", "qvera"):
         try:
@@ -203,9 +206,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def or_shortage(do: Callable[[], T], device: torch.device) -> T | Shortage:
-    """The result of ``do``, or the shortage that it ran into.
+    """Return the result of ``do``, or the shortage of memory that it ran into.
 
-    Its tensors are free then: the error that held them is gone.
+    After a shortage the tensors of ``do`` are free, because the error that held them is gone.
     """
     try:
         return do()
@@ -215,6 +218,7 @@ def or_shortage(do: Callable[[], T], device: torch.device) -> T | Shortage:
         said = _ASKED.search(str(error))
         asked_bytes = None if said is None else int(float(said[1]) * _UNITS[said[2].lower()])
         found = Shortage(asked_bytes, available_bytes(device))
+    # Only here, outside of the except: within it, the error's traceback still holds the tensors of ``do``.
     gc.collect()
     accelerator.empty_cache()
     return found
@@ -240,6 +244,7 @@ def each_in_halves(
         waiting = deque([batch])
         while waiting:
             part = waiting.popleft()
+            # Cut to the size that is tried now, in order: the results of a batch come in the order of its rows.
             if most is not None and len(part) > most:
                 waiting.extendleft(reversed([part[i : i + most] for i in range(0, len(part), most)]))
                 continue

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 FIRST_SECONDS = 5.0
-"""A phase that takes longer says so in a log."""
+"""A phase that takes longer than this writes a line in a log."""
 LINE_SECONDS = 60.0
 """The most between two lines of a phase in a log. They come at 5, 10, 20, 40, 80 seconds, and then each minute."""
 _LOOK_SECONDS = 0.5
@@ -38,7 +38,7 @@ class _Count:
     last: tuple[float, int] = (0.0, 0)
 
     def left_seconds(self, now: float) -> float | None:
-        """By the steps after the first one, which is often slower; None before the second."""
+        """Estimate the time left by the steps after the first one, which is often slower; None before the second."""
         if self.total is None or self.first is None or self.last[1] <= self.first[1]:
             return None
         (began, start), (then, done) = self.first, self.last
@@ -46,7 +46,7 @@ class _Count:
 
 
 class Phase:
-    """What is done now: call it with how much of it is done.
+    """Shows the progress of a phase of work: call it with the number of steps that are done.
 
     Args:
         name: as ``answering 48 prompts with the base``.
@@ -103,12 +103,12 @@ class Phase:
 
     @property
     def left_seconds(self) -> float | None:
-        """See `_Count.left_seconds`."""
+        """The estimated seconds to the end of the phase; None while nothing is known (`_Count.left_seconds`)."""
         return self._now.left_seconds(time.monotonic())
 
     @contextlib.contextmanager
     def within(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Show another phase for the time of the block, as an evaluation between two steps. It takes no step's time."""
+        """Show another phase during the block, as an evaluation between two steps. Its time counts to no step."""
         with self._lock:
             outer, self._now = self._now, self._count(name, total)
         try:
@@ -116,6 +116,7 @@ class Phase:
         finally:
             with self._lock:
                 seconds = time.monotonic() - self._now.began
+                # Both times move on by the length of the block, as if the clock of the outer phase had stood still.
                 if outer.first is not None:
                     outer.first = outer.first[0] + seconds, outer.first[1]
                 outer.last = outer.last[0] + seconds, outer.last[1]
@@ -143,7 +144,7 @@ class Phase:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _look(self) -> None:
-        """Show how far it is, where that is due."""
+        """Move the bar, or print a line if one is due."""
         count, now = self._now, time.monotonic()
         if self._bars is not None:
             self._bars.update(self._task, description=self._line(), completed=count.done, total=count.total)
@@ -152,7 +153,7 @@ class Phase:
             self._print(self._line())
 
     def _watch(self) -> None:
-        """Say something in a long step too."""
+        """Keep the display and the file fresh from a thread, because a single step may take minutes."""
         while not self._ended.wait(_LOOK_SECONDS):
             with self._lock:
                 if self._ended.is_set():
@@ -165,6 +166,7 @@ class Phase:
         count = self._now
         known = {"name": count.name, "done": count.done, "total": count.total, "facts": count.facts}
         known["left_seconds"] = self.left_seconds
+        # Written beside it and renamed, so a reader never sees half a file.
         part = file.with_name(f"{file.name}.part")
         with contextlib.suppress(OSError):  # the disk is full, which what is written there for good will say
             part.write_text(json.dumps(known), encoding="utf-8")

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def torch_dtypes() -> dict[str, torch.dtype]:
-    """The dtype's name in a safetensors header → the torch dtype."""
+    """Map a dtype's name in a safetensors header to the torch dtype."""
     from safetensors.torch import _TYPES
 
     return {name: dtype for name, dtype in _TYPES.items() if dtype is not None}
@@ -57,12 +57,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes in a file."""
+        """The number of bytes in a file."""
         return self.numel * self.dtype.itemsize
 
 
@@ -74,7 +74,7 @@ class TensorEntry(TensorSpec):
     start: int
     stop: int
     rows_of: str = ""
-    """The tensor of the file that these rows are of, if they are not all of one."""
+    """The tensor of the file that these rows are a part of; empty if they are a whole one."""
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
@@ -88,7 +88,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict
 
 
 def unreadable(file: Path, error: Exception) -> InputError:
-    """The error to raise for a safetensors file that could not be read."""
+    """Make the error to raise for a safetensors file that could not be read."""
     if file.exists() and not os.access(file, os.R_OK):  # the library calls such a file missing
         return InputError(f"{file}: this user may not read it. Have its owner run `chmod a+r` on it.")
     return InputError(
@@ -98,7 +98,7 @@ def unreadable(file: Path, error: Exception) -> InputError:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """The tensors of a safetensors file in byte order; InputError if it is damaged.
+    """List the tensors of a safetensors file in byte order; InputError if it is damaged.
 
     The first tensor starts where the header ends.
     """
@@ -119,7 +119,7 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def own_facts(weights: Path) -> dict[str, Any]:
-    """What qvera wrote under `FACTS` in a safetensors header, or {}; InputError if it is damaged."""
+    """Read what qvera wrote under `FACTS` in a safetensors header, or {}; InputError if it is damaged."""
     try:
         with safe_open(weights, framework="numpy") as file:
             found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
@@ -133,7 +133,7 @@ def own_facts(weights: Path) -> dict[str, Any]:
 
 
 def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
-    """All tensors of a checkpoint directory in disk order, by its index if there is one; InputError if damaged."""
+    """List all tensors of a checkpoint directory in disk order, by its index if it has one; InputError if damaged."""
     index = directory / INDEX
     wanted = weight_map(index) if index.is_file() else {}
     entries: dict[str, TensorEntry] = {}
@@ -156,12 +156,12 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
 
 
 def file_stamps(entries: Iterable[TensorEntry]) -> dict[str, list[int]]:
-    """File name → `file_stamp` of the files of a checkpoint."""
+    """Map the file names of a checkpoint to their `file_stamp`."""
     return {file.name: file_stamp(file.stat()) for file in dict.fromkeys(entry.file for entry in entries)}
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file name, from an index; InputError if it is damaged or names a file elsewhere.
+    """Map each tensor to its file's name, from an index; InputError if it is damaged or names a file elsewhere.
 
     An index may come from a stranger, so every file must lie beside it.
     """
@@ -178,7 +178,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def _unindexed(directory: Path) -> list[Path]:
-    """Without an index: the single file, else all files, where a numbered set must be whole."""
+    """Find the files of a checkpoint without an index: the single one, else all; a numbered set must be whole."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     files = sorted(directory.glob("*.safetensors"))
@@ -195,7 +195,7 @@ def _unindexed(directory: Path) -> list[Path]:
 
 
 def shard_files(directory: Path) -> list[Path]:
-    """The weight files of a checkpoint by its index or their names, unread; [] where these are damaged."""
+    """List the weight files of a checkpoint by its index or their names, unread; [] where these are damaged."""
     try:
         index = directory / INDEX
         return _indexed(weight_map(index), directory) if index.is_file() else _unindexed(directory)
@@ -210,7 +210,7 @@ def _indexed(wanted: dict[str, str], directory: Path) -> list[Path]:
 def grouped_by_bytes(
     units: Iterable[list[T]], size_bytes: Callable[[T], int], max_bytes: int
 ) -> list[tuple[str, list[T]]]:
-    """File name and contents of each shard, in order. Only a single large unit may exceed ``max_bytes``."""
+    """Divide units among shards: file name and units of each, in order. Only a single unit may exceed ``max_bytes``."""
     groups: list[list[T]] = [[]]
     filled = 0
     for unit in units:
@@ -226,7 +226,7 @@ def grouped_by_bytes(
 
 
 def base_fingerprint(directory: Path) -> str:
-    """Tells base models apart by content in milliseconds, without hashing all bytes. InputError if a shard is damaged.
+    """Return a hash that tells base models apart by content, in milliseconds. InputError if a shard is damaged.
 
     It is SHA-256 over every tensor's name, dtype, shape, and first and last 4 KiB, by name, so shards don't matter. A
     directory that was quantized from another one carries the other's fingerprint (`SOURCE_FILE`). A quantized one of
@@ -254,7 +254,7 @@ def write_source_fingerprint(directory: Path, fingerprint: str) -> None:
 
 
 def same_base(one: str | None, other: str | None) -> bool:
-    """False only where both fingerprints are known, comparable, and different."""
+    """Whether two fingerprints may be of one base: False only where both are known, comparable, and different."""
     if one is None or other is None or one.startswith(_QUANTIZED) != other.startswith(_QUANTIZED):
         return True
     return one == other

@@ -43,7 +43,7 @@ class StopRequests:
         return self
 
     def _watch(self) -> None:
-        """Tell of signals from a thread: Python calls `_ask` only once the main thread's operation has ended."""
+        """Announce signals from a thread: Python calls `_ask` only once the main thread's operation has ended."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         teller = threading.Thread(target=self._tell, args=(reader,), name="qvera-signals", daemon=True)
@@ -83,7 +83,7 @@ class StopRequests:
         self._restore.close()
 
     def _leave_terminal(self) -> None:
-        """A write to a terminal that is gone would fail."""
+        """Redirect output to nowhere, because a write to a terminal that is gone would fail."""
         for stream in self._terminals:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
