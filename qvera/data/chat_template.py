@@ -87,7 +87,7 @@ class _Slot(NamedTuple):
 
 
 _Layout = tuple[list[_Slot], str]
-"""What a template writes for one shape of conversation: the slots, and the literal after the last one."""
+"""The layout of a template for one shape of conversation: its slots, and the literal after the last one."""
 _MOST_LAYOUTS = 4096
 """The oldest layouts are forgotten, because a server may see ever new shapes for months."""
 
@@ -504,7 +504,7 @@ def _slow_spans(
 def _content_place(
     template: ChatTemplate, messages: list[Message], tools: Tools, through: str
 ) -> tuple[int, int] | None:
-    """Where the last message's content is in ``through``, found by rendering a slot instead; None if that fails."""
+    """Find the last message's content in ``through``, by rendering a slot instead of it; None if that fails."""
     *earlier, last = messages
     mark = "QveraSlot"
     # The slot must be a text that the conversation does not hold.

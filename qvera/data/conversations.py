@@ -40,7 +40,7 @@ _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """How the rows of a data set look."""
+    """The format of a data set's rows, and the columns that hold its fields."""
 
     name: str
     columns: dict[str, str]  # our field name → the data set's column
@@ -224,7 +224,7 @@ class _Cells:
 
     @property
     def directory(self) -> Path:
-        """Where relative paths of images start."""
+        """The directory at which relative paths of images start."""
         return Path() if self.row.file is None else self.row.file.parent
 
     def where(self, name: str) -> str:
@@ -517,7 +517,7 @@ _SHOWN = (*_CHAT, "images")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a row of one format looks like, and how it is read."""
+    """A format of rows: its fields, and the function that parses it."""
 
     trains: Literal["answers", "texts", "labels", "preferences", "prompts"]
     """The last three are read only if the recipe's task or objective asks for them."""

@@ -256,7 +256,7 @@ class Datasets:
 
     @property
     def labels(self) -> Labels | None:
-        """What the labels of labelled rows mean; None for other rows."""
+        """The meaning of the labels of labelled rows; None for other rows."""
         return self.stats.labels
 
     @property

@@ -42,7 +42,7 @@ _THUMBNAIL_PIXELS = 96
 _MOST_THUMBNAILS = 8
 """Only so many images of a row are shown; each takes a few kB."""
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
-"""What Pillow's decoders raise on damaged bytes."""
+"""The errors that Pillow's decoders raise on damaged bytes."""
 _STREAM = 2**62
 """Philox's second key word. ``data.rows_per_label`` has the same one, but other counters, since steps start at 1."""
 _TRIES = 10
@@ -344,7 +344,7 @@ def in_threads(function: Callable[[StoredImage], T], images: Sequence[StoredImag
 
 
 PLACE = "<image>"
-"""Where a text has this, the next image of the column ``images`` stands."""
+"""A mark in a text for the place of the next image of the column ``images``."""
 _IMAGE_KEYS = ("image", "image_url", "bytes", "base64", "path", "url")
 """Keys of a content part that may hold its image."""
 

@@ -361,7 +361,7 @@ def common_prefix(examples: Sequence[Example]) -> int:
 
 
 class Joined(enum.Enum):
-    """How attention tells rows apart that stand in one sequence."""
+    """The ways in which attention tells rows apart that stand in one sequence."""
 
     MASK = "mask"
     """A dense mask; the common prefix stands in front once."""
@@ -416,10 +416,10 @@ def collate_prefix_once(
 
 
 def _offsets(prefix: int, own: np.ndarray) -> tuple[dict[str, int], dict[str, np.ndarray]]:
-    """Where each row's queries and keys begin and end, for variable-length attention; the prefix counts as a row too.
+    """Compute where the queries and keys of each row begin and end, for variable-length attention.
 
-    The host computes them, so that no layer waits for the device. Names are those of transformers' flash attention.
-    ``own``, int [B], has each row's tokens beyond the prefix.
+    The prefix counts as a row too. The host computes all of it, so that no layer waits for the device. Names are those
+    of transformers' flash attention. ``own``, int [B], has each row's tokens beyond the prefix.
 
     Returns:
         Numbers ``max_length_q``, ``max_length_k`` and the array ``cu_seq_lens_q``, int32 [N + 1]. With a prefix also

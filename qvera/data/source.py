@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from qvera.utils.progress import Phase
 
     Processor: TypeAlias = PreTrainedTokenizerBase | ImageProcessor
-    """What makes rows into a model's input."""
+    """The tokenizer or image processor that makes a model's input of rows."""
 
 TRAIN, EVAL = "train", "eval"
 CHUNK_ROWS = 256

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Bounds = tuple[int, int, int]
-"""Where an answer's header starts, where the answer starts and where it ends, in characters or in tokens."""
+"""The start of an answer's header, the start of the answer, and its end, in characters or in tokens."""
 
 
 class Encoder:
@@ -206,7 +206,7 @@ def _in_tokens(spans: list[tuple[int, int]], answer: Bounds) -> Bounds:
 
 @dataclass(slots=True)
 class RowCounts:
-    """How many raw rows were cut, split or dropped. ``dropped``: reason → sources."""
+    """Counts of raw rows that were cut, split or dropped. ``dropped`` maps each reason to the rows' sources."""
 
     truncated_rows: int = 0
     truncated_tokens: int = 0

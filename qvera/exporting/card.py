@@ -42,7 +42,7 @@ from qvera.utils.files import (
 
 
 class Kind(NamedTuple):
-    """What can be shared: the hub's base_model_relation and library_name, and what became of the adapter."""
+    """A kind of thing to share: the hub's base_model_relation and library_name, and words for the adapter's form."""
 
     relation: str
     library: str
@@ -82,7 +82,7 @@ _SHARED = (
 
 
 class CardSubject(NamedTuple):
-    """What a card describes."""
+    """The adapter or export that a card describes."""
 
     kind: str  # a key of `_KINDS`
     directory: Path  # has the files to share (`files_of`)

@@ -48,7 +48,7 @@ STOP_TEXTS = {
     "alpaca": ("EOS", "### Instruction:"),
     "plain": ("EOS",),
 }
-"""For each of `NAMED_TEMPLATES`, the texts that end an answer."""
+"""Maps each of `NAMED_TEMPLATES` to the texts that end an answer."""
 
 
 def modelfile(

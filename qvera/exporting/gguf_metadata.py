@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What llama.cpp needs to know to hold the models of one transformers class."""
+    """The form in which llama.cpp holds the models of one transformers class."""
 
     name: str
     paired: bool = False  # the rows of a head of q and k are in pairs (Llama's first release)

@@ -323,7 +323,7 @@ def effective_rank(singular_values: Tensor) -> float:
 
 
 Document = dict[str, Any]
-"""What ``qvera analyze --json`` prints."""
+"""The results that ``qvera analyze --json`` prints."""
 ROLE_TITLES = ["linears", "intruder dimensions", "‖ΔW‖ / ‖W‖", "effective rank of ΔW"]
 
 

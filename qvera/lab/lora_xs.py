@@ -81,7 +81,7 @@ class LoraXs(Method):
 
 
 _WAY = ["block krylov", 1, svd.BLOCKS, svd.OVERSAMPLING]
-"""How weights are decomposed: a part of the cache's key, so a change here makes all old entries useless."""
+"""The way to decompose weights. It is a part of the cache's key, so a change here makes all old entries useless."""
 _SAMPLE = "sample"
 """The key of the weight's first row. It shows that a model was changed in memory, as its fingerprint does not."""
 

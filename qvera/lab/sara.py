@@ -152,4 +152,4 @@ _VARIANTS: dict[tuple[bool, bool], Method] = {
     (False, True): _Mixture(),
     (True, True): _SvdMixture(),
 }
-"""By (the pair is the weight's own, there are several experts)."""
+"""The methods by two questions: is the pair the weight's own, and are there several vectors d?"""

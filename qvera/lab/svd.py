@@ -37,7 +37,8 @@ from qvera.adapters.projection import uniform_matrix
 from qvera.models import quantization
 
 BLOCKS = 8
-"""With 8, `truncated_svd` captures SmolLM2-135M's weights within 3e-6 of the best energy for ranks 8 to 128."""
+"""Blocks of the Krylov space. With 8, `truncated_svd` captures SmolLM2-135M's weights within 3e-6 of the best energy
+for ranks 8 to 128."""
 OVERSAMPLING = 10
 """Columns of the sketch beyond the rank (Halko, Martinsson and Tropp, section 4.3)."""
 SMALL_SIDE = 128

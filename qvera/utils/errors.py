@@ -19,7 +19,7 @@ class QveraError(Exception):
 
 
 class InputError(QveraError):
-    """What was given is wrong: a recipe, a data file, a directory. Nothing was written. Exit code 2.
+    """An input is wrong: a recipe, a data file, a directory. Nothing was written. Exit code 2.
 
     The message names the file, line or key, what was found, what was expected and what to do.
     """

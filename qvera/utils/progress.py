@@ -26,7 +26,7 @@ _LOOK_SECONDS = 0.5
 
 @dataclasses.dataclass
 class _Count:
-    """How far a phase is. ``first``, ``last``: when a step was first and last done, and how many were done by then."""
+    """The state of a phase. ``first``, ``last``: when a step was first and last done, and how many were by then."""
 
     name: str
     total: int | None

@@ -64,7 +64,7 @@ class StopRequests:
 
     @contextlib.contextmanager
     def waiting(self, first: str) -> Iterator[None]:
-        """Within the block, ``first`` is done before stopping."""
+        """Defer signals within the block; ``first`` says what is done before stopping."""
         before, self._first = self._first, first
         try:
             yield
