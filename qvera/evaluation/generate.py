@@ -167,6 +167,7 @@ def generate_tokens(
     with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
         joins = streamer is None and adapters is None
+        # Of the models whose rows may be joined none reads images, so a common prefix holds none.
         joins = joins and rows_joined(model, prefix_once=True, packing=False) is not None
         prefix, cache = _common_prefix(prompts) if joins else 0, None
         # What all prompts share is computed once; each batch starts from a copy of its keys and values.
