@@ -109,7 +109,7 @@ def require_files(directory: Path) -> None:
         raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}; pickled adapters are not read.")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (directory / name).is_file():
-            inside = directory / "adapter"  # of a run
+            inside = directory / "adapter"  # where a run's directory has it
             meant = f" Did you mean {inside}?" if (inside / name).is_file() else ""
             raise InputError(f"{directory}: has no {name}, so it is not an adapter directory.{meant}")
 

@@ -281,7 +281,7 @@ class AdapterBank:
 
 
 User: TypeAlias = tuple[AdapterBank, int] | str | None
-"""What a token uses: a slot of a bank, an ordinary adapter by its name, or None for the base alone."""
+"""The adapter that a token uses: a slot of a bank, an ordinary adapter by its name, or None for the base alone."""
 
 
 @dataclass
@@ -308,7 +308,7 @@ class _Part:
         if tensors is None:
             return y
         slots = None if each is None else TokenSlots(each.index[routing.tokens], each.slots)
-        # where each expert has vectors of its own, tensors are [slots, experts, ..]: each pair is a slot of the product
+        # experts with vectors of their own: tensors are [slots, experts, ..], and each (slot, expert) is a slot here
         if layer.qvera_settings[self.bank.adapter][1].experts == "each":
             experts = layer.spec.experts
             index = routing.experts if slots is None else slots.index * experts + routing.experts

@@ -117,7 +117,7 @@ class QveraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name), list):
                 setattr(self, name, set(names))
-        if self.magnitude is None:  # as files had it before there was one
+        if self.magnitude is None:  # older files have null: the key was reserved
             self.magnitude = False
         self._check_values()
         # the oldest format that has all this adapter needs, so that an older qvera can still read it

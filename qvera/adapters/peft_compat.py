@@ -60,6 +60,8 @@ class _Pair(SharedInput):
 
 
 class _AcceleratedLayer(AdaptedForward):
+    """Mixed before one of PEFT's VeRA layer classes, whose attributes have PEFT's names."""
+
     vera_A: Any  # noqa: N815  # PEFT's names
     vera_B: Any  # noqa: N815
     vera_lambda_b: Any
@@ -107,7 +109,7 @@ class AcceleratedVeraModel(VeraModel):
         linear.freeze_linears(model)
         super()._pre_injection_hook(model, config, adapter_name)
 
-    # PEFT's is static
+    # static in PEFT; here it needs the model's pair
     def _create_new_module(self, *args: object, **kwargs: object) -> VeraLayer:  # type: ignore[override]
         layer = VeraModel._create_new_module(*args, **kwargs)
         if isinstance(layer, VeraLayer):
@@ -132,7 +134,7 @@ def restore_peft() -> None:
 
 @contextmanager
 def accelerated_peft() -> Iterator[None]:
-    """`accelerate_peft` within the context."""
+    """Apply `accelerate_peft` within the context, and restore what was there before."""
     before = mapping.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.VERA]
     accelerate_peft()
     try:
@@ -145,7 +147,7 @@ class PeftPlace(NamedTuple):
     """Where PEFT has the LoRA of a layer's experts."""
 
     module: str
-    """Each of a module's parameters has its LoRA in a wrapper around the wrapper of the one before."""
+    """The path of the wrapper with the LoRA. PEFT wraps a module once for each parameter, one wrapper in the other."""
     turned: bool
     """Whether PEFT takes their matrices [in, out] for [out, in], so that A and B change places."""
 
@@ -154,7 +156,7 @@ Places = Mapping[str, PeftPlace]
 
 
 def other_places(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
-    """Further places of linears in a module that stands in several (`share_tied_modules`) → their names."""
+    """Map each further place of a linear to its name, for modules that stand in several (`share_tied_modules`)."""
     shared = share_tied_modules(model).items()
     return {
         place + name.removeprefix(source): name
@@ -190,9 +192,11 @@ def require_kept(config: LoraConfig, layers: Mapping[str, bool | None], model: P
             f"PEFT refuses a LoRA of this adapter's targets: {first_line(error)} Export with --to merged, or train "
             "with adapter.targets that leave these out."
         ) from None
+    # the tensors that PEFT would lose between writing this adapter and reading it
     own = get_peft_model_state_dict(adapted)
     missing = set_peft_model_state_dict(adapted, own).missing_keys  # PEFT renames tensors when it reads them
     lost = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in missing if ".lora_" in name}
+    # what PEFT has adapted, under our names: a wrapper of a parameter stands for that parameter
     for path, module in adapted.get_base_model().named_modules():
         name = path
         if isinstance(module, ParamWrapper):

@@ -68,7 +68,7 @@ def uniform_pair(rank: int, in_features: int, out_features: int, seeds: Seeds) -
     return A, np.concatenate([uniform_matrix(out_features, each, seed, _STREAM_B) for seed in chain], axis=1)
 
 
-@functools.lru_cache(maxsize=64)  # of a thousand adapters on a base, all have one of a few pairs
+@functools.lru_cache(maxsize=64)  # a thousand adapters on one base have only a few pairs among them
 def projection_sha256(rank: int, in_features: int, out_features: int, seed: Seeds) -> str:
     """SHA-256 over the little-endian fp32 bytes of A [rank, in_features] and then B [out_features, rank]."""
     return pair_sha256(*uniform_pair(rank, in_features, out_features, seed))
@@ -98,7 +98,10 @@ class LastInput:
         self._recent: tuple[weakref.ref[Tensor], object, Any] | None = None
 
     def get(self, x: Tensor, key: object, make: Callable[[], T]) -> T:
-        """What ``make`` gave for this live, unchanged tensor and ``key``, in this backward pass or outside of any."""
+        """Return the value of ``make()`` for this x and ``key``, made anew unless the last call was for the same.
+
+        The same means: this very tensor, unchanged, and the same backward pass or none.
+        """
         # the number of the backward pass we are in, -1 outside: checkpointing itself tells its phases apart by it; a
         # checkpoint's recomputation must build its own
         key = key, x._version, torch._C._current_graph_task_id()
@@ -124,6 +127,7 @@ class SharedInput(LastInput):
 
     def project(self, x: Tensor, A: Tensor, dtype: torch.dtype, key: object = None) -> Tensor:
         """z = x Aᵀ [..., rank] in ``dtype``; ``key`` tells apart matrices A of one shape that may meet the same x."""
+        # tensors of inference mode have no version, by which a change in place would show
         if torch.compiler.is_compiling() or x.is_inference():
             return functional.project(x.to(dtype), A.to(dtype))
 
@@ -177,6 +181,7 @@ class SharedProjection(nn.Module):
         if torch.compiler.is_compiling():
             return A[:rank, :in_features], B[:out_features, :rank]
         held = self._slices.get(sizes)  # a view takes 2 µs
+        # a move or a cast replaces the buffers, and the old views would go on reading the old ones
         if held is None or held[0] is not A or held[1] is not B:
             held = self._slices[sizes] = A, B, A[:rank, :in_features], B[:out_features, :rank]
         return held[2:]

@@ -79,7 +79,8 @@ def attach(
         config.format_version = max(config.format_version, LABELS_VERSION)
     if section.init_from is not None:
         theirs = read_config(Path(resolve_path(section.init_from)))
-        for field in ("rank_pattern", "alpha_pattern"):  # of an adapter that PEFT's LoRA has trained
+        # tensor shapes and scales depend on these, a recipe has no key for them, and PEFT's LoRAs may have them
+        for field in ("rank_pattern", "alpha_pattern"):
             setattr(config, field, getattr(theirs, field, {}))
     config.progress = progress
     try:
@@ -148,7 +149,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
 
 
 def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, Tensor]]:
-    """Read the start, and compare what the recipe alone decides."""
+    """Read the adapter that a run starts from, and compare it as far as the recipe alone decides."""
     try:
         theirs, vectors = read_adapter(Path(resolve_path(init_from)))
     except InputError as error:
@@ -166,8 +167,9 @@ def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[
 
 
 def _require_equal(theirs: QveraConfig, config: QveraConfig, init_from: str, fields: dict[str, str]) -> None:
-    """InputError unless two configs agree in these fields; their values are the names for the message."""
+    """Raise InputError unless two configs agree in ``fields``: field → its name in the message."""
 
+    # no alpha means that of the rank, so the two are equal when one of them is written out
     def value(of: QveraConfig, field: str) -> object:
         return of.rank if field == "alpha" and of.alpha is None else getattr(of, field)
 
@@ -203,7 +205,7 @@ def head_tensors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Par
 
 
 def rate_factors(model: PeftModel, recipe: Recipe, adapter: str = "default") -> dict[str, float]:
-    """Keys of `named_vectors` → learning rate as a multiple of ``training.learning_rate``."""
+    """Map each key of `named_vectors` to its learning rate, as a multiple of ``training.learning_rate``."""
     section, training, head = recipe.adapter, recipe.training, head_tensors(model, adapter)
     method, head_factor = method_of(section), (training.head_learning_rate or training.learning_rate)
     return {
@@ -262,7 +264,9 @@ def save_adapter(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if not (directory.exists() and exchange(partial, directory)):  # else a server would find none for a moment
+        # the two change places in one step, so that a server finds an adapter at any moment; where the system can't do
+        # that, the old one is moved away first
+        if not (directory.exists() and exchange(partial, directory)):
             if directory.exists():
                 _discard(old)
                 directory.rename(old)
@@ -270,7 +274,7 @@ def save_adapter(
         flush(directory.parent)
         for replaced in (partial, old):
             _discard(replaced)
-        for leftover in directory.parent.iterdir():  # of a process that was killed in here
+        for leftover in directory.parent.iterdir():  # temporary directories of processes that were killed in here
             found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
             if found and not psutil.pid_exists(int(found[1])):
                 _discard(leftover)
@@ -295,7 +299,7 @@ def _write_files(
         directory.mkdir(parents=True)
         tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}
         save_tensors(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
-        written = copy.copy(config)  # as PEFT writes it: for answers
+        written = copy.copy(config)  # PEFT too saves an adapter as one for answers, and leaves the live config alone
         written.inference_mode = True
         written.save_pretrained(str(directory))
     else:
@@ -322,6 +326,7 @@ def load_vectors(model: nn.Module, vectors: dict[str, Tensor], source: str, adap
 
     InputError: one is missing, unknown, of another shape, or no index of the weight; nothing was copied.
     """
+    # everything is checked before the first copy, so that an error leaves the model as it was
     config = getattr(model, "peft_config", {}).get(adapter)
     ours: dict[str, Tensor] = {**named_vectors(model, adapter)}
     if config is not None and config.bias != "none":
@@ -348,7 +353,7 @@ def load_vectors(model: nn.Module, vectors: dict[str, Tensor], source: str, adap
 
 
 def put_on(model: nn.Module, config: QveraConfig, adapter: str = "default") -> PeftModel:
-    """`get_peft_model`, but the config keeps its own name of the base, which PEFT would replace."""
+    """Call `get_peft_model`. The config keeps its own name of the base, which PEFT would replace."""
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
     saved = None if config.modules_to_save is None else list(config.modules_to_save)
     peft_model = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]

@@ -41,6 +41,7 @@ def load_adapters(
     """
     if not directories:
         raise InputError("load_adapters: takes at least one adapter directory.")
+    # adapters of one shape share a bank; those of methods without a path by slots are ordinary adapters of the model
     specs, alone = linear_specs(model), dict[str, QveraConfig]()
     banked: dict[AdapterShape, dict[str, Mapping[str, Tensor]]] = {}
     for number, (name, given) in enumerate(directories.items(), 1):
@@ -55,6 +56,7 @@ def load_adapters(
     base, users = Base(cast("PreTrainedModel", model), None, {}), dict[str, User]()
     for number, (shape, members) in enumerate(banked.items()):
         adapted = add_adapter(base, f"__shape_{number}__", shape.config)
+        # slot 0 stays zeros, for rows that use no adapter of this bank
         bank = AdapterBank(adapted, 1 + len(members), f"__shape_{number}__")
         for slot, (name, vectors) in enumerate(members.items(), 1):
             bank.put(slot, vectors)
@@ -131,6 +133,7 @@ def training_layout(model: nn.Module, adapter: str) -> Iterator[None]:
         yield
     finally:
         for module, values in kept:
+            # first what was set within the context, which the module may not have had before
             for name in _OF_ANSWERS:
                 module.__dict__.pop(name, None)
             module.__dict__.update(values)

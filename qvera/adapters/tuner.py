@@ -1,14 +1,14 @@
 """The PEFT side: which modules are adapted, the shared projections, and the registration with PEFT.
 
-`QveraExperts`: VeRA on the projections of a mixture's experts, over the pair A, B that all layers share.
+`QveraExperts` adapts the projections of a mixture's experts. With VeRA all layers and experts share the pair A, B:
 
     y_s = W_e x_s + b_e ⊙ B (s d_e ⊙ A x_s)        for a row s that was routed to expert e
 
-or LoRA, whose A_e and B_e each expert has itself.
+With LoRA each expert has its own A_e and B_e.
 
-A x is computed once for each token, whatever number of experts it goes to. With ``adapter.experts: each`` every expert
-has its own d_e and b_e, which is the product of a batch whose tokens use different adapters (`products.slots`). With
-``shared`` the experts of a layer have one d and one b.
+VeRA computes A x once for each token, whatever number of experts that goes to. With ``adapter.experts: each`` every
+expert has its own d_e and b_e, which is the product of a batch whose tokens use different adapters (`products.slots`).
+With ``shared`` the experts of a layer have one d and one b.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class QveraModel(BaseTuner):
         pool: list[SharedProjection] = self.__dict__.setdefault("_projection_pool", [])
         for projection in pool:
             A = projection.A
-            # of several seeds no pair is a prefix of a larger one
+            # pairs of several seeds stand side by side in equal parts, so a smaller one is no prefix of a larger one
             same_size = isinstance(config.seeds, int) or len(A) in (0, config.rank)
             if same_size and (projection.seed, A.device, A.dtype) == (config.seeds, device, dtype):
                 return projection
@@ -115,6 +115,7 @@ class QveraModel(BaseTuner):
         layers = adapted_layers(self)
         mixed = MixedForward(layers[0].base_layer.weight.device)
         users = [None if name == BASE else banked.get(name, name) for name in adapter_names]
+        # beam search has the beams of a row one after the other
         mixed.use([user for user in users for _ in range(num_beams or 1)])
         with mixed.installed(layers):
             yield
@@ -130,6 +131,7 @@ class QveraModel(BaseTuner):
                 "PEFT does not read. Open it with qvera.evaluation.load.open_run, or load the base with them "
                 "(ModelSection.added_tokens) and put the adapter on with qvera.adapters.save_load.load_adapter."
             )
+        # the modules that PEFT will look at: one where weights are tied, linears that run frozen, stacks of experts
         share_tied_modules(model)
         linear.freeze_linears(model)
         if config.experts != "none":
@@ -148,6 +150,7 @@ class QveraModel(BaseTuner):
             shapes = [(spec.in_features, spec.out_features) for spec, _ in found]
             largest_in, largest_out = (max(sizes) for sizes in zip(*shapes, strict=True))
             config.check_projection(largest_in, largest_out)
+            # the largest size at once: each growth draws the whole pair anew
             for home in dict.fromkeys(_home(base, model) for _, base in matched):
                 self._projection(config, *home).ensure(config.rank, largest_in, largest_out)
         lean_layers.reduce_saved_activations(model)
@@ -192,6 +195,7 @@ class QveraModel(BaseTuner):
         if "shared" not in self._modules:
             self.shared = SharedTensors()
         device, tensors = linears[0][1].weight.device, VectorDict()
+        # held by the tuner and not by the layers, so that the model has them once
         for name, shape in shapes.items():
             if device.type == "meta":
                 start = torch.empty(shape, device=device, dtype=method.traits(name, config).dtype)
@@ -206,7 +210,8 @@ class QveraModel(BaseTuner):
         config = _maybe_include_all_linear_layers(config, model)
         if config.target_modules is None:
             raise InputError("target_modules: takes `all-linear` or a list of module names, got nothing.")
-        if config.target_modules is not before:  # all linears by full names, which would overrule layers_to_transform
+        # PEFT has put full names of all linears in place of "all-linear": they would overrule layers_to_transform
+        if config.target_modules is not before:
             experts = {n for n, m in model.named_modules() if isinstance(m, (ExpertStack, QveraExperts))}
             config.target_modules = set(config.target_modules or ()) - beside_the_layers(model) | experts
             config.target_modules = _short_names(config.target_modules, list(config.target_modules), model)
@@ -219,7 +224,8 @@ class QveraModel(BaseTuner):
             if self._check_target_module_exists(config, key):
                 matched.append((key, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module))
         linears = [(key, base) for key, base in matched if not isinstance(base, ExpertStack)]
-        if config.experts == "none" and len(linears) < len(matched):  # `down_proj` means the dense one then
+        # without adapted experts a name such as `down_proj` means the dense linears of that name only
+        if config.experts == "none" and len(linears) < len(matched):
             matched, targets = linears, [key for key, _ in linears]
         wrong_kind = [f"{key} ({type(base).__name__})" for key, base in matched if layer_shape(base) is None]
         if wrong_kind:
@@ -247,6 +253,7 @@ class QveraModel(BaseTuner):
         current_key: str = "",
         **_: object,
     ) -> None:
+        # the frozen pair: the one of the seed, which all layers share, or this linear's own, or none
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         method, home = method_of(peft_config), _home(base, self.model)
         projection: SharedProjection | OwnProjection | None = None

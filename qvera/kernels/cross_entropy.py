@@ -15,7 +15,7 @@ from qvera.utils import accelerator
 
 CACHED_ELEMENTS = 2**20
 """Logits that each thread of a CPU takes at a time in plain code: 4 MB in fp32."""
-_ACCELERATOR_THREADS = 16  # as many where an accelerator has no kernels: 67 MB
+_ACCELERATOR_THREADS = 16  # an accelerator without kernels counts as a CPU with this many threads: 67 MB
 
 
 def _empty_logit_sums(
@@ -37,7 +37,8 @@ _logit_gradient = register("logit_gradient", _write_logit_gradient, mutates="x")
 
 
 def rows_at_a_time(x: torch.Tensor) -> int:
-    """How many rows of the product x [n, V] to give `LogitRows` at once."""
+    """Return how many rows of the product x [n, V] to give `LogitRows` at once."""
+    # a kernel takes any number; only plain code has temporaries that should stay in a cache
     if use_kernels(x):
         return len(x)
     threads = _ACCELERATOR_THREADS if accelerator.is_accelerator(x.device.type) else torch.get_num_threads()
@@ -74,12 +75,14 @@ class LogitRows:
     def write_gradient(self, weights: torch.Tensor) -> None:
         """Write Σ_k w_k ∂loss_k / ∂x over x, once; weights [n, K] of any sign."""
         spread, factor, hit = self._smoothing / self._x.shape[1], weights.sum(1, keepdim=True), weights
-        if weights.shape[1] > 1:  # a target may stand in a row more than once
+        # the gradient at a target is written, not added, so equal targets of a row each need the sum of their weights
+        if weights.shape[1] > 1:
             same = self._targets.unsqueeze(2) == self._targets.unsqueeze(1)
             hit = torch.where(same, weights.unsqueeze(1), 0.0).sum(2)
         # p - 1 in 16 bits would have lost most of what a well-known target has left
         at_targets = factor * ((-self._own).exp() - spread) - (1.0 - self._smoothing) * hit
         at_targets *= self._scale if self._cap is None else self._scale * (1.0 - (self._chosen / self._cap).square())
+        # the gradient of all logits as if none were a target; then the targets' own values over it
         if self._by_kernels:
             _logit_gradient(self._x, self._largest, self._total, factor, spread, self._scale, self._cap or 0.0)
         else:

@@ -27,7 +27,7 @@ def grouped(b: torch.Tensor) -> torch.Tensor:
 
 
 def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """diag(b) B [m, r], each group of B's columns with its own b."""  # the formula
+    """diag(b) B [m, r], each group of B's columns with its own b."""
     b = grouped(b)
     return (b.t().unsqueeze(2) * B.unflatten(1, (len(b), -1))).flatten(1)
 
@@ -49,7 +49,10 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
 def vector_gradients(
     M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """∂d [r] and ∂b, in b's shape, from M = gᵀ z [m, r], in the vectors' dtype; None if not needed."""
+    """∂d [r] and ∂b, in b's shape, from M = gᵀ z [m, r], in the vectors' dtype.
+
+    Plain code gives None for one that is not needed; the kernel makes both anyway.
+    """
     if use_kernels(M, B, d, b):
         return _by_kernel(M, B, d, b, scale, 0.0, None)[:2]
     b_groups = grouped(b)
@@ -179,6 +182,7 @@ def scaled_columns_backward(
         grad_x, grad_vector = _backward(_rows(g), _rows(x), vector.contiguous())
         return grad_x.view(g.shape), grad_vector.to(vector.dtype)
     total = torch.zeros_like(vector)
+    # by blocks, so that the product of g and x stays in a CPU's cache
     rows, other = _rows(g), _rows(x)
     for part in row_blocks(rows):
         total += (rows[part] * other[part]).sum(0, dtype=vector.dtype)

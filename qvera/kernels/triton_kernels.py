@@ -27,6 +27,7 @@ def combined_kernel(
     B, d, b, C, scale, out_features, width, row_stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """C [m, r] contiguous; B has ``row_stride`` elements from row to row; b [G, m]; ``width`` is r / G."""
+    # a program has BLOCK_ROWS rows of one group of columns
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     group, rank = tl.program_id(1), tl.num_programs(1) * width
     is_row = rows < out_features
@@ -62,6 +63,7 @@ def vector_gradients_kernel(
         tile = tl.load(B + at * row_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         weighted = tl.load(M + at * rank + columns[None, :], mask=mask, other=0.0).to(tl.float32) * tile
         b_sum += tl.sum(weighted * d_columns[None, :], 1)
+        # a row of its own for each program: atomic sums into one would have no fixed order
         d_part = tl.sum(weighted * b_rows[:, None], 0) * scale
         tl.store(grad_d_parts + tl.program_id(0) * rank + columns, d_part, mask=is_column)
         if WRITE_C:
@@ -179,10 +181,11 @@ def dequantize_4bit_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     present = block < blocks
     scale = tl.load(absmax + block, mask=present, other=0)
-    if NESTED_BLOCK:
+    if NESTED_BLOCK:  # the scales themselves are quantized
         outer = tl.load(nested_absmax + block // NESTED_BLOCK, mask=present, other=0.0)
         scale = tl.load(nested_code + scale.to(tl.int32)) * outer + tl.load(offset)
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    # a byte has two neighbouring weights, the first in its upper half
     pair = tl.load(packed + byte, mask=byte < bytes, other=0).to(tl.int32)
     first = tl.load(code + (pair >> 4)) * scale[:, None]
     second = tl.load(code + (pair & 15)) * scale[:, None]
@@ -223,7 +226,7 @@ def rms_norm_kernel(x, weight, y, factor, width, eps, BLOCK: tl.constexpr):
     wide = stored.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
     tl.store(factor + row, scale)
-    h = (wide * scale).to(stored.dtype).to(tl.float32)
+    h = (wide * scale).to(stored.dtype).to(tl.float32)  # rounded here, as transformers does
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * width + column, w * h, mask=inside)
 
@@ -249,7 +252,7 @@ def swiglu_kernel(a, c, y, count, BLOCK: tl.constexpr):
     inside = at < count
     stored = tl.load(a + at, mask=inside, other=0.0)
     wide = stored.to(tl.float32)
-    silu = (wide * tl.sigmoid(wide)).to(stored.dtype).to(tl.float32)
+    silu = (wide * tl.sigmoid(wide)).to(stored.dtype).to(tl.float32)  # rounded here, as transformers does
     tl.store(y + at, silu * tl.load(c + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
 
 
@@ -386,7 +389,7 @@ def _logit(x, at, inside, scale, cap, CAPPED: tl.constexpr):
     z = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * scale
     bent = z
     if CAPPED:
-        bent = 2.0 * tl.sigmoid(2.0 * z / cap) - 1.0
+        bent = 2.0 * tl.sigmoid(2.0 * z / cap) - 1.0  # tanh
         z = bent * cap
     return z, bent
 
@@ -405,6 +408,7 @@ def logit_sums_kernel(
         if MEAN:
             sum_of_all += tl.sum(tl.where(inside, z, 0.0), axis=0)
         z = tl.where(inside, z, float("-inf"))
+        # one pass: the sum so far is brought to the new maximum
         now = tl.maximum(largest, tl.max(z, axis=0))
         total = total * tl.exp(largest - now) + tl.sum(tl.exp(z - now), axis=0)
         largest = now

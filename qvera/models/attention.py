@@ -40,7 +40,7 @@ VARLEN = "qvera_varlen"
 """The same, with variable-length attention for rows in one sequence."""
 FP32_TOKENS = 128
 """On a CPU, joined rows of up to this length are computed in fp32: see `attend_in_groups`."""
-_GROUPS_PER_OCTAVE = 2  # of rows of like length, from each power of two to the next
+_GROUPS_PER_OCTAVE = 2  # groups of rows of like length, from each power of two to the next
 
 _CAUSAL_TYPES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "olmo2",
@@ -54,8 +54,8 @@ JOINABLE_TYPES = (
 """The attention of these model types takes positions and a mask [1, 1, T, T] as given; each is tested."""
 
 _SEES_PADDING_TYPES = ("recurrent_gemma", "minimax", "deepseek_v4")
-"""Padding on the left reaches the convolution of the first, the answer's tokens of the second, and moves the windows
-that the third compresses."""
+"""Model types whose answers change with padding on the left. It reaches the convolution of the first and the answer's
+tokens of the second, and moves the windows that the third compresses."""
 
 
 def needs_equal_lengths(model: PreTrainedModel) -> bool:
@@ -64,8 +64,9 @@ def needs_equal_lengths(model: PreTrainedModel) -> bool:
 
 
 def needs_padding_mask(model: PreTrainedModel) -> bool:
-    """Whether right padding has to be masked. It has, unless the model is known to look at earlier tokens only."""
-    config = model.config  # with experts the padding's tokens would change the order in which an expert adds
+    """Whether right padding has to be masked: yes, unless the model is known to look at earlier tokens only."""
+    # models with experts are not among the types: the padding's tokens would change the order in which an expert adds
+    config = model.config
     two_way = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
     own_code = not type(model).__module__.startswith("transformers.")
     return config.model_type not in _CAUSAL_TYPES or bool(two_way) or own_code
@@ -80,7 +81,7 @@ def is_joinable(config: PretrainedConfig) -> bool:
 def joining_of(
     config: PretrainedConfig, implementation: str | None, prefix_once: bool, packing: bool, whole_rows: bool = False
 ) -> Joined | None:
-    """How this attention implementation puts rows into one sequence. None: each stays a row of the batch.
+    """Return how this attention implementation puts rows into one sequence. None: each stays a row of the batch.
 
     ``prefix_once`` joins rows where a common prefix pays, ``packing`` always. ``whole_rows``: by offsets or not at all,
     and without a common prefix.
@@ -97,7 +98,7 @@ def joining_of(
 
 
 def rows_joined(model: PreTrainedModel, prefix_once: bool, packing: bool, whole_rows: bool = False) -> Joined | None:
-    """`joining_of` for a loaded model, which may have adapters."""
+    """Return `joining_of` for a loaded model, which may have adapters."""
     config = causal_model(model).config
     return joining_of(config, config._attn_implementation, prefix_once, packing, whole_rows)
 
@@ -116,8 +117,9 @@ def require_packing(model: PreTrainedModel) -> None:
 def implementation_on(
     device: torch.device | None, config: PretrainedConfig, dtype: torch.dtype, whole_rows: bool = False
 ) -> str:
-    """What replaces sdpa on a device; ``device`` None is a card elsewhere that runs all of the installed torch.
+    """Return the attention implementation that replaces sdpa on a device; ``sdpa``: nothing replaces it.
 
+    ``device`` None stands for a card that is not here, and that runs all that the installed torch has.
     ``whole_rows``: rows are joined without a common prefix. Then a CPU takes offsets too.
     """
     if not is_joinable(config):
@@ -143,7 +145,7 @@ def choose_implementation(
 
 
 def open_mask(implementation: str | None, ids: torch.Tensor) -> torch.Tensor | None:
-    """A mask [B, T] like ``ids`` that hides nothing, or None: this implementation does not know it unread."""
+    """A mask [B, T] that hides nothing, known without reading it. None: this implementation would have to read it."""
     # both strides are 0, by which `_mask` knows it; without any mask transformers reads the positions on the host, to
     # see whether rows are packed
     mask = torch.ones((), dtype=torch.bool, device=ids.device).expand(ids.shape)
@@ -164,7 +166,10 @@ _TRIAL_ERROR = 0.02
 
 
 def problem_of(run: Callable[[], list[torch.Tensor]], wanted: list[torch.Tensor]) -> str | None:
-    """What is wrong with a kernel whose tensors should be these, fp32 on the CPU; None: nothing."""
+    """Say what is wrong with a kernel; None: nothing. ``run`` gives its tensors, ``wanted`` the right ones.
+
+    All are fp32 on the CPU.
+    """
     try:
         errors = [((x - y).norm() / y.norm()).item() for x, y in zip(run(), wanted, strict=True)]
     except (RuntimeError, NotImplementedError, ValueError) as error:  # an old card, or too wide a head
@@ -181,7 +186,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim:
     """
     if device.type != "cpu" and varlen_kernel() is None:
         return False
-    lengths = [3, 5, 9], [3, 8, 12]  # of queries and of keys
+    lengths = [3, 5, 9], [3, 8, 12]  # of queries and of keys: the second and third row have a prefix of 3
     ends = [torch.tensor([0, *itertools.accumulate(each)], dtype=torch.int32) for each in lengths]
     generator = torch.Generator().manual_seed(0)
     sizes = [(sum(lengths[0]), groups), (sum(lengths[1]), 1), (sum(lengths[1]), 1)]
@@ -193,6 +198,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim:
         with torch.enable_grad():
             q, k, v, ends_q, ends_k = *inputs, *(end.to(where) for end in ends)
             out = varlen_attention(q, k, v, ends_q, ends_k, max(lengths[0]), max(lengths[1]), head_dim**-0.5)
+            # gradients too: a kernel may be right forward and wrong backward
             found = [out.detach(), *torch.autograd.grad(out.sum() + out.square().sum(), inputs)]
         return [x.to("cpu", torch.float32) for x in found]
 
@@ -231,6 +237,7 @@ def varlen_attention(
         )
     if torch.equal(ends_q, ends_k):
         return attend_in_groups(query, key, value, ends_q, scale)
+    # rows behind a prefix, one by one: the reference of `varlen_runs` is made here
     parts = []
     rows_q, rows_k = (itertools.starmap(slice, itertools.pairwise(ends.tolist())) for ends in (ends_q, ends_k))
     for row_q, row_k in zip(rows_q, rows_k, strict=True):
@@ -243,7 +250,7 @@ def varlen_attention(
 def attend_in_groups(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """`varlen_attention` on a CPU, of rows with as many keys as queries: one sdpa for rows of like length."""
+    """Compute `varlen_attention` on a CPU for rows with as many keys as queries: one sdpa for rows of like length."""
     there, back, sizes = groups_of(tuple(ends.tolist()))
     padded = [x.index_select(0, there).split([rows * length for rows, length in sizes]) for x in (query, key, value)]
     outputs = []
@@ -256,7 +263,7 @@ def attend_in_groups(
     return torch.cat(outputs).index_select(0, back)
 
 
-@functools.lru_cache(maxsize=2)  # of the pass that is computed: its layers have the same rows
+@functools.lru_cache(maxsize=2)  # all layers of a pass have the same rows
 def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
     """Pad rows that stand one behind the other, in groups of like length.
 
@@ -269,7 +276,7 @@ def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[t
     taken, sizes, placed = [], [], 0
     back = torch.empty(ends[-1], dtype=torch.int64)
     for rows in groups.values():
-        # of few lengths, as those of whole batches are
+        # rounded up, as the lengths of whole batches are: torch keeps kernels for each new length (bench/log.md)
         length = round_up_length(max(end - begin for begin, end in rows))
         columns = torch.arange(length)
         for begin, end in rows:
@@ -353,7 +360,8 @@ def _attention(
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **others: Any) -> torch.Tensor | None:
-    """None for an `open_mask`, else sdpa's mask."""
+    """Make a layer's mask for transformers: None for an `open_mask`, else the mask that sdpa gets."""
+    # `open_mask` alone has strides of 0 only, so nothing on the device has to be read
     if attention_mask is not None and not any(attention_mask.stride()):
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **others)

@@ -1,4 +1,4 @@
-"""What a training pass does to each decoder layer: recompute it in backward, or run it compiled.
+"""Two ways in which a training pass may run each decoder layer: recomputed in backward, or compiled.
 
 A recomputed layer keeps only its input: on the device, or in RAM (``offload``). An offloaded input is copied out while
 its layer computes, and leaves the device before the next layer runs. In backward the input of layer i - 1 comes back
@@ -51,6 +51,7 @@ class _KeptInput:
         self._event = streams.copy((chunk, part) for part, chunk in stream.pairs(self._tensor, self._chunks))
 
     def fetch(self) -> None:
+        """Start to copy the input back, unless it is on the device."""
         if self._tensor is None:
             self._tensor = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._event = self._streams.copy(stream.pairs(self._tensor, self._chunks))
@@ -63,7 +64,8 @@ class _KeptInput:
         return tensor
 
     def __del__(self) -> None:
-        self.let_go()  # of a graph that was dropped its memory must not be used again before the copy is through
+        # autograd may drop a graph while its copies run: the tensor's memory may be used again only after them
+        self.let_go()
         self._pool.give(self._chunks)
 
 
@@ -79,6 +81,7 @@ class _OffloadedInputs:
         """Start to copy a layer's input out. The input before it leaves the device now."""
         if tensor.device != self._streams.device or not tensor.numel():
             return tensor
+        # the layer that reads it was launched already, so in the stream the wait for the copy comes behind that layer
         if self._leaving is not None:
             self._leaving.let_go()
         kept = _KeptInput(tensor, self._streams, self._pool, None if self._last is None else self._last())
@@ -92,6 +95,7 @@ class _OffloadedInputs:
         self._leaving = None
         kept.fetch()
         tensor = kept.let_go()
+        # backward goes down the layers, so the one before is needed next; one that was used already is not copied again
         kept.used = True
         before = None if kept.before is None else kept.before()
         if before is not None and not before.used:
@@ -104,6 +108,7 @@ def draws_random_numbers(model: nn.Module) -> bool:
     """Whether a training pass drops elements or adds noise, so that recomputing has to draw the same."""
     config: Any = getattr(model, "config", None)
     trees = [] if config is None else [config.to_dict(), config.get_text_config().to_dict()]
+    # a model may drop by a function with a number of its config, where no module shows it
     words = ("drop", "jitter", "noise")
     by_config = any(
         isinstance(v, float) and v > 0 and any(word in k for word in words) for tree in trees for k, v in tree.items()

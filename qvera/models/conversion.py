@@ -3,10 +3,9 @@
 transformers keeps a table of how published checkpoints differ from its classes (``conversion_mapping``). Most rules
 rename. Others make one tensor of several: the experts of a layer, a tensor each in the file, are stacked into one.
 
-Weights that a checkpoint stores in 4 or 8 bits of another kind: gpt-oss's MXFP4 and FP8 with scales.
-
-They are decoded to bfloat16, one expert or block of rows at a time, on their way into bitsandbytes' 4 bits. A decoded
-MXFP4 value is exact in bfloat16; one of FP8 is rounded to its 8 bits of precision.
+Some checkpoints store weights in 4 or 8 bits of another kind than bitsandbytes': gpt-oss in MXFP4, others in FP8 with
+scales. These are decoded to bfloat16, one expert or block of rows at a time, on their way into bitsandbytes' 4 bits. A
+decoded MXFP4 value is exact in bfloat16; one of FP8 is rounded to bfloat16's 8 bits of precision.
 
 MXFP4 (Open Compute Project, Microscaling Formats v1.0): ``NAME_blocks`` uint8 [E, m, n / 32, 16] holds two e2m1 values
 a byte, the first in the lower half; ``NAME_scales`` uint8 [E, m, n / 32] an exponent for each 32, biased by 127.
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
-    """The tensors of a checkpoint under the model's names, in the same order.
+    """Return the tensors of a checkpoint under the model's names, in the same order.
 
     transformers renames parts of old models (GPT-NeoX's head, ViT's attention), old checkpoints call the vectors of
     norms gamma and beta, and one of the base model alone lacks a prefix such as ``bert.``. A tensor that transformers
@@ -63,13 +62,14 @@ def as_named(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorE
             if converter is None and own in known:
                 names[entry.name] = own
     found = [dataclasses.replace(entry, name=names.get(entry.name, entry.name)) for entry in entries]
+    # two tensors of one name can't both be meant: then no name is changed
     return found if len({entry.name for entry in found}) == len(found) else entries
 
 
 def in_parts(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
-    """The same, with the tensors of the model in the place of one whose rows transformers splits into them.
+    """Return a checkpoint's tensors with each one that transformers splits by rows replaced by its parts.
 
-    Each of them has a part of the bytes, so the order is that of the file.
+    A part is a tensor of the model and a run of the file's bytes, so the order stays that of the file.
     """
     parameters, rules = dict(model.named_parameters()), _rules(model)
     found: list[TensorEntry] = []
@@ -92,7 +92,7 @@ def in_parts(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorE
 
 
 def made_of(name: str, stored: Iterable[str], model: PreTrainedModel) -> str | None:
-    """Which of the ``stored`` tensors of a checkpoint transformers changes into the one of that name in the model."""
+    """Return which of a checkpoint's ``stored`` tensors transformers changes into the model's ``name``; None: none."""
     rules = _rules(model)
     return next((each for each in stored if _converted(each, rules)[0] == name), None)
 
@@ -106,7 +106,10 @@ def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightCon
 def _converted(
     name: str, rules: tuple[list[WeightRenaming], list[WeightConverter]]
 ) -> tuple[str, str | None, WeightConverter | None]:
-    """What a tensor of the files becomes (of several, the first), and the pattern and rule that change it, if any."""
+    """Return a tensor's name in the model (the first, if it becomes several), and the pattern and rule that change it.
+
+    Pattern and rule are None where it is only renamed.
+    """
     renamings, converters = rules
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
@@ -118,7 +121,7 @@ def _converted(
 
 
 def as_stacks(entries: list[TensorEntry], model: PreTrainedModel) -> list[TensorEntry]:
-    """The same, with the shape [E, m, n] for experts that the file has one below the other (DBRX); not those packed."""
+    """Give experts that the file has one below the other (DBRX) the shape [E, m, n]. Other tensors stay as they are."""
     specs = expert_specs(model)
     whole = {e.name for e in entries if e.name in specs and e.numel == math.prod(specs[e.name].shape)}
     return [dataclasses.replace(e, shape=specs[e.name].shape) if e.name in whole else e for e in entries]
@@ -129,9 +132,9 @@ class FusedTensor:
     """A tensor of the model that transformers makes of several tensors of the checkpoint."""
 
     spec: TensorSpec
-    """As the model has it, in the dtype of the sources."""
+    """Its name and shape in the model, with the dtype of the sources."""
     sources: dict[str, list[TensorEntry]]
-    """By the pattern of the rule, in the order in which it takes them."""
+    """The checkpoint's tensors by the pattern of the rule, in the order in which the rule takes them."""
     converter: WeightConverter
     model: PreTrainedModel
 
@@ -141,10 +144,11 @@ class FusedTensor:
         return any(isinstance(operation, MergeModulelist) for operation in self.converter.operations)
 
     def part(self, number: int, read: Callable[[TensorEntry, int | None], torch.Tensor]) -> torch.Tensor:
-        """Element ``number`` of the first dimension, an expert's matrix: the rule of transformers, applied to it alone.
+        """Make element ``number`` of the first dimension, an expert's matrix, by the rule of transformers.
 
         ``read`` gives a tensor of the checkpoint, or an element of its first dimension.
         """
+        # the rule sees a layer with this one expert, so that memory holds one expert and not the stack
         collected = {}
         for pattern, entries in self.sources.items():
             if self.is_merged:
@@ -154,7 +158,7 @@ class FusedTensor:
         return self._converted(collected, (1, *self.spec.shape[1:]))[0].contiguous()
 
     def whole(self, read: Callable[[TensorEntry, int | None], torch.Tensor]) -> torch.Tensor:
-        """The tensor, of a source for each pattern; ``read`` as for `part`."""
+        """Make the whole tensor, from one source for each pattern. ``read`` is that of `part`."""
         collected = {pattern: [read(entries[0], None)] for pattern, entries in self.sources.items()}
         return self._converted(collected, self.spec.shape).contiguous()
 
@@ -169,7 +173,7 @@ class FusedTensor:
         return tensor
 
     def split(self, matrix: torch.Tensor) -> list[torch.Tensor]:
-        """The checkpoint's tensors that make up an expert's matrix, in the order of ``sources``: the reverse of `part`.
+        """Split an expert's matrix into the checkpoint's tensors, in the order of ``sources``: the reverse of `part`.
 
         Only where the experts are tensors of their own (`is_merged`).
         """
@@ -186,7 +190,7 @@ class FusedTensor:
         return [made[pattern.replace("*", "0")].contiguous() for pattern in self.sources]
 
     def expert_of(self) -> dict[str, tuple[int, int]]:
-        """Name of a source → the number of its expert, and its place in `split`."""
+        """Map each source's name to the number of its expert, and its place in `split`."""
         return {
             entry.name: (number, place)
             for place, entries in enumerate(self.sources.values())
@@ -195,13 +199,14 @@ class FusedTensor:
 
 
 def fused_tensors(entries: Sequence[TensorEntry], model: PreTrainedModel) -> dict[str, FusedTensor]:
-    """The tensors of three dimensions that transformers makes of several of a checkpoint, by the model's names.
+    """Return the tensors of three dimensions that transformers makes of several in a checkpoint, by the model's names.
 
     These are stacks of experts [E, .., ..], and convolutions over q, k and v.
     """
     parameters = dict(model.named_parameters())
     stored = {entry.name for entry in entries}
     rules = _rules(model)
+    # collect the sources of each target, with experts in the order of their numbers (2 before 10)
     found: dict[str, tuple[WeightConverter, dict[str, list[TensorEntry]]]] = {}
     for entry in sorted(entries, key=lambda entry: dot_natural_key(entry.name)):
         target, pattern, converter = _converted(entry.name, rules)
@@ -210,6 +215,7 @@ def fused_tensors(entries: Sequence[TensorEntry], model: PreTrainedModel) -> dic
         target = target if target in parameters else f"{model.base_model_prefix}.{target}"
         if target in parameters and target not in stored and parameters[target].dim() == 3:
             found.setdefault(target, (converter, defaultdict(list)))[1][pattern].append(entry)
+    # keep those whose sources are all there
     fused = {}
     for target, (converter, sources) in found.items():
         dtype = next(iter(sources.values()))[0].dtype
@@ -245,7 +251,7 @@ def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 class Mxfp4Stack:
-    """A stack of experts [E, .., ..] in MXFP4: like `qvera.models.conversion.FusedTensor`."""
+    """A stack of experts [E, .., ..] in MXFP4, with the part of `FusedTensor` that a reader of experts needs."""
 
     is_merged = False
 
@@ -261,7 +267,7 @@ class Mxfp4Stack:
 
 
 def mxfp4_stacks(entries: Sequence[TensorEntry], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Mxfp4Stack]:
-    """The stacks in MXFP4 among a checkpoint's tensors. ``shapes``: of the model's stacks by name."""
+    """Return the stacks in MXFP4 among a checkpoint's tensors. ``shapes`` has those of the model's stacks by name."""
     stored = {entry.name: entry for entry in entries}
     found = {}
     for name, shape in shapes.items():
@@ -272,7 +278,7 @@ def mxfp4_stacks(entries: Sequence[TensorEntry], shapes: Mapping[str, tuple[int,
 
 
 def fp8_factors(entries: Sequence[TensorEntry]) -> dict[str, TensorEntry]:
-    """Name of a tensor in FP8 → the tensor of its factors."""
+    """Map the name of each tensor in FP8 to the tensor of its factors."""
     stored = {entry.name: entry for entry in entries}
     candidates = ((entry.name, [f"{entry.name}{end}" for end in _SCALES]) for entry in entries if is_fp8(entry.dtype))
     return {name: stored[key] for name, keys in candidates for key in keys[::-1] if key in stored}
@@ -294,8 +300,10 @@ def from_fp8(rows: torch.Tensor, factors: torch.Tensor, first: int, count: int) 
     # a factor for each block of rows and columns; blocks at the end may be short
     blocks = factors.shape[-2]
     high, wide = -(-count // blocks), -(-rows.shape[1] // factors.shape[-1])
+    # blocks are taken to be powers of two in size: a short last block hides the exact size
     high, wide = (2 ** math.ceil(math.log2(size)) if size > 1 else 1 for size in (high, wide))
     high = count if blocks == 1 else high
+    # the row of factors for each row of weights: those of the experts before it, and its block within its own
     numbers = torch.arange(first, first + len(rows))
     numbers = numbers // count * blocks + numbers % count // high
     spread = factors.flatten(0, -2)[numbers].repeat_interleave(wide, 1)

@@ -39,8 +39,8 @@ _OWN_CODE = {
     "JetMoeParallelExperts": {"weight": False},
     "LongcatFlashExperts": {"gate_up_proj": False, "down_proj": False},
 }
-"""Classes outside of transformers' interface (`qvera.models.experts`) → their projections in the order of their
-use, and whether a matrix is [in, out]."""
+"""Classes whose experts transformers' interface does not run → their projections in the order of their use, and
+whether a matrix is [in, out]."""
 _PEFT_MISREADS = {"Llama4TextExperts": "Llama 4", "DbrxExpertGLU": "DBRX"}
 DENSE_WEIGHTS = 2**25
 """Weights of experts that an accelerator holds dense at a time: 64 MB in 16 bits."""
@@ -111,20 +111,20 @@ class StackScales:
         return (self.nested_code[absmax.int()] * outer).add_(self.offset[first:last, None])
 
     def to(self, device: torch.device) -> StackScales:
-        """The same on another device."""
+        """Return these scales on another device."""
         moved: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **moved)
 
 
 class Routing(NamedTuple):
-    """Which expert each of S rows goes to; the rows are sorted by expert."""
+    """The expert of each of S rows, which are sorted by expert."""
 
     experts: Tensor
     """int64 [S]."""
     tokens: Tensor
     """int64 [S]: the token that each row is of."""
     ends: list[int]
-    """Where each expert's rows end, after a 0: E + 1 numbers."""
+    """The places where each expert's rows end, after a 0: E + 1 numbers."""
     ends_on_device: Tensor
     """int32 [E]."""
     token_count: int
@@ -165,7 +165,7 @@ class ExpertStack(FrozenPacked, nn.Module):
 
     @property
     def stored_tensors(self) -> list[Tensor]:
-        """Everything that grows with the weights: as `quantization.stored_tensors` of a linear."""
+        """The tensors whose size grows with the weights, like `quantization.stored_tensors` of a linear."""
         scales = [] if self.scales is None else [self.scales.absmax, self.scales.nested_absmax]
         return [self.weight.data, *(tensor for tensor in scales if tensor is not None)]
 
@@ -195,6 +195,7 @@ class ExpertStack(FrozenPacked, nn.Module):
         """The weight [m, n] of an expert as blocks of rows, dequantized one after the other."""
         quantization.bring(self)
         rows, columns = self.spec.rows, self.spec.columns
+        # rows can be dequantized by themselves only where blocks of scales end with them
         whole = self.scales is not None and columns % self.scales.blocksize
         step = rows if whole else max(1, BLOCK_WEIGHTS // columns)
         scales = None if self.scales is None else self.scales.of(expert, expert + 1)
@@ -231,6 +232,7 @@ class ExpertStack(FrozenPacked, nn.Module):
 def stack_product(stack: ExpertStack, x: Tensor, routing: Routing, by_columns: bool) -> Tensor:
     """W_e x for each row x of expert e, or with ``by_columns`` W_eᵀ x: [S, n] gives [S, m], or [S, m] gives [S, n]."""
     ends, (_, rows, columns, _) = routing.ends, stack.spec
+    # an accelerator dequantizes some experts at a time, a CPU one block of rows of one expert
     out = x.new_empty(x.shape[0], columns if by_columns else rows)
     if x.device.type != "cpu":
         for first, last in _runs(ends, max(1, DENSE_WEIGHTS // (rows * columns))):
@@ -269,7 +271,10 @@ def _runs(ends: list[int], at_most: int) -> Iterator[tuple[int, int]]:
 
 
 def _grouped(x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tensor) -> None:
-    """The products of the rows of experts from ``first`` on with weights [k, in, out]: in one launch, or one by one."""
+    """Write to ``out`` the products of some experts' rows with their weights [k, in, out], in one launch or one by one.
+
+    The weights are those of the experts from ``first`` on.
+    """
     ends = routing.ends[first : first + len(weights) + 1]
     rows = slice(ends[0], ends[-1])
     if len(weights) > 1 and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device):
@@ -303,7 +308,7 @@ def route(top_experts: Tensor, experts: int) -> tuple[Routing, Tensor]:
 
 
 def run_experts(self: Any, hidden: Tensor, top_experts: Tensor, top_weights: Tensor) -> Tensor:
-    """What a layer's experts add: hidden [T, n], their experts [T, k] and the experts' shares [T, k] give [T, n].
+    """Return what a layer's experts add: hidden [T, n], chosen experts [T, k] and their shares [T, k] give [T, n].
 
     transformers calls it with the module of the experts, whose projections are `ExpertStack` or adapted ones.
     """
@@ -367,7 +372,7 @@ def stacks(model: nn.Module) -> list[ExpertStack]:
 
 
 def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    """An expert gets the tokens that it was chosen for, not all; their inputs are weighted, not their outputs."""
+    """Run Llama 4's experts. Each gets only the tokens it was chosen for, and its inputs are weighted, not outputs."""
     hidden = hidden_states.reshape(-1, self.hidden_dim)
     scores, logits = self.router(hidden)
     chosen = logits.topk(self.top_k, dim=1).indices
@@ -379,7 +384,7 @@ def _llama4(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Gate and up are two projections."""
+    """Run DBRX's experts, whose gate and up are two projections."""
     hidden, own = hidden_states.reshape(-1, self.hidden_size), self.mlp
     routing, order = route(top_k_index, self.num_experts)
     gate, up = (stack(hidden, routing, of_tokens=True) for stack in (own.w1, own.v1))
@@ -389,11 +394,16 @@ def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
 
 
 def _longcat(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Experts behind the routed ones give their input. They have rows in the first projection that nothing reads."""
+    """Run LongCat-Flash's experts, of which those behind the routed ones give back their input.
+
+    These too have weights in the first projection, which nothing reads.
+    """
     routing, order = route(top_k_index, self.num_routed_experts)
-    end = routing.ends[-1]  # of the rows of routed experts, which come first
+    # rows of routed experts come first; those behind them go to experts that give back their input
+    end = routing.ends[-1]
     same = hidden_states[routing.tokens[end:]]
     routing = routing._replace(experts=routing.experts[:end], tokens=routing.tokens[:end])
+    # the first projection has weights for these experts too, which get no rows
     wide = routing._replace(ends=routing.ends + [end] * self.zero_expert_num)
     gate, up = self.gate_up_proj(hidden_states, wide, of_tokens=True).chunk(2, dim=-1)
     outer = torch.cat([self.down_proj(self.act_fn(gate) * up, routing), same])
@@ -402,7 +412,7 @@ def _longcat(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
 
 
 def _jetmoe_router(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing, Tensor]:
-    """The `Routing` stands where the sizes of the experts' groups do."""
+    """Route for JetMoE. The `Routing` stands in the place of the sizes of the experts' groups."""
     logits = self.layer(hidden_states).float()
     shares, chosen = logits.topk(self.top_k, dim=1)
     shares = torch.softmax(shares, dim=1).type_as(hidden_states)
@@ -424,10 +434,11 @@ _FORWARD = {
 
 
 def run_here(model: nn.Module, path: str) -> None:
-    """Let the module of that name, the one around it, and the router there be run from here, where they are known."""
+    """Let the module that holds ``path``, and its children, run by the functions of `_FORWARD` for their classes."""
     around = model.get_submodule(path.rpartition(".")[0])
     for module in (around, *around.children()):
         kind: Any = type(module)
         forward = _FORWARD.get(kind.__name__)
         if forward is not None and kind.forward is not forward:
+            # a class of its own for this object: other models of the process keep theirs
             module.__class__ = type(kind.__name__, (kind,), {"forward": forward})

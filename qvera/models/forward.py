@@ -49,12 +49,13 @@ def make_batch(
     """
     device, inner = next(model.parameters()).device, causal_model(model)
     implementation = inner.config._attn_implementation or ""
-    # flash-attn takes offsets for one row too: transformers would look for rows in its positions in every layer
+    # a single row gets offsets too with flash-attn: else every layer of transformers would look for rows in positions
     offsets = packing or whole_rows or (len(examples) == 1 and implementation.startswith("flash_attention"))
     joined = rows_joined(inner, prefix_once, offsets, whole_rows)
     batch = None if joined is None else collate_prefix_once(examples, device, offsets, joined)
     batch = batch or collate(examples, pad_id, device, masked=needs_padding_mask(inner))
     dtype = linear.embedding_dtype(inner.get_input_embeddings())
+    # on a CPU in 16 bits few lengths may come up: torch and oneDNN keep kernels for each (bench/log.md)
     if rounds_lengths(dtype, device.type) and "prefix_length" not in batch:
         tokens = batch["input_ids"].shape[1]
         wanted = round_up_length(tokens)
@@ -75,14 +76,15 @@ def make_batch(
 def image_inputs(
     model: nn.Module, ids: Sequence[Any], images: Sequence[StoredImage], tokens: int, left: bool = False
 ) -> dict[str, torch.Tensor]:
-    """What a model takes of the images of a batch beside the ids, on its device; {} if there are none.
+    """Return the inputs that a model takes beside the ids for the images of a batch, on its device; {}: no images.
 
-    These are pixel values and sizes as its processor makes them, and where the model asks for it, which tokens are an
-    image's, int64 [B, tokens].
+    These are pixel values and sizes as its processor makes them. If the model asks for it, they say too which tokens
+    are an image's, int64 [B, tokens].
 
     Args:
-        ids: of each row, without padding. ``left``: that is on the left.
-        images: of all rows, in order.
+        ids: the ids of each row, without padding.
+        images: the images of all rows, in order.
+        left: whether the batch is padded on the left.
     """
     if not images or not isinstance(processor := images[0].processor, ImageTextProcessor):
         return {}
@@ -98,7 +100,7 @@ def image_inputs(
 
 
 def row_tokens(batch: dict[str, Any], examples: Sequence[Example]) -> list[int]:
-    """Tokens of each row of a batch, padding included. What fills up a sequence of rows counts for the last one."""
+    """Return each row's number of tokens, padding included. Padding behind joined rows counts for the last one."""
     rows, length = batch["input_ids"].shape
     if "cu_seq_lens_q" not in batch:
         return [length] * rows
@@ -139,9 +141,9 @@ def weighed_loss(
     expected_grad: torch.Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``weigh`` makes of the trained tokens' log-probabilities, summed (scalar), and these [n, 1], row after row.
+    """Return the summed loss (scalar) that ``weigh`` makes of the trained tokens' log-probabilities, and these [n, 1].
 
-    They are those of softmax(logits / temperature).
+    They come row after row, and are those of softmax(logits / temperature).
     """
     hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch["trained"]
     head = head._replace(scale=head.scale / temperature)
@@ -162,8 +164,12 @@ def trained_logprobs(
 def row_nll(
     model: nn.Module, batch: dict[str, Any], chunk_tokens: int, row_weights: torch.Tensor, label_smoothing: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of ``row_weights`` [B] · the rows' negative log likelihoods (scalar, differentiable), and the latter [B]."""
+    """Return the rows' negative log likelihoods summed with ``row_weights`` [B], and each row's own [B].
+
+    The sum is a scalar and differentiable.
+    """
     hidden, trained, labels = hidden_states(model, batch), batch["trained"], batch["labels"]
+    # the row of each trained token, from its place in the flattened batch
     if "cu_seq_lens_q" in batch:
         of_trained = torch.searchsorted(batch["cu_seq_lens_q"], trained, right=True) - 1
     else:

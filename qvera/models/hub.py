@@ -24,7 +24,7 @@ from qvera.utils.files import ADAPTER_CONFIG, resolve_path
 from qvera.utils.safetensors_io import INDEX, weight_map
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")
-"""What is read of a repository: nothing that Python would run or unpickle."""
+"""The files that are read of a repository: nothing that Python would run or unpickle."""
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 
 
@@ -54,7 +54,7 @@ def is_adapter_of_hub(name: str) -> bool:
         return False
     try:
         hf_hub_download(found[1], ADAPTER_CONFIG, revision=found[2])
-    except Exception:  # no such file or repository, or no network: what loads it then says so
+    except Exception:  # no such file or repository, or no network: whoever loads it next gets the error
         return False
     return True
 

@@ -36,7 +36,8 @@ from qvera.kernels import elementwise, once_differentiable
 from qvera.kernels.choice import use_kernels
 
 TILED_ABOVE_TOKENS = 4096
-"""Of a forward pass, all rows together. With fewer, tiles save little, and each dequantizes the weights."""
+"""Tokens of a forward pass, all rows together, above which it goes by tiles. With fewer, tiles save little, and each
+tile dequantizes the weights."""
 _TILE_TOKENS, _LEAST_TILES, _MULTIPLE = 4096, 4, 64
 
 
@@ -63,7 +64,7 @@ def _same_text(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     """Whether two functions have the same text: most Llama-like models copy Llama's parts."""
     try:
         return inspect.getsource(one) == inspect.getsource(other)
-    except (OSError, TypeError):  # written in a notebook, say
+    except (OSError, TypeError):  # a function without source, such as one that was written in a notebook
         return False
 
 
@@ -110,7 +111,7 @@ class _GatedMLP(_Mixin):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
-    by_tiles: bool = False  # of a checkpointed layer
+    by_tiles: bool = False  # set in checkpointed layers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.by_tiles and torch.is_grad_enabled() and self.training and can_tile(self, x):
@@ -127,6 +128,7 @@ class _Mixer(_Mixin):
 
     def train(self, mode: bool = True) -> _Mixer:
         super().train(mode)
+        # by this flag transformers chooses the fused kernel
         self.training = False
         return self
 
@@ -200,6 +202,7 @@ class _Tiled(torch.autograd.Function):
         grad = torch.empty_like(flat)
         totals: list[torch.Tensor | None] = [None] * len(ctx.vectors)
         for rows in _tiles(len(flat)):
+            # the tile once more, with a graph that ends at the tile's input and is dropped after its gradients
             part = flat[rows].detach().requires_grad_()
             with torch.enable_grad(), torch.autocast(*ctx.autocast) if ctx.autocast[2] else contextlib.nullcontext():
                 y = ctx.function(part)
@@ -207,6 +210,7 @@ class _Tiled(torch.autograd.Function):
             grad[rows] = found[0]
             for i, one in enumerate(found[1:]):
                 if one is not None:
+                    # tiles are added up in fp32: in 16 bits each sum would be rounded
                     wide = one.to(torch.promote_types(one.dtype, torch.float32))
                     totals[i] = wide if (total := totals[i]) is None else total.add_(wide)
         of_vectors = [t if t is None else t.to(v.dtype) for t, v in zip(totals, ctx.vectors, strict=True)]
@@ -223,6 +227,7 @@ def tiled(mlp: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], x: t
 
     ``function`` runs ``mlp`` on [tokens, hidden], each token by itself, with and without gradients.
     """
+    # where x needs no gradient, a copy that does: else there would be no node to keep it
     kept = _Keep.apply(x if x.requires_grad else x.detach().requires_grad_())
     return _Tiled.apply(kept, kept.grad_fn, function, *(p for p in mlp.parameters() if p.requires_grad))
 
@@ -265,7 +270,7 @@ class _RotaryFunction(torch.autograd.Function):
 def _rotate(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B, H, T, D], k [B, K, T, D], cos and sin [B or 1, T, D]."""
+    """Rotate q [B, H, T, D] and k [B, K, T, D] by cos and sin [B or 1, T, D], as Llama's ``apply_rotary_pos_emb``."""
     if args or kwargs or cos.requires_grad or not use_kernels(q, k, cos, sin):
         return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, *args, **kwargs)
     return (_RotaryFunction.apply if torch.is_grad_enabled() else elementwise.rope)(q, k, cos, sin)
@@ -275,6 +280,7 @@ def _rotating(function: FunctionType) -> FunctionType:
     """Copy a function, or the one that it decorates, with `_rotate` in place of its module's rotation."""
     scope, closure, inner = function.__globals__, function.__closure__, getattr(function, "__wrapped__", None)
     if inner is None:
+        # a copy of the module's globals in which this one name is ours
         scope = {**scope, "apply_rotary_pos_emb": _rotate}
         scope.pop("__name__", None)  # else torch.compile looks the names up in the module that this is no longer
     else:
@@ -296,7 +302,10 @@ class _Attention(_Mixin):
 
 
 def fuse_rotation(model: nn.Module) -> int:
-    """Let attention like Llama's rotate by `kernels.elementwise.rope`; returns how many. A second call is harmless."""
+    """Let attention layers that rotate as Llama's do it by `kernels.elementwise.rope`; returns how many there are.
+
+    A second call is harmless.
+    """
     count = 0
     for module in model.modules():
         theirs: Any = type(module)

@@ -25,14 +25,16 @@ BLOCK_WEIGHTS = 2**22
 """8 MB in 16 bits. glibc gives anything above 32 MB back to the system when it is freed."""
 
 _MAX_SUMMED_ELEMENTS = 3 * 2**20
-"""g W by blocks sums [T, n] once a block. Above this size that costs more than allocating the whole weight."""
+"""The largest [T, n] for which g W is computed by blocks. Each block adds to all of it, which costs more above this
+size than allocating the whole weight."""
 
 
 class WeightBlocks:
     """The weight [m, n] of a linear layer in ``dtype``, as blocks of rows of at most ``elements`` weights.
 
-    It is one block if it has that dtype already, and if it is quantized and iterated more than once (``reused``) or not
-    on a CPU. A block is dequantized or cast when it is iterated.
+    There are several blocks only for a dense weight of another dtype, and for a 4-bit weight on a CPU that is iterated
+    once. Each is cast or dequantized when it is its turn. Any other weight is one block, made at once: a dense one that
+    has the dtype, int8, a 4-bit one that is ``reused``, on an accelerator, or whose scales do not end with its rows.
     """
 
     def __init__(self, module: nn.Linear, dtype: torch.dtype, elements: int, reused: bool = False) -> None:
@@ -64,7 +66,7 @@ class WeightBlocks:
 
 def _whole_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y = F.linear(x, weight, bias)
-    # of three dimensions, with a bias, it is a view, which nobody may change in place; this is the same memory
+    # for three dimensions and a bias torch returns a view, which nobody may change in place; this is the same memory
     return y if bias is None else torch.ops.aten._unsafe_view(y, y.shape)
 
 
@@ -80,7 +82,7 @@ def blocked_linear(x: torch.Tensor, blocks: WeightBlocks, bias: torch.Tensor | N
 
 
 def blocked_input_grad(g: torch.Tensor, blocks: WeightBlocks, out: torch.Tensor) -> None:
-    """G W, the gradient of x Wᵀ in x: g [T, m] gives [T, n] in ``out``, summed in fp32 at least."""
+    """Write g W, the gradient of x Wᵀ in x, to ``out``: g [T, m] gives [T, n], summed in fp32 at least."""
     if len(blocks) == 1:
         torch.mm(g.to(out.dtype), next(iter(blocks))[1], out=out)
         return
@@ -103,13 +105,14 @@ def backward_by_blocks(tokens: int, in_features: int) -> bool:
 def frozen_product(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """x Wᵀ + bias in x's dtype, a new tensor, without a derivative. A trained bias is left out."""
     bias = None if module.bias is None or module.bias.requires_grad else module.bias.to(x.dtype)
-    if accelerator.is_accelerator(x.device.type) and isinstance(module, Linear4bit):  # one block, as below
+    # the shortest way to what `blocked_linear` would do with its one block: here the host's time counts
+    if accelerator.is_accelerator(x.device.type) and isinstance(module, Linear4bit):
         return _whole_linear(x, quantization.dequantized_weight(module, x.dtype), bias)
     return blocked_linear(x, WeightBlocks(module, x.dtype, BLOCK_WEIGHTS), bias)
 
 
 def frozen_input_grad(module: nn.Linear, g: torch.Tensor) -> torch.Tensor:
-    """G W, the gradient of `frozen_product` in x: g [..., m] gives [..., n] in g's dtype, a new tensor."""
+    """Return g W, the gradient of `frozen_product` in x: g [..., m] gives [..., n] in g's dtype, a new tensor."""
     tokens, n = g.numel() // g.shape[-1], module.in_features
     whole = accelerator.is_accelerator(g.device.type) and isinstance(module, Linear4bit)
     if whole or not backward_by_blocks(tokens, n):
@@ -170,6 +173,7 @@ class FrozenPacked:
         def guarded(tensor: torch.Tensor) -> torch.Tensor:
             if tensor is not weight:
                 return fn(tensor)
+            # an empty tensor shows what ``fn`` does: a cast, a move, or both
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
             if probe.device != tensor.device and getattr(weight, "streamed", None) is not None:
                 raise RuntimeError(
@@ -186,7 +190,7 @@ class _FrozenForward(FrozenPacked):
     _inference_weight: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `frozen_linear`; within `inference_layout` with the copy of the weight in the compute dtype, if any."""
+        """Compute `frozen_linear`, within `inference_layout` with a copy of the weight in the compute dtype, if any."""
         module, copy = cast(nn.Linear, self), self._inference_weight
         if copy is None or copy.dtype != compute_dtype(module, x) or torch.is_grad_enabled():
             return frozen_linear(module, x)
@@ -288,7 +292,7 @@ def inference_layout(
         skipped = set(map(id, [*skip, *dense]))
         layers = [m for m in model.modules() if isinstance(m, FrozenLinear4bit) and id(m) not in skipped]
         layers = [m for m in layers if not is_sharded(m.weight)]
-        # the copies are private memory where the weights may be a mapped file
+        # copies take memory of this process, while the weights may be a mapped file, which takes none
         has_room = sum(map(quantization.storage_bytes, layers)) <= memory.available_bytes(torch.device("cpu")) // 4
         for layer in layers if has_room else ():
             # bfloat16 is all that the kernel computes in

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 _NOTED_SHARE = 0.01
-"""Dense matrices below this share of the base are in run.json and not on the console."""
+"""Dense matrices that are less than this share of the base are named in run.json only, and not on the console."""
 
 
 @dataclasses.dataclass
@@ -66,6 +66,7 @@ def pick_compute_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if accelerator.multiplies_bfloat16(device) else torch.float16
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if capabilities:
+        # without its instructions bfloat16 products run at 2 to 20 GFLOP/s, fp32 ones at 150 (bench/log.md)
         fast = any(capabilities.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
     else:
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -100,6 +101,7 @@ def load_base(
         if not Path(name).is_dir():
             base_directory(section, progress)
         else:
+            # config and headers are compared before weights are loaded
             empty = empty_model(section, None, model_class)
             entries = as_named(checkpoint_tensors(Path(name)), empty)
             require_own_weights(Path(name), entries, empty, model_class)
@@ -131,8 +133,9 @@ def load_base(
         place_token_rows(model, ids)
     linear.freeze_linears(model)
     attention.choose_implementation(model, device, dtype)
+    # a type that is not among the tested ones has to show that the loss knows how it makes logits
     if not model_class.has_own_head and sharder is None and attention.needs_padding_mask(model):
-        require_own_logits(model)  # of a type that is not among the tested ones
+        require_own_logits(model)
     facts = _read_back(model, section, dtype, prequantized)
     if ids:
         facts["added_tokens"] = ids
@@ -240,6 +243,7 @@ def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype
             "point model.path at a checkpoint in 16 bits if this one is stored in another format."
         )
     if prequantized:
+        # the checkpoint's config names a compute dtype too; the recipe's counts
         for module in four_bit:
             module.compute_dtype = dtype
     found: dict[str, object] = {"quantization": "int8" if eight_bit else "none"}

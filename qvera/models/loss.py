@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK_ELEMENTS = 2**25
-"""Weights cast at a time of a head in another dtype than the product's: 134 MB in fp32."""
+"""Weights that are cast at a time, of a head that is stored in another dtype than the product's: 134 MB in fp32."""
 Weigh: TypeAlias = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """Log-probabilities [k, K] of the targets at some places → the loss of each [k, K], and w = -∂loss/∂logprob [k, K]."""
 
@@ -65,9 +65,9 @@ class Head(NamedTuple):
 
 @torch.no_grad()
 def require_own_logits(model: PreTrainedModel) -> None:
-    """Raise InputError if a model's logits for two tokens differ from `Head`'s of its last hidden states.
+    """Raise InputError if a model's logits are not those that `Head` makes of its last hidden states.
 
-    Also where it can't be run on tokens alone, or where an earlier token sees a later one.
+    It is tried on two tokens. InputError too: it can't be run on tokens alone, or an earlier token sees a later one.
     """
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # its row may be zeros, which hide a scale
     first, *others = [number for number in range(4) if number != padding][-3:]
@@ -101,6 +101,7 @@ def require_own_logits(model: PreTrainedModel) -> None:
             f"model.path: {kind} is no causal language model: its first token's output depends on the second. Take "
             "another model."
         )
+    # what `Head` makes of the same product; a factor before the head shows in the head's input
     wide = torch.linspace(-1e3, 1e3, logits.shape[-1], device=logits.device)
     factor = 1.0
     if seen.shape == hidden.shape and getattr(head.module, "bias", None) is None:  # MiniCPM 3 divides before the head
@@ -126,6 +127,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         weigh: Weigh | None,
         smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # every chunk goes over the weight twice, so a quantized head is dequantized once for all
         blocks = WeightBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, reused=True)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -137,6 +139,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             hidden = F.pad(hidden, (0, 0, 0, min(round_up_length(last), chunk_tokens) - last if last else 0))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
         for start in range(0, tokens, chunk_tokens):
+            # a chunk: product with the head, losses, then the gradient in the logits over the product, and in hidden
             part = slice(start, min(start + chunk_tokens, tokens))
             h, y = hidden[start : start + chunk_tokens], labels[part]
             product = blocked_linear(h, blocks, bias)
@@ -152,7 +155,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
                     rows.write_gradient(weight if expected_grad is None else weight * expected_grad)
             total += losses.sum()
             if grad is not None:
-                product[len(y) :] = 0.0
+                product[len(y) :] = 0.0  # rows of padding have logits there still
                 blocked_input_grad(product, blocks, out=grad[start : start + chunk_tokens])
             del product, rows  # or the next chunk would be made beside this one
         if grad is not None:
@@ -164,6 +167,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, g: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # forward has made the gradient, times the expected g: only a factor that was not expected is left
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
         expected = ctx.expected_grad  # type: ignore[attr-defined]
         factor = g if expected is None else g / expected
@@ -274,6 +278,7 @@ class _TargetLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, targets = ctx.saved_tensors  # type: ignore[attr-defined]
+        # with the weight w = -g the gradient is that of Σ g · logprob; the loss itself is not used
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
             head, chunk_tokens = ctx.rest  # type: ignore[attr-defined]

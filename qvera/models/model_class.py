@@ -1,4 +1,4 @@
-"""What a base model is: its class of transformers, its config, the model without weights, and checks that weights fit.
+"""A base model's class of transformers, its config, the model without weights, and checks that its weights fit.
 
 A causal language model keeps its head, frozen. A classification model gets a head that is fp32 and trained whole: all
 that it has beside its base model (``score``, ``classifier``, ``pooler``). Where the checkpoint has none, it is drawn
@@ -60,7 +60,7 @@ _LAYER = re.compile(r"(.*?\b(?:layers|h|blocks)\.)(\d+)\.")
 
 @dataclasses.dataclass(frozen=True)
 class ModelClass:
-    """What a task asks of the loader.
+    """The kind of model that a task asks the loader for.
 
     Attributes:
         auto: the auto class of transformers.
@@ -95,7 +95,7 @@ class ModelClass:
         return self.auto == _OF_IMAGES_AND_TEXT
 
     def of_published(self, architectures: Iterable[str] | None) -> ModelClass:
-        """For a language model, the class that a checkpoint names: its tensors are called as in that class.
+        """Return the class whose names the tensors of a checkpoint with these ``architectures`` have.
 
         A model that takes images too holds its text model as a part, which transformers can also open alone.
         """
@@ -158,7 +158,7 @@ class ModelClass:
 
     @property
     def settings(self) -> Mapping[str, str]:
-        """What a quantized copy depends on; empty for a causal language model."""
+        """The settings of the class that a quantized copy depends on; empty for a causal language model."""
         return {"auto": self.auto} if self.auto != _OF_TOKENS else {}
 
     def start_head(self, model: PreTrainedModel, is_stored: bool, device: torch.device) -> None:
@@ -170,6 +170,7 @@ class ModelClass:
 
         for module in self.head_modules(model).values():
             if not is_stored:
+                # drawn on the CPU, by a generator of its own, so that it is the same on every device and rank
                 module.to_empty(device="cpu")
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(self.seed)
@@ -191,7 +192,7 @@ def _plain_linears(model: PreTrainedModel) -> None:
 
 
 def _complete_outputs(model: PreTrainedModel) -> None:
-    """Give Llama 4 with images what it reads of its text model's output, and transformers 5.24 does not put there."""
+    """Give Llama 4 with images an output that it reads from its text model, and that transformers 5.24 leaves out."""
     if type(model).__name__ == "Llama4ForConditionalGeneration":
         text: Any = model.get_submodule("language_model")
         text.register_forward_hook(lambda module, inputs, output: setattr(output, "image_outputs", None))
@@ -228,6 +229,7 @@ def load_config(section: ModelSection, source: Path | str | None = None) -> Pret
     """
     name = str(source or resolve_path(section.path))
     revision = None if source else section.revision
+    # impossible sizes are found before transformers' classes see them, which answer with tracebacks
     raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     for part in (raw, raw.get("text_config")):
         if isinstance(part, Mapping):
@@ -247,7 +249,8 @@ def _require_possible(part: Mapping[str, Any], where: str) -> None:
         value = part.get(key)
         if value is None or isinstance(value, list):  # some models have a list, a value a layer
             continue
-        least = 0 if key == "head_dim" and "qk_nope_head_dim" in part else 1  # of positions alone; GLM 5.3 has none
+        # beside qk_nope_head_dim, head_dim is the part with positions, which GLM 5.3 has not
+        least = 0 if key == "head_dim" and "qk_nope_head_dim" in part else 1
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
             raise InputError(f"{where} has {key} {value!r}, expected a whole number from {least} to {largest:,}.")
     pairs = [("num_attention_heads", "num_key_value_heads")]
@@ -307,6 +310,7 @@ def require_own_weights(
     heads = tuple(f"{name}." for name in model_class.head_modules(model))
     wanted = [n for n, _ in model.named_parameters() if not n.startswith(heads)]
     missing = [n for n in wanted if n not in stored and n not in tied.values()]
+    # names that the model does not know may be the missing ones, before transformers renames them
     if missing and model_class.stored_names(stored, model) <= weights.keys():
         raise InputError(
             f"{directory}: the weights hold no {first_of(missing)}, which config.json asks for. Copy config.json and "

@@ -97,7 +97,7 @@ STATE_KEY = "quant_state.bitsandbytes__"
 NESTED_BLOCK = 256
 """Scales that share one scale, with double quantization."""
 _FLOAT_CHARACTERS = 24
-"""The longest that JSON writes a float: -1.2345678901234567e-123."""
+"""Characters of the longest float in JSON: -1.2345678901234567e-123."""
 
 
 def serialized_layout(weight: TensorSpec, section: ModelSection) -> list[TensorSpec]:
@@ -122,13 +122,14 @@ def serialized_layout(weight: TensorSpec, section: ModelSection) -> list[TensorS
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
     else:
         layout += [scales, code]
+    # room for any offsets, which are not known yet; fp4 is as long a word as nf4
     length = len(json.dumps(state)) + _FLOAT_CHARACTERS * experts
     length += -(sum(spec.size_bytes for spec in layout) + length) % 64
     return [*layout, TensorSpec(f"{name}.{STATE_KEY}{section.quantization}", torch.uint8, (length,))]
 
 
 def expert_count(shape: Sequence[int]) -> int:
-    """How many matrices a weight of this shape holds, each of which is quantized by itself."""
+    """Return how many matrices a weight of this shape holds. Each is quantized by itself."""
     return shape[0] if len(shape) == 3 else 1
 
 
@@ -138,6 +139,7 @@ def serialized_statistics(weight: TensorSpec, absmax: torch.Tensor, section: Mod
     for scales in absmax.view(expert_count(weight.shape), -1):
         state = bnb_functional.QuantState(scales, weight.shape[-2:], code, 64, section.quantization, weight.dtype)
         if section.double_quant:
+            # as bitsandbytes does it, but each expert has an offset of its own
             state.nested, state.offset = True, scales.mean()
             state.absmax, state.state2 = bnb_functional.quantize_blockwise(
                 scales - state.offset, blocksize=NESTED_BLOCK
@@ -237,7 +239,7 @@ def bring(module: nn.Linear | ExpertStack) -> Any:
 
 
 def stored_tensors(module: Linear4bit | ExpertStack) -> list[torch.Tensor]:
-    """Everything of 4-bit weights that grows with them: the packed weight, its scales, and the scales of those."""
+    """Return the tensors whose size grows with a 4-bit weight: packed weight, its scales, and the scales of those."""
     if not isinstance(module, Linear4bit):
         return module.stored_tensors
     state = _require_state(module)
@@ -315,6 +317,7 @@ def dequantized_rows(
     state = copy.copy(_require_state(module))
     if exact:
         state.dtype = torch.float32
+    # the scales of the whole weight at once: they are small, and blocks of 256 of them need not end with rows
     scales = state.absmax
     if state.nested:
         scales = bnb_functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -518,7 +521,10 @@ def _widen(bits: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
 
 
 def _block_maxima(bits: np.ndarray, dtype: torch.dtype, scratch: _Scratch, absmax: np.ndarray) -> None:
-    """Without their sign, floating-point numbers are ordered as their bits are (NaN above Inf)."""
+    """Write max |w| of each block of 64 to ``absmax``, fp32.
+
+    The bits are compared: without their sign, floating-point numbers are ordered as their bits are (NaN above Inf).
+    """
     size = bits.size
     held, next_ = (buffer[:size] for buffer in scratch.maxima)
     np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=held)
@@ -540,6 +546,7 @@ def _pack(scaled: np.ndarray, code: _Code, scratch: _Scratch, packed: np.ndarray
         if step != 1:
             np.multiply(ones, step, out=ones)
         np.add(nibble, ones, out=nibble)
+    # two neighbouring nibbles are one little-endian number: the low byte, shifted up, joins the high one
     pairs, one, other = nibble.view("<u2"), scratch.one[: size // 2], scratch.other[: size // 2]
     np.left_shift(pairs, 4, out=one)
     np.right_shift(pairs, 8, out=other)
@@ -567,7 +574,8 @@ def pack_four_bit(weights: torch.Tensor, quant_type: str) -> tuple[torch.Tensor,
             rows, factor = scaled.reshape(-1, BLOCK), np.float32(1.0) / np.maximum(scales, _SMALLEST)
             np.multiply(rows, factor[:, None], out=rows)
             _pack(scaled, code, scratch, packed[start // 2 :][: part.size // 2])
-        if rest := bits.size - whole:  # of a last block, which divides, and may have an odd number of weights
+        # bitsandbytes divides a short last block by its maximum; it may have an odd number of weights
+        if rest := bits.size - whole:
             scaled = np.zeros(rest + rest % 2, np.float32)
             values = scaled[:rest]
             _widen(bits[whole:], dtype, values)

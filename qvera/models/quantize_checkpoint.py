@@ -169,6 +169,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
     }
     fused |= mxfp4_stacks(entries, {name: spec.shape for name, spec in specs.items()})
     factors, stored = fp8_factors(entries), stored | fused.keys()
+    # of tensors that are tied, one has to be there
     absent = [n for n in names if n not in stored and tied.get(n) not in stored and n not in tied.values()]
     if absent:
         raise NotPlain(
@@ -240,7 +241,7 @@ def quantize_checkpoint(
     """
     began = time.perf_counter()
     device = device or torch.device("cpu")
-    # what the bytes are a function of; the device, because bitsandbytes' kernels may round its statistics otherwise
+    # all that the output's bytes depend on; the device too, whose kernels of bitsandbytes may round otherwise
     place = str(source.directory.resolve())
     identity = {
         "source": place,
@@ -267,7 +268,7 @@ def quantize_checkpoint(
         planned = {spec.name for _, specs in missing for spec in specs}
         blocks = _blocks(source, reader, planned)
         workers, pack = torch.get_num_threads(), functools.partial(_pack, section, source, device)
-        # of the weights in 16 bits, which may be more than the files have
+        # progress counts the weights in 16 bits, of which the files may have fewer (FP8, MXFP4)
         total = sum(entry.size_bytes for entry in source.tensors)
         done = total - sum(entry.size_bytes for entry in source.tensors if entry.name in planned)
 
@@ -404,6 +405,7 @@ def _tensors(
 def _write_small_files(
     source: SourceCheckpoint, section: ModelSection, out: Path, shards: Shards, record: dict[str, Any]
 ) -> None:
+    # config.json comes last: without it nothing takes the directory for a model
     write_index(out, shards)
     for file in sorted(source.directory.iterdir()):
         # the certificate of an export is of the 16-bit files
@@ -464,6 +466,7 @@ def cached_base(
         total = sum(spec.size_bytes for _, specs in _shards(source, section, SHARD_BYTES) for spec in specs)
         progress("waiting", min(size_bytes(unfinished), total), total, "another process quantizes this model")
 
+    # one process makes a copy; the others find it finished when they get the lock
     with BASES.locked(key, None if progress is None else waiting):
         known = {} if verify else hashes.known(source.files)
         if verify or (len(known) < len(source.files) and _similar(source)):
@@ -498,7 +501,7 @@ def find_base(section: ModelSection, directory: Path | None = None, model_class:
 
 
 def how_stored(section: ModelSection) -> tuple[bool, int]:
-    """Whether a 4-bit base is mapped, and the bytes of a dense number in it; (True, 2) for one that is not here."""
+    """Return whether a 4-bit base is mapped, and the bytes of a number in its dense tensors; (True, 2): not here."""
     directory = Path(resolve_path(section.path))
     try:
         if not directory.is_dir():

@@ -21,7 +21,7 @@ _VERSION = 2
 
 
 def settings_of(section: ModelSection, of_class: Mapping[str, str]) -> dict[str, Any]:
-    """What a quantized copy depends on besides the source. ``of_class``: `ModelClass.settings`."""
+    """Return the settings that a quantized copy depends on besides the source. ``of_class``: `ModelClass.settings`."""
     keys = ("quantization", "double_quant", "quant_storage")
     return {key: getattr(section, key) for key in keys} | {"blocksize": 64, "version": _VERSION, **of_class}
 
@@ -43,7 +43,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def problem_of(directory: Path, *, verify: bool = False) -> str | None:
-    """What is wrong with a quantized copy, or None. Checks each shard's length, and with ``verify`` its hash."""
+    """Say what is wrong with a quantized copy; None: nothing. Shards' lengths are checked, with ``verify`` hashes."""
     record = read_record(directory)
     if record is None:
         return f"{directory / RECORD} is missing or damaged"

@@ -24,7 +24,7 @@ from qvera.utils.files import file_stamp, read_at, replace_text
 from qvera.utils.safetensors_io import INDEX, TensorEntry, TensorSpec, torch_dtypes
 
 BLOCK_ELEMENTS = 1 << 20
-"""In a block of rows: its fp32 temporaries stay in the processor's cache."""
+"""Elements of a block of rows: its fp32 temporaries stay in the processor's cache."""
 _SYNC_BYTES = 1 << 27
 _ALIGNMENT = 64
 In = TypeVar("In")
@@ -67,6 +67,7 @@ class CheckpointReader:
             with open(file, "rb", buffering=0) as handle:
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                # a file is hashed as its tensors come by, in the order of its bytes, header first
                 digest = None if known else hashlib.sha256(handle.read(entries[0].start))
                 for entry in entries:
                     if entry.name not in skip:
@@ -151,7 +152,7 @@ def in_order(
 
 
 def packed_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """What a safetensors file begins with: the length of its header, and that."""
+    """Return the first bytes of a safetensors file: the length of its header, and the header."""
     names = {dtype: name for name, dtype in torch_dtypes().items()}
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0

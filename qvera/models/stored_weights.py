@@ -3,7 +3,7 @@
 A weight in bitsandbytes' 4 bits is a tensor of packed nibbles with statistics beside it
 (`quantization.serialized_layout`), which may lie in any order and in other shards.
 
-Of a mapped model packed weights, statistics, embeddings and head stay in the file, in their stored dtype. On a CPU
+Packed weights, statistics, embeddings and head of a mapped model stay in the file, in their stored dtype. On a CPU
 processes share the pages, and the system drops them when it needs room. On a GPU each tensor is copied to the device,
 one at a time.
 """
@@ -57,16 +57,16 @@ class PackedWeight:
     packed: TensorEntry
     """The nibbles, in any dtype."""
     dense: TensorEntry
-    """What a reader gets in its place: [m, n], or [E, m, n] for a stack of experts, with the bytes of ``packed``."""
+    """The dense weight that readers see in its place: [m, n], or [E, m, n] of experts, with the bytes of ``packed``."""
     statistics: dict[str, TensorEntry]
-    """By the end of their names, such as ``absmax``."""
+    """The tensors of its scales, by the end of their names, such as ``absmax``."""
     quant_type: str
     blocksize: int
     double_quant: bool
     stack: StackSpec | None = None
-    """Of experts."""
+    """The shape of a stack of experts; None: it is one matrix."""
     offset: torch.Tensor | None = None
-    """What double quantization took from the scales of each expert of a stack, fp32 [E]."""
+    """The offset that double quantization subtracted from the scales of each expert of a stack, fp32 [E]."""
 
     def absmax(self) -> torch.Tensor:
         """The scale of each block of the whole weight, fp32 [blocks]."""
@@ -235,6 +235,7 @@ def load_mapped(
             del tensor
             if sharder is not None and name in sharded:
                 sharder(cast(nn.Parameter, module.weight), table=any(module is end for end in tables))
+    # a tied head gets the embedding here, so only afterwards is a weight on the meta device a missing one
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(new_head)]
     if missing:

@@ -46,7 +46,7 @@ PINNED_SHARE = 0.8
 """Page-locked RAM can't be swapped out, so the system keeps at least a fifth of what is free."""
 _RESIDENT_SHARE = 0.85
 """A larger share of the free memory leaves too little for activations and answers."""
-_ALIGNMENT_BYTES = 512  # of the device's own allocations
+_ALIGNMENT_BYTES = 512  # where the device's own allocations begin too
 CHUNK_BYTES = 2**24
 """16 MB: long enough for the bus's full rate. torch rounds page-locked memory up to a power of two."""
 
@@ -63,7 +63,7 @@ class CopyStream:
         return accelerator.computing_stream(self.device)
 
     def mark(self) -> Any:
-        """The event that all kernels launched so far have run."""
+        """Return an event that comes when all kernels launched so far have run."""
         return self.computing().record_event()
 
     def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], after: Any = None) -> Any:
@@ -135,7 +135,7 @@ class StreamedLinear(NamedTuple):
     stream: LayerStream
     layer: int
     packed: torch.Tensor
-    """In the file, on the CPU; so is ``state``, which a stack of experts has not."""
+    """The packed weight in the file, on the CPU, where ``state`` is too. A stack of experts has no state."""
     state: QuantState | None
 
 
@@ -171,6 +171,7 @@ class LayerStream:
             self._sources.append(source)
             self._sizes.append(end)
         largest, total = max(self._sizes), sum(self._sizes)
+        # two buffers of the largest layer; neighbouring layers never use the same one
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         self._held: list[int | None] = [None, None]  # the layer in each buffer
         self._arrived: list[Any] = [None, None]  # the event that the copy into it is through
@@ -188,6 +189,7 @@ class LayerStream:
                 self._reader = ThreadPoolExecutor(1, "qvera-stream")
         held_in = "mapped file" if self._pinned is None else "pinned RAM"
         self.facts = {"layers": len(layers), "layer_bytes": largest, "bytes": total, "held_in": held_in}
+        # the linears point into the buffers for good; `use` sees to it that their bytes are there
         for number, linears in enumerate(layers):
             buffer, places = self._buffers[number % 2], iter(self._sources[number])
             for linear in linears:
@@ -214,7 +216,7 @@ class LayerStream:
             arrived = self._arrived[slot]
             try:
                 self._copies.wait(arrived.result() if isinstance(arrived, Future) else arrived)
-            except BaseException:  # of the reading thread
+            except BaseException:  # the reading thread's error
                 self._held[slot] = self._arrived[slot] = None  # the next use reads the layer again
                 raise
         last = len(self._sources) - 1
@@ -248,7 +250,7 @@ class LayerStream:
         self._held[slot] = layer
 
     def _read_and_copy(self, layer: int, before: Future[Any] | None, after: Any, copies: CopyStream) -> Any:
-        """In the reading thread: a layer from its file into page-locked RAM, then the copy; returns its event."""
+        """Read a layer into page-locked RAM, in the reading thread, and start its copy; returns the copy's event."""
         staging, size = self._staging[layer % 2], self._sizes[layer]
         if before is not None:
             before.result().synchronize()  # the copy from the same page-locked RAM

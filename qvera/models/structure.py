@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 _ROUTER = re.compile(r"(?:^|\.)(?:router|indexer)(?:\.|$)")
 _GATES = ("gate", "shared_expert_gate")
 _READ = {"dt_proj": "A_log", "prediction_coefs": "router_norm", "correction_coefs": "router_norm"}
-"""Linears of Mamba and of Gemma 3n whose weights their module reads without calling them → what it has beside them."""
+"""Linears of Mamba and of Gemma 3n whose weights are read without a call → another attribute of the module that holds
+them, by which it is known."""
 _OTHER_INPUTS = re.compile(r"(?:^|[._])(?:vision|visual|image|img|video|audio|speech)")
-"""Within a decoder, what text does not go through: Phi-4-multimodal has its towers there."""
+"""Names of parts that text does not go through. They matter within a decoder: Phi-4-multimodal has its towers there."""
 _LAYER_LISTS = ("layers", "h", "blocks", "layer")
 _TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
@@ -30,7 +31,7 @@ def causal_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def decoder_of(model: Any) -> Any:
-    """What a language model calls before its head: embeddings, layers and the last norm."""
+    """Return the decoder of a language model, which is all before its head: embeddings, layers and the last norm."""
     found, head = model.get_decoder(), model.get_output_embeddings()
     if head is not None and (found is model or found is head):
         # a class that misnames its decoder (Llama 4's text model, ModernBERT's head): it holds the input embedding
@@ -38,7 +39,8 @@ def decoder_of(model: Any) -> Any:
         for child in model.children():
             if child is not embedding and any(module is embedding for module in child.modules()):
                 return child
-    if found is not model and getattr(found, "lm_head", None) is not None:  # of Llama 4 with images: a model by itself
+    # Llama 4 with images has a whole language model in this place
+    if found is not model and getattr(found, "lm_head", None) is not None:
         return decoder_of(found)
     return found
 
@@ -49,7 +51,7 @@ def image_model(model: PreTrainedModel | PeftModel) -> Any:
 
 
 def core_of(model: PreTrainedModel | PeftModel) -> nn.Module:
-    """What a pass calls: the decoder, whose head the loss applies by chunks, or a model with a head of its own."""
+    """Return what a pass calls: a language model's decoder (the loss applies its head by chunks), else the model."""
     inner = causal_model(model)
     return inner if inner.get_output_embeddings() is None else decoder_of(inner)
 
@@ -69,6 +71,7 @@ def share_tied_modules(model: nn.Module) -> dict[str, str]:
     An adapter there is then that of every place, as the weights are, and in 4 bits they are stored once.
     """
     names, found = [name for name, _ in model.named_modules(remove_duplicate=False)], {}
+    # transformers writes ties as patterns below the module that declares them; ties of single weights are left to it
     for prefix, owner in list(model.named_modules()):
         prefix = f"{prefix}." if prefix else ""
         ties: Any = getattr(owner, "_tied_weights_keys", None)

@@ -38,7 +38,7 @@ class TokenLoss(NamedTuple):
         inputs: names of what it needs beside the targets.
         settings: its settings and their usual values; None: there is none, so it has to be given.
         compute: of the log-probabilities [k, K], the inputs at the same places, and the settings.
-        by_row: what one token weighs depends on its whole row.
+        by_row: whether a token's weight depends on its whole row.
     """
 
     inputs: tuple[str, ...]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qvera.data.source import Processor
 
 ADDED_ROWS = "added_tokens.safetensors"
-"""Beside an adapter's vectors: ``embedding`` and, unless tied, ``head`` [added tokens, hidden], by id."""
+"""The file beside an adapter's vectors with ``embedding`` and, unless tied, ``head`` [added tokens, hidden], by id."""
 PLACED = "qvera_added_tokens"
 """The attribute of a model with the tokens that have rows: token → id."""
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -63,8 +63,10 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises InputError if there is none, or if it has a token that the section adds."""
     require_model_files(resolve_path(section.path))
     config = None
-    with contextlib.suppress(OSError, ValueError, KeyError, ImportError):  # of a model, not of its tokenizer
-        config = load_config(section)  # AutoTokenizer answers impossible sizes with errors of its own kind
+    # AutoTokenizer answers impossible sizes in a config with errors of its own kind, so the config is looked at first;
+    # what else is wrong with the model is not the tokenizer's to say
+    with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
+        config = load_config(section)
     name = resolve_path(section.tokenizer or section.path)
     revision = None if section.tokenizer else section.revision
     try:
@@ -96,7 +98,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def load_image_text_processor(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
-    """What a published model makes images among text with, on Pillow where transformers can.
+    """Load the processor by which a published model takes images among text, on Pillow where transformers can.
 
     Raises InputError: there is none, or a package that it needs is missing.
     """
@@ -112,7 +114,7 @@ def load_image_text_processor(section: ModelSection, tokenizer: PreTrainedTokeni
         images = AutoImageProcessor.from_pretrained(name, backend="pil", **options)
         parts = {"image_processor": images, "tokenizer": tokenizer}
         processor = unchecked.from_args_and_dict([parts.get(part) for part in kind.get_attributes()], tree)
-        processor.__class__ = kind  # which can be pickled
+        processor.__class__ = kind  # unlike the class above, this one can be pickled
         return processor
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, HFValidationError) as error:
         raise InputError(
@@ -259,11 +261,12 @@ def _put(model: PreTrainedModel, ids: dict[str, int], rows: list[torch.Tensor]) 
     for module, new in zip(tables, rows, strict=True):
         weight = module.weight.detach()
         if grown:
-            # what lies between is ids that no token has; zeros, so that they mean nothing
+            # rows between the old ones and the new belong to no token, and are zeros
             weight = torch.cat([weight, weight.new_zeros(grown, weight.shape[1])])
             module.weight = nn.Parameter(weight, requires_grad=False)
         weight[places] = new.to(weight)  # a mapping is private: the file is not written to
     if grown:
+        # modules and configs have to agree with the new size
         if len(tables) == 1:
             head.weight = embedding.weight
         embedding.num_embeddings = head.out_features = needed
@@ -318,7 +321,7 @@ def image_sides(config: PretrainedConfig) -> tuple[int, int] | None:
 
 
 def image_tokens(config: PretrainedConfig, height: int, width: int) -> int:
-    """Tokens that a vision transformer makes of an image, that of the class included; 1 of any other model."""
+    """Return how many tokens a vision transformer makes of an image, the class's included; 1 for any other model."""
     patch = getattr(config, "patch_size", None)
     if patch is None:
         return 1

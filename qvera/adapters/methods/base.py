@@ -1,4 +1,7 @@
-"""What a method of adaptation declares; docs/methods/adding.md shows how. Other rooms know no method by name."""
+"""The declarations of a method of adaptation. Other packages ask these, and know no method by name.
+
+docs/methods/adding.md shows how to add a method.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ class Traits(NamedTuple):
     """Properties of one tensor of a method."""
 
     dtype: torch.dtype = torch.float32
-    """In memory and in the file. Integers are rising indices into the flattened weight."""
+    """The dtype in memory and in the file. Integers are rising indices into the flattened weight."""
     is_trained: bool = True
     rate: float = 1.0
     """Its learning rate as a multiple of ``training.learning_rate``."""
@@ -89,7 +92,7 @@ class LinearSpec:
     """One adapted linear of a model."""
 
     name: str
-    """In the base model, such as ``model.layers.3.self_attn.q_proj``; empty if unknown."""
+    """The name in the base model, such as ``model.layers.3.self_attn.q_proj``; empty if unknown."""
     in_features: int
     out_features: int
     experts: int = 0

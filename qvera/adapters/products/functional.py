@@ -62,7 +62,7 @@ def as_output(flat: Tensor, shape: torch.Size) -> Tensor:
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, done: Callable[..., None] | None) -> Tensor:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # if all linears use `GradientSums`, no ∂z arrives, and zeros need not be made
         ctx.A, ctx.sums, ctx.done, ctx.shape = A, GradientSums(), done, x.shape
         return torch.nn.functional.linear(x, A)
 
@@ -75,7 +75,7 @@ class _Project(torch.autograd.Function):
 
 
 class GradientSums:
-    """What the linears that share a z have added to ∂x and ∂z in a backward pass.
+    """The sums of ∂x and of ∂z over the linears that share a z, in one backward pass.
 
     A product that adds to its result is one launch. Autograd takes two, and a node for each linear.
     """
@@ -94,7 +94,10 @@ class GradientSums:
             held[1].addmm_(g, C, alpha=scale)
 
     def of_input(self, g: Tensor | None, A: Tensor, shape: torch.Size) -> Tensor | None:
-        """∂x in its ``shape``, with g = ∂z of those that did not add theirs; None: nobody did."""
+        """Return ∂x in the given shape, and forget the sums. None: nobody added to them, and ``g`` is None.
+
+        ``g`` is ∂z of the linears that did not add theirs.
+        """
         found = self._held.pop(torch._C._current_graph_task_id(), None)
         if found is None:
             return None if g is None else g @ A

@@ -50,7 +50,7 @@ def pays(
 
 
 def keeps_input(tokens: int, in_features: int, out_features: int, rank: int, input_scale: bool = False) -> bool:
-    """Whether backward keeps x, not z."""
+    """Whether backward keeps x [T, n] in place of z [T, r]."""
     return input_scale or (in_features <= rank and _by_weight(tokens, in_features, out_features, rank, False))
 
 
@@ -72,6 +72,7 @@ def summed_weight(module: torch.nn.Linear, factors: Factors, dtype: torch.dtype)
     """W + ΔW [m, n] in ``dtype``, a new tensor."""
     weight = quantization.dequantized_weight(module, dtype)
     quantized = isinstance(module, (quantization.Linear4bit, quantization.Linear8bit))
+    # a copy made for this call takes ΔW in place; a weight that the layer goes on holding must not change
     is_copy = weight.dtype != module.weight.dtype
     if quantized:
         is_copy = quantization.resident_weight(module, dtype) is None
@@ -149,11 +150,13 @@ class _Summed(torch.autograd.Function):
         kept, d, b, A, B, a = ctx.saved_tensors
         grad_x = grad_d = grad_b = grad_a = None
         scaled = _scaled(A, a, g.dtype)
+        # ∂x = g (W + ΔW); where it is not held it is made again, since forward's of every layer would fill the memory
         if ctx.needs_input_grad[0] and ctx.held is not None:
             grad_x = g @ ctx.held.get(ctx.module, Factors(A, B, d, b, ctx.scale, a), g.dtype)
         elif ctx.needs_input_grad[0]:
             grad_x = g @ summed_weight(ctx.module, Factors(scaled, B, d, b, ctx.scale), g.dtype)
         rows, kept = g.reshape(-1, g.shape[-1]), kept.reshape(-1, kept.shape[-1])
+        # M for ∂b and ∂d, and N for ∂a, both from gᵀ x if that was the reason to keep x, else token by token
         by_weight = ctx.keeps_input and (a is None or _by_weight(len(rows), A.shape[1], len(B), len(A), True))
         whole = rows.t() @ kept if by_weight else None  # gᵀ x
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:

@@ -53,6 +53,8 @@ class _Joined(torch.autograd.Function):
                 grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b)
         if need_z:
             C = combined(B, d, b, in_c, z.dtype) if C is None else C
+            # the node of z has these sums, and turns them into ∂x once all layers over x have added theirs: so no
+            # gradient of z is returned, and autograd adds none
             ctx.sums.add(g, quantization.dequantized_weight(ctx.module, g.dtype), C, after)
         return None, grad_d, grad_b, None
 

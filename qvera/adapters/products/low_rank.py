@@ -49,7 +49,7 @@ class _TrainedPair(torch.autograd.Function):
         ctx.scale, ctx.module, ctx.dtypes = scale, module, (x.dtype, A.dtype, B.dtype)
         A, B = A.to(x.dtype), B.to(x.dtype)
         if base is None:
-            base, overwrite = linear.frozen_product(module, x), True
+            base, overwrite = linear.frozen_product(module, x), True  # a new tensor that nobody else reads
         y, z = _product(x, A, B, scale, base, overwrite)
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
@@ -81,6 +81,7 @@ class _TrainedPair(torch.autograd.Function):
             if needs_x and ctx.module is None:
                 grad_x = times(h, A, after).view(*g.shape[:-1], -1)
             elif needs_x:
+                # the second product adds to the first: two nodes would leave a sum of [T, n] to autograd
                 grad_x = linear.frozen_input_grad(ctx.module, cast)
                 grad_x.view(-1, A.shape[1]).addmm_(h, A, alpha=after)
         return grad_x, grad_A, grad_B, None, g if needs_base else None, None, None, None, None, None
@@ -116,5 +117,5 @@ def trained_linear(
 
 
 def _sampled(sampler: Sampler | None, x: Tensor, A: Tensor) -> tuple[Tensor | None, ...]:
-    """Kept rows of x, their tokens and weights; None each if all are kept."""
+    """Return the rows of x that backward keeps, their tokens and their weights; three times None if all are kept."""
     return (None, None, None) if sampler is None or not A.requires_grad else sampler(x)

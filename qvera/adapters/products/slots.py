@@ -41,9 +41,9 @@ class TokenSlots:
     index: Tensor
     slots: int
     ends: tuple[int, ...] = ()
-    """Where each slot's tokens end, after a 0, if the host knows it and they are in the order of their slots."""
+    """The places where each slot's tokens end, after a 0, if the host knows them and tokens are sorted by slot."""
     fixed: bool = False
-    """Whether shapes of products may not depend on how many tokens a slot has, as their last bits do."""
+    """Whether products must have shapes that do not depend on how many tokens a slot has, because last bits do."""
 
     @functools.cached_property
     def sorted(self) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class TokenSlots:
 
     @functools.cached_property
     def bounds(self) -> list[tuple[int, int]]:
-        """Where each slot's tokens begin and end in the sorted order. The host waits once, where it has no `ends`."""
+        """The places where each slot's tokens begin and end in the sorted order. Without `ends` the host waits once."""
         return list(itertools.pairwise(self.ends or [*self.sorted[1].tolist(), len(self.index)]))
 
 
@@ -70,6 +70,7 @@ def _sum(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | N
     if tokens is None:
         return (left * right).reshape(-1, left.shape[-1]).sum(0, keepdim=True, dtype=dtype)
     order, begins = tokens.sorted
+    # embedding_bag adds each slot's rows in the order of the tokens; index_add has no fixed order on an accelerator
     product = torch.mul(left, right, out=torch.empty(left.shape, dtype=dtype, device=left.device))
     return F.embedding_bag(order, product.view(-1, product.shape[-1]), begins, mode="sum")
 
@@ -162,6 +163,7 @@ def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
     if tokens is None:
         return x @ weights[0].to(x.dtype)
     if tokens.fixed:
+        # every row times every slot's matrix, of which one result is taken: the shapes are those of any other batch
         index, out = tokens.index[tokens.sorted[0]].unsqueeze(1), x.new_zeros(len(x), weights.shape[-1])
         for slot, weight in enumerate(weights):
             out = torch.where(index == slot, x @ weight.to(x.dtype), out)
@@ -268,11 +270,16 @@ def lora_slots(
     tokens: TokenSlots | None,
     gather: Tensor | None = None,
 ) -> Tensor:
-    """y + s B_i A_i x_i for each token's slot i, as `vera_slots`."""
+    """y + s B_i A_i x_i for each token's slot i, with the scale of the layer's ``adapter``.
+
+    ``tensors`` has A and B of the slots by kind, [R, r, n] and [R, m, r]; ``gather`` is that of `vera_slots`.
+    """
     inner = layer.dropout_of(adapter)(x).to(linear.compute_dtype(layer.base_layer, x))
     inner = inner if gather is None else inner[gather]
     return pair_slots(y, inner, tensors["qvera_A"], tensors["qvera_B"], layer.parts(adapter).scale, tokens)
 
 
 PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": vera_slots, "LORA": lora_slots}
-"""`Method.peft_type` → adds each token's own adapter to y = W x. Others are neither in a bank nor on experts."""
+"""`Method.peft_type` → the function that adds each token's own adapter to y = W x.
+
+Adapters of other methods can be neither in a bank nor on experts."""
