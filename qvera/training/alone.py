@@ -1,4 +1,4 @@
-"""The run of one adapter (`loop.AloneLoop`)."""
+"""The run of one adapter, by the steps of `loop.AloneLoop`."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ class Trainer(Run):
 
     def setup(self) -> None:
         self.loop = AloneLoop(self.session)
-        self.loop.hooks.hooks["callbacks"] = self.callbacks
+        self.loop.hooks.hooks["callbacks"] = self.callbacks  # before the checkpoint, which has their state too
         self.extra: dict[str, Any] = {}  # what hooks add to the result
         if self.resume:
             self.load_checkpoint()
         self.saved = self.state.step  # a directory of another step's name may be damaged
-        self.loop.start()
+        self.loop.start()  # after the checkpoint: an engine takes over the vectors and the state that it finds
+        # the evaluation after the last step is made again, and so is its record
         self.open_files(again="eval" if self.state.evaluation_due else None)
         self.write_begun(self.steps)
         facts, others = self.summary["adapter"], self.group.world_size - 1
@@ -72,7 +73,7 @@ class Trainer(Run):
 
     @property
     def state(self) -> TrainState:
-        """How far the adapter is."""
+        """The adapter's progress: steps taken, best step, losses."""
         return self.loop.state
 
     @property
@@ -87,7 +88,7 @@ class Trainer(Run):
 
     @property
     def has_steps_left(self) -> bool:
-        """An evaluation that memory ran out in is made first."""
+        """Whether `take_turn` has anything to do: steps, or first an evaluation that memory ran out in."""
         return self.state.evaluation_due or (self.state.step < self.steps and not self.state.stopped_early)
 
     def score_before(self) -> None:
@@ -106,6 +107,7 @@ class Trainer(Run):
         if state.evaluation_due:  # memory ran out in it
             callbacks.control.should_evaluate = callbacks.control.should_save = True
         else:
+            # the order of transformers' Trainer: on_step_end, on_log, on_evaluate, on_save, and on_epoch_end with them
             record = self.loop.train_step()
             if record["kind"] == "train":
                 every, is_last = training.eval_steps, state.step == self.steps
@@ -120,7 +122,7 @@ class Trainer(Run):
             self._evaluate_and_save()
 
     def _evaluate_and_save(self) -> None:
-        """As the recipe and callbacks ask. A new best step is saved at once, whatever comes."""
+        """Evaluate and save where the recipe or a callback asks for it. A new best step is saved in any case."""
         state, best_step = self.state, self.state.best_step
         state.evaluation_due = self._wants("should_evaluate")
         if state.evaluation_due:
@@ -137,11 +139,11 @@ class Trainer(Run):
         return bool(self.group.sum([float(mine)])[0]) if self.callbacks.callbacks else mine
 
     def complete(self) -> None:
-        """Where training made the held-out loss not finite, the adapter is deleted (NotFinite)."""
+        """Save the adapter and score it. Delete it again (NotFinite) where training made its loss not finite."""
         state = self.state
         if self.recipe.training.load_best_model_at_end and state.best_step not in (None, state.step):
             self.load_best_vectors()
-        self.save_adapter()
+        self.save_adapter()  # before the scores, which may run out of memory
         after: dict[str, Any] | None = None
         samples: list[dict[str, Any]] = []
         if self.loop.datasets.eval:
@@ -152,14 +154,14 @@ class Trainer(Run):
         if after is None or has_finite_loss(after):
             return
         text = held_out_not_finite(f"Step {state.step}", state.before)
-        if state.before is not None and not has_finite_loss(state.before):
+        if state.before is not None and not has_finite_loss(state.before):  # it is not the training that did it
             self.warn(text)
             return
         self.group.on_first(lambda: shutil.rmtree(self.run_dir / "adapter"))
         raise for_all(NotFinite(f"{text} The adapter is not saved; checkpoints are kept."))
 
     def stop_requested(self) -> bool:
-        """A signal to any rank, or a callback there, stops all of them at the same step."""
+        """Whether to stop: a signal to any rank, or a callback there, stops all of them at the same step."""
         asked, group = self.asked, self.group
         if group.sum([float(asked is not None)])[0]:
             of_ranks = group.gather([asked, group.host])
@@ -184,7 +186,7 @@ class Trainer(Run):
                 )
 
     def evaluate(self) -> None:
-        """Held-out loss in the middle of a run. Remembers the best step, and stops early where the recipe says so.
+        """Score the held-out rows in the middle of a run, note the best step, and stop early where the recipe says so.
 
         Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
         """
@@ -199,7 +201,7 @@ class Trainer(Run):
                 result |= task.answers(*about, lambda done, _: self.progress(done))[0]
         state.evaluation_due = False
         self.log({"kind": "eval", "step": state.step, **result})
-        self.callbacks.evaluated(result)
+        self.callbacks.evaluated(result)  # which shall still see the best score of earlier evaluations
         state.add_evaluation(self._sign * result.get(metric, math.nan), patience)
         self.say(f"step {state.step}: {self._line(result)}")
         if state.stopped_early:
@@ -213,16 +215,16 @@ class Trainer(Run):
 
     @property
     def _sign(self) -> int:
-        """Of a score, as a loss: less is better."""
+        """The factor that makes a loss of the score that chooses the best step: of a loss less is better."""
         return -1 if self.recipe.training.takes_greater else 1
 
     @property
     def best_score(self) -> float | None:
-        """The score of the best step so far."""
+        """The score of the best step so far; None before the first evaluation."""
         return None if self.state.best_loss is None else self._sign * self.state.best_loss
 
     def score(self, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Held-out loss and, where the recipe asks for it, exact match of greedy answers; the ranks share the rows.
+        """Score the held-out rows by loss and, where the recipe asks for it, by greedy answers. Ranks share the rows.
 
         Returns the scores, and the answers to show as samples.
         """
@@ -242,6 +244,7 @@ class Trainer(Run):
     def save_checkpoint(self) -> None:
         loop, session = self.loop, self.session
         vectors, optimizer = loop.engine.unsharded()
+        # tensors that are not trained are the model's own; of the others an engine may have better ones than the model
         vectors = {**named_vectors(loop.model), **vectors}
         random = self.group.gather_bytes(checkpoint.random_state(self.group.rank))
         hooks = loop.hooks.state_dict()
@@ -272,6 +275,7 @@ class Trainer(Run):
         newest: list[Checkpoint | None] = []
 
         def check(saved: Checkpoint) -> None:
+            # only to raise KeyError or TypeError for what another version wrote
             TrainState(**saved.state["progressed"])
             saved.state["schedule"], saved.state["optimizer_scalars"]
 
@@ -285,21 +289,26 @@ class Trainer(Run):
             return
         loop, session = self.loop, self.session
         checkpoint.require_same_inputs(saved, session.inputs)
+        # hooks come before the vectors, as they are told (`TrainingHook.load_state_dict`)
         loop.hooks.load_state_dict(saved.hook_state)
         checkpoint.restore(saved, named_vectors(loop.model), loop.optimizer, self.group.rank)
         loop.state, rates = TrainState(**saved.state["progressed"]), saved.state["schedule"]
+        # a run that has been made longer: its schedule starts anew after each length that was planned before
         begun = parse_recipe(saved.state["recipe"], str(saved.path), drop_idle_keys=True)
         if (planned := self.planned_steps(begun)) < self.steps:
             loop.state.lengths.append(planned)
         if loop.state.lengths:
             loop.schedule = build_schedule(self.recipe.training, loop.optimizer, self.steps, loop.state.lengths)
+            # the checkpoint's own rates are those of the shorter schedule
             share = loop.schedule.lr_lambdas[0](rates["last_epoch"])
             rates = {**rates, "_last_lr": [rate * share for rate in loop.schedule.base_lrs]}
         loop.schedule.load_state_dict(rates)
+        # a schedule that is loaded leaves the optimizer's rates as they are
         for parameters, rate in zip(loop.optimizer.param_groups, loop.schedule.get_last_lr(), strict=True):
             parameters["lr"] = rate
         if session.scaler is not None and saved.state.get("loss_scale"):
             session.scaler.load_state_dict(saved.state["loss_scale"])
+        # passes stay as small as they had become
         for halving in loop.state.halvings:
             loop.batches.limit(halving.get("pass_rows") or halving["pass_tokens"])
         session.keep_checkpointing(saved.state.get("gradient_checkpointing", session.checkpointing), self.group)
@@ -307,7 +316,7 @@ class Trainer(Run):
         self.say(f"Going on from step {self.state.step} of {self.steps} ({saved.path}).")
 
     def load_best_vectors(self) -> None:
-        """Put the best step's vectors into the model; the last step's stay where that checkpoint is damaged."""
+        """Put the best step's vectors into the model. Those of the last step stay where that checkpoint is damaged."""
         best = None
         if self.group.first:
             try:

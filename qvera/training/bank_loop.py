@@ -58,7 +58,7 @@ class Share:
 
 @dataclasses.dataclass
 class BankStep(Step[AdapterRow]):
-    """A round. ``shares``: of the adapters that take a step in it."""
+    """A round. ``shares`` has an entry for each adapter that takes a step in it."""
 
     shares: dict[AdapterRun, Share]
 
@@ -70,7 +70,7 @@ def cut_round(rows: Sequence[AdapterRow], lengths: Sequence[int], pass_rows: int
 
 
 class BankLoop(Loop[BankStep]):
-    """Many adapters: a step is a round, one optimizer step of each in flight that has steps left.
+    """The loop of many adapters. A step is a round: one optimizer step of each adapter in flight that has steps left.
 
     Attributes:
         roster: the adapters in flight.
@@ -109,7 +109,7 @@ class BankLoop(Loop[BankStep]):
         run.begin()
 
     def take_round(self) -> Iterator[Records]:
-        """Make the evaluations that are wanted, take a step, and evaluate where it is due; yields between passes."""
+        """Make the evaluations that are wanted, take a step, and evaluate where it is due. Yields between passes."""
         yield from self.evaluate()
         if any(not run.takes_no_step for run in self.in_flight):
             yield from self.take_step()
@@ -127,6 +127,7 @@ class BankLoop(Loop[BankStep]):
     def drop_run(self, run: AdapterRun) -> None:
         """Take an adapter out of the step under way: it is not stepped, and no later pass has its rows."""
         step = self.step
+        # passes that are taken have left a gradient in its slot, which is the caller's to zero
         if step is not None and step.shares.pop(run, None) is not None:
             step.rows = [row for row in step.rows if row.run is not run]
             left = [[row for row in rows if row.run is not run] for rows in step.passes]
@@ -135,6 +136,7 @@ class BankLoop(Loop[BankStep]):
     def do_pass(self, step: BankStep) -> None:
         rows = step.passes[0]
         step.examples = [run.datasets.train[row] for run, row in rows]
+        # the tokens of the adapter's whole step: neither how it is cut nor who shares the pass changes its mean
         weights = [1 / step.shares[run].trained_tokens for run, _ in rows]
         step.losses.append(self.pass_nll([run.held_slot for run, _ in rows], step.examples, weights))
         step.pass_rows.append(step.passes.pop(0))
@@ -142,14 +144,15 @@ class BankLoop(Loop[BankStep]):
     def pass_nll(
         self, slots: Sequence[int], examples: Sequence[Example], weights: Sequence[float] | None = None
     ) -> torch.Tensor:
-        """Negative log likelihood of each row of a pass [B]; adds the gradient of its weighted sum to the bank.
+        """Return the negative log likelihood of each row of a pass [B]; add the weighted sum's gradient to the bank.
 
-        ``slots`` and ``weights`` are of each row. Without weights no gradient is computed.
+        ``slots`` and ``weights`` have an entry for each row. Without weights no gradient is computed.
         """
         batch = forward.make_batch(self.model, examples, self.pad_id, prefix_once=False, whole_rows=True)
         row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(self.device)
         tokens = forward.row_tokens(batch, examples)
         with self.bank.rows(slots, tokens), torch.set_grad_enabled(weights is not None):
+            # a held-out loss is not smoothed
             smoothing = 0.0 if weights is None else self.training.label_smoothing
             total, nll = forward.row_nll(self.model, batch, self.training.loss_chunk_tokens, row_weights, smoothing)
             if weights is not None:
@@ -157,7 +160,7 @@ class BankLoop(Loop[BankStep]):
         return nll
 
     def add_up(self, step: BankStep, shortage: Shortage | None) -> bool:
-        """Read once, so that a device is not waited for pass by pass."""
+        """Add up the losses of each adapter, read after the last pass, so that the device is waited for once."""
         if shortage is None and step.losses:
             rows = [row for rows in step.pass_rows for row in rows]
             for (run, _), nll in zip(rows, torch.cat(step.losses).tolist(), strict=True):
@@ -166,11 +169,11 @@ class BankLoop(Loop[BankStep]):
         return shortage is not None
 
     def drop_gradients(self) -> None:
-        """Those of all adapters, since some have a part of the pass."""
+        """Zero the gradients of all adapters: any of them may have a part of the passes so far."""
         self.bank.gradients.zero_()
 
     def make_smaller(self, step: BankStep, shortage: Shortage | None) -> Records:
-        """Beside answers: halves passes; an adapter one row of which does not fit ends. Else the run ends."""
+        """Halve the passes beside answers; an adapter of which not one row fits ends. In a run raise OutOfMemory."""
         assert shortage is not None
         if not self.beside_answers:
             rows = self.in_flight[0].datasets.train
@@ -189,7 +192,7 @@ class BankLoop(Loop[BankStep]):
         return []
 
     def give_up(self, step: BankStep, shortage: Shortage) -> Records:
-        """Beside answers: the adapters of the step end, since their vectors may be half stepped. Else the run ends."""
+        """Beside answers, end the step's adapters: their vectors may be half stepped. In a run raise RunFailed."""
         if not self.beside_answers:
             return super().give_up(step, shortage)
         for run in step.shares:
@@ -198,8 +201,8 @@ class BankLoop(Loop[BankStep]):
         return []
 
     def clip_and_step(self, step: BankStep) -> dict[AdapterRun, tuple[float, float]]:
-        """Norm and rate of each adapter; one whose loss is not finite has none."""
-        if self.round == 0 and not self.beside_answers:
+        """Clip and step; returns norm and rate of each adapter. Those whose loss is not finite take no step."""
+        if self.round == 0 and not self.beside_answers:  # a layer that gets no gradient would never train
             columns = self.bank.layout.columns.items()
             trained = {key: each for key, each in columns if each.start < self.bank.trained_numbers}
             require_gradients({key: each.of(self.bank.gradients) for key, each in trained.items()})
@@ -210,7 +213,7 @@ class BankLoop(Loop[BankStep]):
         return dict(zip(runs, zip(norms, rates, strict=True), strict=True))
 
     def count_step(self, step: BankStep, norms: dict[AdapterRun, tuple[float, float]]) -> Records:
-        """A record of each adapter that took its step, and one of the round. Other adapters get a ``reason``."""
+        """Return a record of each adapter that took its step, and one of the round. The others get a ``reason``."""
         self.round, seconds, records, losses = step.number, step.seconds, Records(), list[float]()
         all_tokens = sum(share.input_tokens for share in step.shares.values())
         for run, share in step.shares.items():
@@ -261,7 +264,7 @@ class BankLoop(Loop[BankStep]):
                 return run.slot is not None and run.state is state  # it may have left and begun again
 
             for run, why, _ in scored:
-                if why == "after":
+                if why == "after":  # the score is of the vectors that will be saved
                     run.put_best_back(self.bank.vectors[run.held_slot])
             try:
                 results = yield from self.score([(run, run.held_slot) for run, *_ in scored], is_in_flight)
@@ -269,6 +272,7 @@ class BankLoop(Loop[BankStep]):
                 if not self.beside_answers:
                     raise
                 forget_inputs(self.model)
+                # the adapters whose rows were in the pass end; the others are scored anew
                 for place in filter(is_in_flight, self._scoring):
                     scored[place][0].reason = str(error)
                 continue
@@ -285,7 +289,7 @@ class BankLoop(Loop[BankStep]):
     def score(
         self, wanted: Sequence[tuple[AdapterRun, int]], is_wanted: Callable[[int], bool] = lambda _: True
     ) -> Generator[Records, None, list[dict[str, Any] | None]]:
-        """Held-out losses of several adapters, in passes that they share; yields between passes.
+        """Compute held-out losses of several adapters, in passes that they share; yields between passes.
 
         ``wanted``: each adapter, and the slot of the vectors to score. ``is_wanted``: asked before each pass whether
         the adapter at a place of ``wanted`` is still to be scored. Returns for each adapter what
@@ -309,6 +313,7 @@ class BankLoop(Loop[BankStep]):
         passes = each_in_halves(batches, score_rows, self.device, "held-out rows", advice)
         is_left = True
         while is_left:
+            # evaluation mode ends with each pass, since others use the model in between
             was_training = self.model.training
             self.model.eval()
             try:

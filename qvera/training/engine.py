@@ -59,20 +59,20 @@ class LocalEngine:
     ) -> None:
         self.vectors, self.optimizer, self.schedule = vectors, optimizer, schedule
         self.max_grad_norm, self.group, self.scaler = max_grad_norm, group, scaler
-        self.loss_scale = 1.0  # of the latest `step`
+        self.loss_scale = 1.0  # that the latest `step` was taken with
         self._is_first_step = True
 
     def loss_gradient(self) -> torch.Tensor:
-        """The loss scale (scalar, fp32): the gradient that `backward` puts into its loss."""
+        """Return the factor that `backward` puts before its loss: the loss scale (scalar, fp32)."""
         gradient = torch.ones((), device=next(iter(self.vectors.values())).device)
         return gradient if self.scaler is None else self.scaler.scale(gradient)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate the gradient of this rank's part of the loss; ``last``: this is the step's last pass."""
+        """Accumulate the gradient of this rank's part of the loss. ``last``: this is the step's last pass."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def forget_module_order(self) -> None:
-        """Take the next pass for the first one, where an engine learns the order of modules from it."""
+        """Let an engine that learns the order of modules from the first pass learn it from the next one."""
 
     def undo(self) -> None:
         """Drop the gradients of a step that could not be taken."""
@@ -80,6 +80,7 @@ class LocalEngine:
 
     def _sum_gradients(self) -> None:
         if self.group.world_size > 1:
+            # all ranks must send as much, and an expert that got no token on this rank has no gradient
             for vector in self.vectors.values():
                 if vector.grad is None and vector.requires_grad:
                     vector.grad = torch.zeros_like(vector)
@@ -91,7 +92,7 @@ class LocalEngine:
         A gradient that is not finite takes no step. With loss scaling, it lowers the scale.
         """
         self._sum_gradients()
-        if self._is_first_step:
+        if self._is_first_step:  # on sums over the ranks: one rank's rows may miss a layer
             require_gradients({name: vector.grad for name, vector in self.vectors.items()})
             self._is_first_step = False
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
@@ -101,7 +102,7 @@ class LocalEngine:
         total = torch.nn.utils.clip_grad_norm_(list(self.vectors.values()), limit)
         norm, self.loss_scale = torch.stack([total, scale]).tolist()  # one wait for the device
         rate = current_rate(self.schedule)
-        if math.isfinite(norm):
+        if math.isfinite(norm):  # `GradScaler.step` would find it out anew
             self.optimizer.step()
             self.schedule.step()
         if self.scaler is not None:
@@ -110,11 +111,11 @@ class LocalEngine:
         return norm, rate
 
     def can_step_again(self) -> bool:
-        """Whether to retry a step whose gradient was not finite: its scale was above 1 and is lower now."""
+        """Whether to retry a step whose gradient was not finite: the scale was above 1 and is lower now."""
         return self.scaler is not None and self.loss_scale > 1.0 and self.scaler.get_scale() < self.loss_scale
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """Trained vectors and optimizer as one process holds them, for a checkpoint."""
+        """Return the trained vectors and the optimizer as one process would hold them, for a checkpoint."""
         return self.vectors, self.optimizer
 
     def gather_vectors(self) -> None:
@@ -122,7 +123,7 @@ class LocalEngine:
 
 
 class _VectorsOnly(nn.Module):
-    """What DeepSpeed sees in stages 1 and 2. Calling it with the loss is how it learns that a backward pass comes."""
+    """The module of stages 1 and 2. By a call with the loss DeepSpeed learns that a backward pass comes."""
 
     def __init__(self, vectors: list[nn.Parameter]) -> None:
         super().__init__()
@@ -153,6 +154,8 @@ class ZeroEngine(LocalEngine):
         vectors = trained_vectors(model)
         super().__init__(vectors, optimizer, schedule, training.max_grad_norm, group, scaler)
         self.config = config
+        # The state of a checkpoint is keyed by whole vectors, and DeepSpeed steps flat partitions of them. So it is
+        # taken out now, and put into the partitions at the end (`_take_over`).
         before = {name: dict(optimizer.state[p]) for name, p in vectors.items() if p in optimizer.state}
         optimizer.state.clear()
         decoder = core_of(model)
@@ -167,6 +170,7 @@ class ZeroEngine(LocalEngine):
         self.core = self.deepspeed if config.shards_base else None
         if config.shards_base:
             self._gather_unsharded()
+            # embedding and head are called outside the decoder, where no hook of DeepSpeed's would gather them
             for end in (causal_model(model).get_input_embeddings(), causal_model(model).get_output_embeddings()):
                 if end is not None:
                     gather_at_call(end)
@@ -181,7 +185,7 @@ class ZeroEngine(LocalEngine):
             missing[0].all_gather(param_list=missing)
 
     def loss_gradient(self) -> torch.Tensor:
-        """Times the ranks, as in `backward`."""
+        """Return the loss scale times the number of ranks, by which `backward` multiplies the loss too."""
         return super().loss_gradient() * self.group.world_size
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -219,11 +223,12 @@ class ZeroEngine(LocalEngine):
         return zero.fp32_partitioned_groups_flat if self.config.stage == 3 else zero.single_partition_of_fp32_groups
 
     def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """Copies, gathered from the partitions."""
+        """Return copies of vectors and optimizer, gathered from the partitions of all ranks."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         vectors = {name: nn.Parameter(safe_get_full_fp32_param(p).detach().clone()) for name, p in self.vectors.items()}
         optimizer = torch.optim.AdamW(vectors.values())
+        # AdamW makes its state in its first step: before that there is none to copy
         steps = [self.optimizer.state[flat]["step"] for flat in self._flats if flat in self.optimizer.state]
         if steps:
             self._link_states()

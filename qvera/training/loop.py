@@ -54,11 +54,12 @@ class Step(Generic[Row]):
     """An optimizer step that is being taken.
 
     Attributes:
-        number: from 1; with a bank, that of the round.
-        rows: of all processes.
-        passes: those of this process that are left.
-        examples: of the latest pass; empty before the first one.
-        pass_rows, losses: of each pass so far, its rows, and its summed loss (scalar) or that of each row [B].
+        number: counted from 1; with a bank, the number of the round.
+        rows: the rows of the step, over all processes.
+        passes: the forward passes that this process has still to take, each a list of rows.
+        examples: the tokenized rows of the latest pass; empty before the first one.
+        pass_rows: the rows of each pass taken so far.
+        losses: the loss of each pass taken so far: its sum (scalar), or that of each row [B].
     """
 
     number: int
@@ -72,12 +73,12 @@ class Step(Generic[Row]):
 
     @property
     def seconds(self) -> float:
-        """Seconds so far, without the time between passes."""
+        """The seconds that the step has taken so far, without the time between passes."""
         return self._before + time.perf_counter() - self._since
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in this context does not count."""
+        """Stop the step's clock inside the block."""
         self._before = self.seconds
         try:
             yield
@@ -108,6 +109,7 @@ class Loop(ABC, Generic[S]):
             OutOfMemory: memory ran out and smaller passes can't help; no step was taken.
             RunFailed: memory ran out in the optimizer.
         """
+        # a step that is undone goes back to this state, so that its next attempt drops out the same elements
         random = random_state(self.group.rank)
         step = self.step = self.next_step()
         self.hooks.before_step(step.number)
@@ -116,6 +118,7 @@ class Loop(ABC, Generic[S]):
             try:
                 shortage = or_shortage(lambda: self.do_pass(step), self.device)  # rows → loss → backward
             except OwnCodeFailed:
+                # undone like a shortage: the run ends, and saves the state after the last whole step (`Run.end`)
                 self.drop_gradients()
                 set_random_state(random, self.group.rank)
                 raise
@@ -124,42 +127,43 @@ class Loop(ABC, Generic[S]):
                     yield []
         if self.add_up(step, shortage):  # some process ran out of memory
             self.drop_gradients()
-            forget_inputs(self.model)
+            forget_inputs(self.model)  # the failed pass has left projections in the layers
             set_random_state(random, self.group.rank)
             records = self.make_smaller(step, shortage)
         else:
             norms = or_shortage(lambda: self.clip_and_step(step), self.device)
             half_stepped = isinstance(norms, Shortage)
             records = self.give_up(step, norms) if half_stepped else self.count_step(step, norms)
+        # before the last yield: who runs there may let adapters leave, and must not find a step under way
         self.step = None
         yield records
 
     @abstractmethod
     def next_step(self) -> S:
-        """Choose the rows of the next step and cut them into passes."""
+        """Choose the rows of the next step and cut them into forward passes."""
 
     @abstractmethod
     def do_pass(self, step: S) -> None:
-        """Take the first of the passes that are left: forward and backward."""
+        """Take forward and backward of the first pass that is left, and remove it from ``step.passes``."""
 
     @abstractmethod
     def add_up(self, step: S, shortage: Shortage | None) -> bool:
-        """Add up the losses of all passes and processes; True where one of them ran out of memory."""
+        """Add up the losses of all passes and processes; return True where a process ran out of memory."""
 
     @abstractmethod
     def drop_gradients(self) -> None:
-        """Undo what the passes of a step have left."""
+        """Drop the gradients that the passes of a step have left."""
 
     @abstractmethod
     def make_smaller(self, step: S, shortage: Shortage | None) -> Records:
-        """Cut later passes smaller, or raise where it can't help; ``shortage`` None: only another process had one."""
+        """Cut later passes smaller, or raise where that can't help. ``shortage``: None if only others had one."""
 
     @abstractmethod
     def clip_and_step(self, step: S) -> Any:
-        """Clip and step; returns the norms before clipping, and what else `count_step` needs."""
+        """Clip the gradients and step. Returns the norms before clipping, and what else `count_step` needs."""
 
     def give_up(self, step: S, shortage: Shortage) -> Records:
-        """Called where memory ran out in the optimizer: some vectors have been stepped and some have not."""
+        """Raise where memory ran out in the optimizer: some vectors are stepped and some not, so no undo helps."""
         raise RunFailed(f"Memory ran out in the optimizer's step: {shortage}. Earlier checkpoints are kept.")
 
     @abstractmethod
@@ -169,12 +173,13 @@ class Loop(ABC, Generic[S]):
 
 @dataclasses.dataclass
 class AloneStep(Step[int]):
-    """A step of one adapter. Its rows are numbers of rows of ``source``.
+    """A step of one adapter. A row is its number in ``source``.
 
     Attributes:
         source: the training rows, or what the task makes of some of them (`qvera.tasks.Task.step_rows`).
-        targets: what the loss is divided by; 0 until the first pass.
-        sums, total: the losses as numbers: of each pass here, and of all passes of all processes.
+        targets: the number that the loss is divided by; 0 until the first pass.
+        sums: the summed loss of each pass of this process, as numbers.
+        total: the summed loss of all passes of all processes.
     """
 
     source: Sequence[Example] = ()
@@ -186,7 +191,7 @@ class AloneStep(Step[int]):
 
 
 class AloneLoop(Loop[AloneStep]):
-    """One adapter. All processes call each method together, each with its share of the rows.
+    """The loop of one adapter. All processes call each method together, each with its share of the rows.
 
     Hooks of methods and schedules know it as ``training`` (`qvera.adapters.hooks.TrainingHook`).
     """
@@ -194,7 +199,7 @@ class AloneLoop(Loop[AloneStep]):
     engine: LocalEngine
 
     def __init__(self, session: TrainingSession, ramp: LrRange | None = None) -> None:
-        """Make the order of the rows, the optimizer, its schedule and the hooks; ``ramp``: those of a range test."""
+        """Make the order of rows, the optimizer, its schedule and the hooks. ``ramp``: the rates of a range test."""
         self.session, self.recipe, self.group, self.console = session, session.recipe, session.group, session.console
         self.model, self.device, self.plan = session.model, session.device, session.plan
         self.datasets, self.task, self.warn = session.datasets, session.task, session.warn
@@ -205,6 +210,7 @@ class AloneLoop(Loop[AloneStep]):
             require_all_stepped(stepper, vectors, recipe)
         self.optimizer = stepper or build_optimizer(training, vectors, rate_factors(self.model, recipe))
         self.steps = planned_steps(recipe, len(self.datasets.train))
+        # a checkpoint keeps the state of each hook under its name here
         hooks: dict[str, TrainingHook | None] = {
             recipe.adapter.method: method.step_hook(self.model, recipe, self.optimizer, self.steps, self.group)
         }
@@ -232,12 +238,14 @@ class AloneLoop(Loop[AloneStep]):
         if session.sharder is None:
             self.group.agree(try_longest)
         self.engine = self.make_engine()
-        if session.sharder is not None:  # the engine's hooks gather the weights; a rank that fails in one tells others
+        if session.sharder is not None:
+            # With ZeRO-3 the engine's hooks gather the weights, so the engine comes first. `agree` would be of no use:
+            # while a rank fails, the others wait inside the pass, and hear of it from its heartbeat.
             try_longest()
             self.engine.forget_module_order()
 
     def make_engine(self) -> LocalEngine:
-        """Plain torch, or DeepSpeed where the recipe asks for it."""
+        """Return an engine of plain torch, or of DeepSpeed where the recipe asks for it."""
         session, training, stepped = self.session, self.recipe.training, (self.optimizer, self.schedule)
         if session.zero is None:
             vectors = trained_vectors(self.model)
@@ -246,14 +254,15 @@ class AloneLoop(Loop[AloneStep]):
         return ZeroEngine(session.zero, training, self.model, *stepped, self.group, scratch, session.scaler)
 
     def longest_batch(self) -> list[Example]:
-        """The rows of the run's longest forward pass."""
+        """Return the rows of the run's longest forward pass."""
         data, rows = self.recipe.data, self.datasets.train
         joined = rows_joined(self.model, data.prefix_once and self.task.joins_rows, data.packing)
         return [rows[i] for i in longest_rows(self.recipe, rows, joined, self.steps)]
 
     def try_batch(self, examples: list[Example]) -> None:
-        """Forward and backward over the rows; the gradients are dropped."""
+        """Take forward and backward over the rows, and drop the gradients."""
         nll, trained = self.nll(examples)
+        # not `backward`: that would leave gradients in the vectors, and in the buffers that DeepSpeed hooks to them
         torch.autograd.grad(nll / trained, list(trained_vectors(self.model).values()), allow_unused=True)
 
     def train_step(self) -> dict[str, Any]:
@@ -277,13 +286,14 @@ class AloneLoop(Loop[AloneStep]):
         return AloneStep(number, rows, passes, source=source if made is None else made, _since=began)
 
     def do_pass(self, step: AloneStep) -> None:
-        """A process without rows runs a dummy pass, so that collectives stay in sync."""
+        """Take a pass; a process that has no rows in it runs a dummy one, so that collectives stay in sync."""
         train, engine = step.source, self.engine
         if not step.targets:
             rows = [train[i] for i in step.rows]
             step.targets, step.trained_tokens = self.task.targets(rows), sum(row.trained_tokens for row in rows)
         rows_here = step.passes[0]
         step.examples = [self.task.training_row(train[i], i, step.number) for i in rows_here or step.rows[:1]]
+        # in float16 small gradients vanish, unless backward's factors are multiplied in before rounding
         expected_grad = None if engine.scaler is None else engine.loss_gradient() / step.targets
         nll, _ = self.nll(step.examples, engine.core, expected_grad)
         # divided by the targets of the whole global batch, so that neither accumulation nor ranks change the mean
@@ -300,14 +310,15 @@ class AloneLoop(Loop[AloneStep]):
         core: Callable[..., torch.Tensor] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Summed loss of the rows' targets, and how many there are (`qvera.tasks.Task.loss`)."""
+        """Return the summed loss of the rows' targets, and their number (`qvera.tasks.Task.loss`)."""
         return self.task.loss(self.model, rows, self.datasets, core, expected_grad)
 
     def add_up(self, step: AloneStep, shortage: Shortage | None) -> bool:
-        """Under ZeRO a shortage raises: the other processes wait inside DeepSpeed's passes."""
+        """Add up losses and tokens. Under ZeRO a shortage raises: the others wait inside DeepSpeed's passes."""
         group, train = self.group, step.source
         if shortage is not None and self.session.zero is not None and group.world_size > 1:
             raise lone_error(step.number, shortage, step.examples, self.plan, self.datasets.train, group)
+        # all passes at once, so that the device is waited for once
         step.sums = torch.stack(step.losses).tolist() if step.losses and shortage is None else []
         input_tokens = sum(sum(train[i].row_tokens) for rows in step.pass_rows for i in rows) if step.sums else 0
         step.total, inputs, failed = group.sum([sum(step.sums), input_tokens, float(shortage is not None)])
@@ -318,7 +329,7 @@ class AloneLoop(Loop[AloneStep]):
         self.engine.undo()
 
     def make_smaller(self, step: AloneStep, shortage: Shortage | None) -> Records:
-        """Halves passes. Raises with ``training.on_oom: save``, or a single row in a pass."""
+        """Halve the passes. OutOfMemory with ``training.on_oom: save``, or where a pass had a single row."""
         group, train, packed = self.group, self.datasets.train, self.recipe.data.packing
         examples = None if shortage is None else step.examples
         size = sum(len(example.input_ids) for example in step.examples) if packed else len(step.examples)
@@ -327,7 +338,7 @@ class AloneLoop(Loop[AloneStep]):
         failed = [sizes for sizes in of_ranks if sizes is not None]
         asked, free, halves = zip(*failed, strict=True)
         shortage = Shortage(max((each for each in asked if each is not None), default=None), min(free))
-        most = min(halves)
+        most = min(halves)  # one limit for all ranks: each cuts the rows of all of them, to have as many passes
         if self.recipe.training.on_oom == "save" or most == 0:
             raise step_error(f"Step {step.number}", shortage, examples, self.plan, train, group)
         self.batches.limit(most)
@@ -338,11 +349,11 @@ class AloneLoop(Loop[AloneStep]):
         return [{"kind": "out_of_memory", "step": step.number, **about}]
 
     def clip_and_step(self, step: AloneStep) -> tuple[float, float]:
-        """The gradient's norm and the learning rate."""
+        """Clip and step; returns the gradient's norm and the learning rate. A loss that is not finite takes no step."""
         return self.engine.step() if math.isfinite(step.total) else (math.nan, 0.0)
 
     def count_step(self, step: AloneStep, norms: tuple[float, float]) -> Records:
-        """With loss scaling, a gradient that overflows takes no step and lowers the scale."""
+        """Count a step. One whose gradient overflowed in float16 was not taken, and is taken again at a lower scale."""
         (norm, rate), engine, train = norms, self.engine, step.source
         if math.isfinite(norm):
             self.hooks.after_step(step.number, engine.loss_scale)
@@ -377,12 +388,12 @@ class AloneLoop(Loop[AloneStep]):
         return [record]
 
     def held_out_loss(self, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """Loss and scores of all held-out rows, the same values on all ranks. ``progress``: takes this rank's rows."""
+        """Return loss and scores of all held-out rows, equal on all ranks. ``progress`` gets this rank's rows."""
         result = self.task.held_out_loss(self.model, self.datasets.eval, self.datasets, self.group, progress)
-        return self.group.broadcast(result)
+        return self.group.broadcast(result)  # the ranks' own would differ in their seconds
 
     def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:
-        """What ``do`` makes of this rank's passes over training rows; all ranks call it together.
+        """Return what ``do`` makes of this rank's passes over training rows; all ranks call it together.
 
         Where memory runs out on one of them, all begin again with passes of half the size; what ``do`` returned is
         dropped. Later steps keep their passes. InputError with ``training.on_oom: save``, or a single row in a pass.
@@ -396,6 +407,7 @@ class AloneLoop(Loop[AloneStep]):
             short = [text for text in group.gather(str(result) if isinstance(result, Shortage) else None) if text]
             if not isinstance(result, Shortage) and not short:
                 return result
+            # a rank whose own passes did fit begins again too: the ranks may add up their results
             largest = [train[i] for i in max(passes, key=len)]
             sizes = group.gather([len(largest), sum(len(example.input_ids) for example in largest)])
             most, tokens = (max(each) for each in zip(*sizes, strict=True))
@@ -407,7 +419,7 @@ class AloneLoop(Loop[AloneStep]):
     def branch(
         self, datasets: Datasets, batches: Batches, optimizer: torch.optim.Optimizer, schedule: LRScheduler
     ) -> AloneLoop:
-        """A loop over the same model on other rows, without hooks, from step 0; this one stays as it is."""
+        """Return a loop that trains the same model on other rows from step 0 without hooks. This one stays as it is."""
         other = copy.copy(self)
         other.datasets, other.batches, other.optimizer, other.schedule = datasets, batches, optimizer, schedule
         other.state, other.hooks = TrainState(), TrainingHooks()

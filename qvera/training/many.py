@@ -49,7 +49,7 @@ _FRESH = vars(TrainState())  # what is still as at the beginning is left out: th
 
 @dataclasses.dataclass
 class Totals:
-    """What all rounds of a process took together."""
+    """The time and tokens of all rounds of a process."""
 
     seconds: float = 0.0
     input_tokens: int = 0
@@ -75,7 +75,7 @@ class ManyTrainer(Run):
         return bool(self.loop.roster.queue or self.loop.in_flight)
 
     def load_data(self, preview: bool = False) -> None:
-        """See `TrainingSession.load_data`; then the adapters of this process, as they begin."""
+        """Load the session's rows (`TrainingSession.load_data`), and make the adapters that this process trains."""
         super().load_data(preview)
         every = self.group.agree(lambda: adapter_runs(self.recipe, self.session.datasets))
         self.runs = [
@@ -97,7 +97,7 @@ class ManyTrainer(Run):
         return "adapters of many have left it with their steps"
 
     def setup(self) -> None:
-        """Make the bank. A run that goes on has as many slots as it began with."""
+        """Make bank and loop, try the longest pass and open the files. A resumed run has as many slots as at first."""
         session, training = self.session, self.recipe.training
         if session.scaler is not None:
             raise InputError(
@@ -112,6 +112,7 @@ class ManyTrainer(Run):
             if session.plan is not None:  # which knows what memory there is
                 slots = min(slots, session.plan.slots)
         bank = AdapterBank(session.model, slots)
+        # auto: adapters are let in while all of their steps' rows fit into one pass
         pass_rows = training.per_device_train_batch_size if training.adapters_at_once == "auto" else None
         self.totals, self.whole_round = Totals(), 0
 
@@ -132,10 +133,10 @@ class ManyTrainer(Run):
             run.begin()
         session.prepare_model(alone=slots == 1)
         self.group.agree(self._try_longest_pass)
-        # names a meeting of this launch's processes
+        # A fresh name for this run's flags, which outlive processes that the launcher restarts.
         self.meeting = self.group.broadcast(uuid.uuid4().hex)
         self.open_files()
-        self.group.agree(self._open_own_files)
+        self.group.agree(self._open_own_files)  # after rank 0's, among which the others look for its recipe.yaml
         planned = int(self.group.sum([float(self.steps)])[0])  # of all processes
         # each adapter's parameters; the model's are frozen
         self.write_begun(planned, trainable_parameters=bank.trained_numbers)
@@ -147,11 +148,12 @@ class ManyTrainer(Run):
         )
 
     def _newest_checkpoint(self) -> Checkpoint | None:
-        """The newest checkpoint of this process. InputError where it is of other data or of more or fewer processes."""
+        """Find the newest checkpoint of this process. InputError where the data or the number of processes differ."""
 
         def check(saved: Checkpoint) -> None:
             state, processes = saved.state, saved.state["processes"]
             names = [entry["name"] for entry in state["adapters"]]
+            # these lines only raise KeyError or TypeError for what another version wrote
             for entry in state["adapters"]:
                 TrainState(**entry["state"])
             state["slots"], state["round"], state["totals"], state["builds_per_pass"]
@@ -189,7 +191,7 @@ class ManyTrainer(Run):
         self.say(f"Going on from round {loop.round} ({saved.path}).")
 
     def _try_longest_pass(self) -> None:
-        """Try the longest rows that may meet in a pass, dealt out to the slots in turn; nothing is kept."""
+        """Try a pass of the longest rows that may meet in one, dealt out to the slots in turn. Nothing is kept."""
         loop, bank, train = self.loop, self.loop.bank, self.session.datasets.train
 
         def try_batch(examples: list[Example]) -> None:
@@ -216,11 +218,11 @@ class ManyTrainer(Run):
 
     @property
     def is_whole(self) -> bool:
-        """Evaluations and scores of a round belong to it."""
+        """Whether the last round is whole. Its evaluations, scores and saved adapters belong to it."""
         return self.loop.round == self.whole_round
 
     def score_before(self) -> None:
-        """All adapters begin with the same vectors, so they share full passes in one slot."""
+        """Score all adapters before training, in one slot, since they all begin with the same vectors."""
         if self.loop.round:
             return
         self.loop.bank.start(0)
@@ -240,6 +242,7 @@ class ManyTrainer(Run):
             self.log(records)
             taken += [record for record in records if record["kind"] == "round"]
         self._let_out()
+        # only now may the round be saved: its evaluations are made, and the adapters that it finished are written
         self.whole_round = self.loop.round
         for record in taken:
             self.progress(
@@ -264,7 +267,7 @@ class ManyTrainer(Run):
                 roster.leave(run, "not_finite")
 
     def log(self, records: Records) -> None:
-        """Write records to metrics.jsonl; those of rounds go to the trackers too."""
+        """Write records to metrics.jsonl. Records of rounds go to the trackers too, with the memory that is held."""
         for record in records:
             if record["kind"] == "round":
                 record["memory_bytes"] = memory.memory_bytes(self.session.device)
@@ -278,7 +281,7 @@ class ManyTrainer(Run):
         self.loop.roster.steps_behind += sum(record["kind"] == "train" for record in records)
 
     def stop_requested(self) -> bool:
-        """The processes look at each other's signals, and each stops at its round."""
+        """Whether this process or another one was asked to stop. Each of them stops after a round of its own."""
         flag = f"stop {self.meeting}"
         if self.asked is not None:
             self.stopped_by = self.asked
@@ -288,7 +291,7 @@ class ManyTrainer(Run):
         return self.stopped_by is not None
 
     def meet(self) -> None:
-        """It may take hours, which no collective may."""
+        """Wait by flags until all processes are here: it may take hours, and a collective would time out."""
         if self.group.world_size == 1 or self.group.store is None:
             return
         self.group.set_flag(f"here {self.meeting} {self.group.rank}")
@@ -331,7 +334,7 @@ class ManyTrainer(Run):
         self.saved = loop.round
 
     def finish(self, status: str) -> None:
-        """With the adapters of all processes. NotFinite where a run that is done saved none."""
+        """Write run.json with the adapters of all processes. NotFinite where a run that is done has saved none."""
         mine = [[run.number, self._result(run)] for run in self.runs]
         entries = [entry for _, entry in sorted(numbered for theirs in self.group.gather(mine) for numbered in theirs)]
         entries += map(_without_rows, self.session.datasets.adapters_without_rows)
@@ -361,7 +364,7 @@ class ManyTrainer(Run):
             raise for_all(NotFinite(text))
 
     def _result(self, run: AdapterRun) -> dict[str, Any]:
-        """An adapter's entry in run.json; its status is ``unfinished`` while it is still to be trained."""
+        """Return an adapter's entry in run.json. Its status is ``unfinished`` while it is still to be trained."""
         state, before, after = run.state, run.state.before, run.after
         worse = before is not None and after is not None and has_finite_loss(before) and after["loss"] > before["loss"]
         few = len(run.rows.train) < self.recipe.training.global_batch_size
@@ -385,7 +388,7 @@ class ManyTrainer(Run):
 
 
 def _without_rows(name: str) -> dict[str, Any]:
-    """The entry of an adapter whose rows were all dropped or cut away."""
+    """Return the entry in run.json of an adapter whose rows were all dropped or cut away."""
     empty = ("best_step", "train_loss_first", "train_loss_last", "eval_before", "eval_after")
     counts = ("rows", "eval_rows", "steps", "planned_steps")
     entry = {"name": name, "directory": None, "status": "no_rows"}
@@ -393,7 +396,7 @@ def _without_rows(name: str) -> dict[str, Any]:
 
 
 def result_of(work: Generator[Records, None, T], progress: Callable[[int], object] = lambda _: None) -> T:
-    """Run a generator to its end at once, and give what it returns. ``progress`` takes how often it has yielded."""
+    """Run a generator to its end and return its result. ``progress`` gets the number of times that it has yielded."""
     times = 0
     while True:
         try:

@@ -42,7 +42,7 @@ class RunResult:
 
 
 class Run(ABC):
-    """`load_data`, `setup` and `train`, in this order; the session's model is loaded before `setup`.
+    """A training run: call `load_data`, `setup` and `train` in this order. The model is loaded before `setup`.
 
     ``summary`` becomes run.json.
     """
@@ -65,13 +65,13 @@ class Run(ABC):
         self.trackers = self.group.agree(lambda: Trackers(names, self.run_dir, config))
 
     def load_data(self, preview: bool = False) -> None:
-        """See `TrainingSession.load_data`; then `check_length`, of a run that goes on."""
+        """Load the session's rows (`TrainingSession.load_data`). A run that goes on then checks its length."""
         self.session.load_data(preview)
         if self.resume:
             self.group.on_first(self.check_length)
 
     def check_length(self) -> None:
-        """Say what becomes of a run that has more steps now. InputError where it can't, or has fewer."""
+        """Say how a run goes on that has more steps now. InputError where it can't have more, or has fewer."""
         before = self.planned_steps(load_recipe(self.run_dir / RECIPE_FILE, of_a_run=True))
         now = self.planned_steps(self.recipe)
         if now < before:
@@ -96,11 +96,11 @@ class Run(ABC):
 
     @abstractmethod
     def planned_steps(self, recipe: Recipe) -> int:
-        """The steps of a run of this recipe over the session's rows."""
+        """Return the number of steps of a run of this recipe over the session's rows."""
 
     @abstractmethod
     def no_longer(self) -> str | None:
-        """Why this run can't be made longer."""
+        """Return why this run can't be made longer; None: it can."""
 
     @abstractmethod
     def setup(self) -> None:
@@ -113,6 +113,7 @@ class Run(ABC):
         """
 
         def open_them() -> None:
+            # by this a process that is restarted later knows that the run there is its own launch's
             self.group.set_flag(f"begun {self.run_dir}")
             with disk_errors(str(self.run_dir), "No step was taken; mend that and start it again."):
                 self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ class Run(ABC):
         self.group.on_first(open_them)
 
     def write_begun(self, planned_steps: int, **facts: Any) -> None:
-        """Write run.json while the run goes. ``facts``: of its adapter. All ranks call this."""
+        """Write run.json when the run begins; ``facts`` are more about its adapter. All ranks call this."""
         session = self.session
         self.summary = {
             "format": 1,
@@ -142,7 +143,7 @@ class Run(ABC):
         self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
 
     def measured(self) -> dict[str, Any]:
-        """Peak memory, for the result in run.json; also added to its plan and processes. All ranks call this."""
+        """Return the peak memory for run.json's result, and note it in plan and processes. All ranks call this."""
         watch, plan = self.session.watch, self.session.plan
         mapped_bytes = 0 if accelerator.is_accelerator(self.session.device) else memory.mapped_weights_bytes()
         peaks = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
@@ -161,19 +162,19 @@ class Run(ABC):
 
     @property
     def asked(self) -> str | None:
-        """What asks this process to stop, and to be resumed: a signal, or a callback."""
+        """The name of the signal or callback that asks this process to stop, to be resumed; None: nothing asks."""
         return self.signals.asked or self.callbacks.stopped_by
 
     def train(self) -> RunResult | None:
         """Take the steps that are left, save what came out, and write run.json. Returns the result on rank 0."""
         waiting, is_alone = self.signals.waiting, self.group.world_size == 1
-        # several processes stop together, where they compare what they were asked
+        # several processes stop together, where they compare what they were asked (`stop_requested`)
         with self.trackers, contextlib.nullcontext() if is_alone else waiting("saving after a step"):
             try:
                 self.score_before()
                 with waiting("saving after this step"):
                     self.take_steps()
-                if is_alone and self.signals.asked and self.stopped_by is None:  # in the last step
+                if is_alone and self.signals.asked and self.stopped_by is None:  # in the last step, which is saved now
                     raise KeyboardInterrupt(self.signals.asked)
                 if self.stopped_by is None:
                     self.complete()
@@ -188,7 +189,7 @@ class Run(ABC):
         return RunResult(self.run_dir, self.summary) if self.group.first else None
 
     def take_steps(self) -> None:
-        """Take the steps that are left, or those up to a request to stop, and save the last."""
+        """Take the steps that are left, or those up to a request to stop, and save after the last one."""
         self.session.model.train()
         begun = self.count
         with self.session.phase("training", self.steps, done=self.steps_behind) as self.progress:
@@ -204,7 +205,7 @@ class Run(ABC):
         self.meet()
 
     def interrupted(self, signal: KeyboardInterrupt) -> Interrupted:
-        """The error of a run that was stopped at once: what is on disk is what there is."""
+        """Return the error of a run that was stopped at once, and so keeps the last checkpoint only."""
         saved = checkpoint.directories(checkpoint.of_rank(self.run_dir, self.group.rank))
         text = f"No {self.unit} was saved yet: the same command begins again."
         if saved:
@@ -214,17 +215,17 @@ class Run(ABC):
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many steps or rounds have been taken."""
+        """The number of steps or rounds taken so far."""
 
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Optimizer steps of the whole run in this process."""
+        """The optimizer steps that the whole run takes in this process."""
 
     @property
     @abstractmethod
     def steps_behind(self) -> int:
-        """How many of ``steps`` are done, for the progress bar."""
+        """The number of ``steps`` that are done, for the progress bar."""
 
     @property
     @abstractmethod
@@ -239,9 +240,11 @@ class Run(ABC):
     def end(self, error: RunFailed) -> RunFailed:
         """Save the last whole step, unless its numbers or the disk failed, and write run.json; returns the error."""
         if self.group.world_size > 1 and self.loop.group.world_size == 1:
-            return type(error)(str(error))  # this rank's own: the others are elsewhere, and must hear of it
+            # a copy without the mark of `for_all`: the others are elsewhere, and this rank's heartbeat must tell them
+            return type(error)(str(error))
         if self.group.world_size > 1 and not error.shared:
-            return error  # the other ranks are elsewhere
+            return error  # saving needs all ranks, and the others are elsewhere
+        # the step that failed was undone; after other errors vectors or disk can't be trusted
         if isinstance(error, OutOfMemory | OwnCodeFailed):
             if self.is_whole and self.count != self.saved:
                 self.save_checkpoint()
@@ -274,7 +277,7 @@ class Run(ABC):
         """Wait until every process has taken its last step, where they take steps apart."""
 
     def complete(self) -> None:  # noqa: B027
-        """Save what was trained, and score it."""
+        """Save the adapter that was trained, and score it."""
 
     @abstractmethod
     def finish(self, status: str) -> None:

@@ -1,4 +1,4 @@
-"""What a training has loaded before its first step: rows, plan, base, adapter. Loops over it: `loop`, `bank_loop`."""
+"""The rows, plan, base and adapter of a training, as loaded before its first step (`loop`, `bank_loop`)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class TrainingSession:
-    """What a training has loaded. All ranks call each method together, in the order in which they stand here."""
+    """The rows, plan, base and adapter of a training. All ranks call its methods together, in the order given here."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, group: Group, console: Console | None = None) -> None:
         """Check the recipe with all packages, compare the ranks and seed them; nothing is loaded yet."""
@@ -76,10 +76,11 @@ class TrainingSession:
         if (problem := accelerator.unusable_card()) is not None:
             self.warn(f"{problem} This run takes the CPU.")
         asked = recipe.training.gradient_checkpointing
-        self.checkpointing: Mode = True if asked == "auto" else asked  # where no plan can be made
+        self.checkpointing: Mode = True if asked == "auto" else asked  # unless a plan decides (`_plan_memory`)
         self.device = accelerator.current_device()
         torch.manual_seed((recipe.training.seed + group.rank) % 2**64)  # ranks drop out different elements
         if recipe.training.full_determinism:
+            # with its default workspace cuBLAS is not deterministic, and torch refuses its products
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             # no kernel of ours reads memory that it has not written, and filling every new tensor takes time
@@ -87,7 +88,7 @@ class TrainingSession:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """What a step depends on besides the recipe: SHA-256 of the rows, fingerprint of the base, and which loss."""
+        """The inputs of a step besides the recipe: SHA-256 of the rows, fingerprint of the base, and which loss."""
         return {
             "rows": data_sha256(self.datasets),
             "base": self.base.facts.get("fingerprint"),
@@ -108,7 +109,7 @@ class TrainingSession:
 
     @property
     def progress_file(self) -> Path | None:
-        """Where `qvera ui` reads how far the run is."""
+        """The file in which `qvera ui` reads how far the run is; None on other ranks than the first."""
         return self.run_dir / RUN_PROGRESS if self.group.first else None
 
     def load_data(self, preview: bool = False) -> None:
@@ -139,14 +140,14 @@ class TrainingSession:
         check_same_data(self.datasets, recipe.data.path, self.group)
 
     def check_model(self) -> None:
-        """Check what needs no weights of the base: plan, targets, ``adapter.init_from``. InputError if one is wrong."""
+        """Check plan, targets and ``adapter.init_from``, without weights of the base. InputError if one is wrong."""
         self.group.agree(lambda: check_start(self.recipe.adapter))
         self._plan_memory()
 
     def load_model(self) -> None:
         """Plan the memory, load the base and put a fresh adapter on it."""
         recipe, group = self.recipe, self.group
-        group.agree(lambda: check_start(recipe.adapter))  # loading a large base takes minutes
+        group.agree(lambda: check_start(recipe.adapter))  # first: loading a large base takes minutes
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
@@ -154,19 +155,21 @@ class TrainingSession:
             self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
             self.resources.callback(self.sharder.discard)
         self.plan = self._plan_memory()
-        # of W + ΔW. Layers choose their path by it, so a run that goes on keeps it, whatever memory allows now
+        # How often a pass makes W + ΔW. Layers choose their path by it, so a resumed run keeps the number of its
+        # checkpoint, whatever memory allows now.
         self.builds_per_pass = BUILDS_UNHELD if self.plan is None else self.plan.builds_per_pass
         model_class = self.task.model_class(self.datasets)
         self.base = self._load_base(model_class)
-        if recipe.data.has_adapters:
+        if recipe.data.has_adapters:  # attention that joins whole rows, where the device has one
             choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
-        if (recipe if self.plan is None else self.plan.recipe).model.resident is True:
+        if (recipe if self.plan is None else self.plan.recipe).model.resident is True:  # a plan has decided on auto
             quantization.hold_resident(self.base.model)
         facts = self.base.facts
         if (note := dense_note(facts)) is not None:
             self.warn(note)
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         count = len(self.datasets.train)
+        # what a schedule of the recipe changes in the adapter's config
         schedules = plugins.schedules_of(training=recipe.training)
         changes = {k: v for each in schedules for k, v in each.config(recipe, count).items()}
         with self.phase("putting the adapter on") as show:
@@ -189,8 +192,8 @@ class TrainingSession:
     def prepare_model(self, alone: bool = True, start: Callable[[], object] = lambda: None) -> None:
         """Set gradient checkpointing, compilation and held weights before the first pass, as recipe and plan say.
 
-        ``alone``: every pass is of one adapter. Else no W + ΔW can be held, and no MLP be taken by tiles. ``start`` may
-        set the vectors; layers are neither compiled nor do they hold weights then.
+        ``alone``: every pass has the rows of one adapter. Otherwise no W + ΔW can be held, and MLPs can't go by tiles.
+        ``start`` may set the vectors. It is called while layers are not compiled and hold no weights yet.
         """
         enable_checkpointing(self.model, self.checkpointing, by_tiles=alone)
         start()
@@ -226,7 +229,7 @@ class TrainingSession:
     def _load_base(self, model_class: ModelClass) -> Base:
         section = self.recipe.model
         if self.plan is not None:
-            section = section.replace(stream=self.plan.streaming.streams)
+            section = section.replace(stream=self.plan.streaming.streams)  # what auto comes to
         with self.phase(f"loading {section.path}", text=size) as show:
 
             def progress(stage: str, done: int, total: int, _: str) -> None:
@@ -238,7 +241,7 @@ class TrainingSession:
             return self.group.agree(read) if self.sharder is None else read()  # ranks meet while they shard it
 
     def _plan_memory(self) -> Plan | None:
-        """The plan of this rank, printed; None where none can be made. Sets ``checkpointing`` for all ranks.
+        """Make and print the plan of this rank; None where none can be made. Sets ``checkpointing`` for all ranks.
 
         A plan that does not fit a GPU is an InputError. It is a warning on a CPU, where swap may make room, and where
         it is near what a GPU has (`Plan.is_refused`).
@@ -248,7 +251,7 @@ class TrainingSession:
         about: dict[str, Any] = {"adapter_rows": [len(adapter.train) for adapter in data.adapters], "datasets": data}
         try:
             plan = make_plan(recipe, self.device, data.train, sharing, **about)
-            # ranks with less memory decide for all
+            # the rank with the least memory decides for all
             self.checkpointing = max(group.gather(plan.checkpointing), key=[False, True, "offload"].index)
             if self.checkpointing != plan.checkpointing:
                 recipe = changed(recipe, {"training.gradient_checkpointing": self.checkpointing})

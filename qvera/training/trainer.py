@@ -1,4 +1,4 @@
-"""Where a training begins: the run directory, what the recipe alone shows to be wrong, the processes, and then torch.
+"""The beginning of a training: the processes, the run directory, mistakes that the recipe alone shows, then torch.
 
 A process on its own imports torch last, so a failing start takes a second or two.
 """
@@ -51,7 +51,7 @@ def train(
     loss: OwnLoss | None = None,
     console: Console | None = None,
 ) -> RunResult | None:
-    """Train an adapter, or many, and write a run directory; arguments, result and errors are `qvera.api.train`'s."""
+    """Train an adapter, or many, and write a run directory. Arguments, result and errors: see `qvera.api.train`."""
     with _session(recipe, run_dir, console, resume, is_run=not dry_run) as (session, goes_on):
         from qvera.training.alone import Trainer
         from qvera.training.callbacks import Callbacks
@@ -84,9 +84,9 @@ def train(
         except KeyboardInterrupt as signal:
             status = "interrupted"
             raise trainer.interrupted(signal) from None
-        finally:  # in place of Interrupted, or after the last step
+        finally:
             mark_ended(run_dir, status)
-            if own.error is not None:
+            if own.error is not None:  # raised in place of Interrupted, or after the last step
                 raise own.error
 
 
@@ -105,7 +105,7 @@ def find_lr(
 
 
 def run_directory(recipe: Recipe, file: Path | None) -> Path:
-    """``training.output_dir``, or ``runs/`` and the name of the recipe's file."""
+    """Return the directory of a recipe's run: ``training.output_dir``, or ``runs/`` and the name of its file."""
     if recipe.training.output_dir is not None:
         return Path(recipe.training.output_dir).expanduser()
     return Path("runs") / (file.stem if file is not None else "run")
@@ -115,12 +115,12 @@ def run_directory(recipe: Recipe, file: Path | None) -> Path:
 def _session(
     recipe: Recipe, run_dir: Path, console: Console | None, resume: bool | None = None, is_run: bool = False
 ) -> Iterator[tuple[TrainingSession, bool]]:
-    """A session, and whether it goes on with the run in the directory, which a run holds until the end.
+    """Yield a session, and whether it goes on with the run in the directory. A run holds that directory until the end.
 
-    ``resume``: None leaves what is there as it is.
+    ``resume``: None leaves a run that is there as it is.
     """
     with in_group() as group, contextlib.ExitStack() as held:
-        # on some node; the one that takes the place of a lost node does not know that it is a restart
+        # Whether any node counts a restart: the node that takes the place of a lost one does not know that it is one.
         again = bool(group.sum([float(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))])[0])
 
         def open_run_dir() -> bool:
@@ -128,6 +128,7 @@ def _session(
                 held.enter_context(run_lock(run_dir, _RESTART_WAIT_SECONDS if again else 0.0))
             else:
                 require_writable(run_dir)
+            # a restart goes on only with a run that its own launch has begun
             begun = again and group.has_flag(f"begun {run_dir}") and (run_dir / RECIPE_FILE).exists()
             return resume is not None and check_run_dir(run_dir, recipe, begun or resume)
 
@@ -142,7 +143,7 @@ def _session(
 
 
 def check_early(recipe: Recipe) -> None:
-    """Look at packages, the base's directory and the files of rows; InputError as what reads them later raises.
+    """Check packages and the base's directory before torch is imported. InputError as their readers would raise it.
 
     Where the hub is asked for something and does not answer, its client goes offline: it would try again for a minute.
     """
