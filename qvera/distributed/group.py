@@ -1,4 +1,4 @@
-"""The processes of a run as its code sees them. A process on its own needs no torch; several: `processes`.
+"""The processes of a run as its code sees them. A process on its own needs no torch; `processes` has several.
 
 All ranks have to call the methods of a group in the same order.
 """
@@ -93,7 +93,8 @@ def for_all(error: _Error) -> _Error:
 
 
 def in_group() -> AbstractContextManager[Group]:
-    """The group of the processes that a launcher or the calling program started with this one; raises as `joined`."""
+    """Return the group of the processes that a launcher or the calling program started. Raises as `joined`."""
+    # torch takes seconds to import. A program that has not imported it has set up no process group.
     if "torch" not in sys.modules and not {"WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys():
         return contextlib.nullcontext(ALONE)
     from qvera.distributed.processes import joined

@@ -143,8 +143,8 @@ def run(command: list[str]) -> int:
                 "".join(f"{k}={v}\n" for k, v in environment.items() if k.startswith(FORWARDED) and "\n" not in v)
             )
             environment["DS_ENV_FILE"] = str(file)
-        # A session of its own: Ctrl-C then reaches us alone. A worker that got it from the terminal and from torchrun
-        # would take the second one for "at once".
+        # In a session of its own, so that Ctrl-C reaches this process alone. A worker that got it from the terminal and
+        # from torchrun would take the second one for "at once".
         child = subprocess.Popen(command, env=environment, start_new_session=True)
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         previous = {number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in signals}
@@ -156,6 +156,7 @@ def run(command: list[str]) -> int:
         found = [int(file.read_text()) for file in codes.iterdir()]
     if code == 0:
         return 0
+    # only where all workers agree: one that failed otherwise must not be hidden
     for known in (EXIT_INPUT, EXIT_INTERRUPTED):
         if {known} <= set(found) <= {0, known}:
             return known

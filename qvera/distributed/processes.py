@@ -44,6 +44,7 @@ class Processes(Group):
         return total.tolist()
 
     def gather(self, value: JSON) -> list[JSON]:
+        # tensors of an all-gather have equal sizes, so the lengths go first and the texts are padded
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(lengths, torch.tensor([text.numel()]))
@@ -88,6 +89,7 @@ class Processes(Group):
         return found["value"]
 
     def agree(self, do: Callable[[], T]) -> T:
+        # an error is sent as text, so that a rank that fails still takes part and nobody waits for it
         mine = _outcome(do)
         found = self.gather({"host": self.host, **{k: v for k, v in mine.items() if k != "value"}})
         failed = [i for i, one in enumerate(found) if "error" in one]
@@ -106,7 +108,7 @@ class Processes(Group):
             taken = []
             for _ in range(5):
                 tensor = torch.zeros(numel, device=device)
-                dist.barrier()
+                dist.barrier()  # else the first rank would measure how late the others come
                 began = time.perf_counter()
                 dist.all_reduce(tensor)
                 accelerator.synchronize()
@@ -126,7 +128,7 @@ def _outcome(do: Callable[[], object]) -> dict[str, Any]:
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0
-"""After this long without a beat a peer counts as gone. With the beat and the grace that is within 30 s."""
+"""A peer that has sent no beat for so long counts as gone. With the beat and the grace that is noticed within 30 s."""
 GRACE_SECONDS = 3.0
 """After a peer left with an error, the time that a process has to end with its own message."""
 _GO_ON = "Checkpoints are kept; go on with --resume."
@@ -163,6 +165,7 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         self._write(count=0)  # before any collective, so that the others know our node
+        # two threads: where the store can't be reached, a call of it hangs, and somebody has to notice that
         for target in (self._beat_on, self._watch_store):
             thread = threading.Thread(target=target, daemon=True, name=f"{_THREAD}{target.__name__}")
             thread.start()
@@ -197,6 +200,7 @@ class Heartbeat:
         while not self._done.wait(self._beat_seconds):
             count += 1
             try:
+                # an orphan gets another parent
                 if self._launcher is not None and os.getppid() != self._launcher:
                     self._without_launcher()
                     return
@@ -218,11 +222,13 @@ class Heartbeat:
         key, now = _key(rank), time.monotonic()
         value = self.store.get(key).decode() if self.store.check([key]) else "{}"
         self._reached = now
+        # when a value was new here counts, not when it was written: clocks of nodes may differ
         if rank not in self._seen or value != self._seen[rank][0]:
             self._seen[rank] = value, now
         state = json.loads(value)
         host = state.get("host", "an unknown node")
         if "error" in state:
+            # this process may be about to end with a message of its own
             if not self._done.wait(GRACE_SECONDS):
                 self._give_up(f"rank {rank} on {host} failed: {state['error']}", state["exit_code"])
             return True
@@ -311,6 +317,7 @@ def joined() -> Iterator[Group]:
     if count < 1:
         raise InputError(f"WORLD_SIZE: is {text!r} in the environment; a launcher sets it to the number of processes.")
     if count == 1:
+        # torchrun may restart this process too, which then needs the store's flags
         by_torchrun = all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
         yield Group(store=own_store() if by_torchrun else None)
         return
@@ -327,6 +334,7 @@ def joined() -> Iterator[Group]:
             "Start one process for each (`qvera launch --gpus N`), and let each see all of them."
         )
     accelerator.use_device(local_rank)
+    # the store first: every later key has the prefix of this attempt, so that none of a dead process is read
     with _clear_errors(count):
         store, rank, _ = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
@@ -335,6 +343,7 @@ def joined() -> Iterator[Group]:
     # the process id of torchrun or DeepSpeed's launcher, which has to live as long as this process
     launcher = os.getppid() if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys() else None
     try:
+        # beats begin before the processes connect, since a peer may die in the middle of that
         with Heartbeat(group, dist.PrefixStore(attempt, own_store()), launcher=launcher) as heartbeat:
             try:
                 with _clear_errors(count):  # a peer may go while the processes connect, too
@@ -381,12 +390,12 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, limit_seconds:
             keys = [f"qvera/word/{other}" for other in range(world_size)]
             if store.check(keys):
                 words = ",".join(store.get(key).decode() for key in keys)
-                if words != seen:
+                if words != seen:  # a process was restarted meanwhile: the list is published anew
                     seen = words
                     store.set("qvera/words", words)
         elif store.check(["qvera/words"]):
             words = store.get("qvera/words").decode()
-            if word in words.split(",") and words != seen:
+            if word in words.split(",") and words != seen:  # else the list is of an earlier process of this rank
                 seen = words
                 store.set(f"{_prefix(words)}/confirmed/{rank}", "")
         if seen:

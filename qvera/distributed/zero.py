@@ -394,7 +394,7 @@ class BaseSharder:
         self.sizes = Sizes()
         self._first: dict[bool, nn.Parameter] = {}
         self.folder = config.nvme_folder(self.scratch)  # None: not on NVMe
-        self.discard()  # the files of a run that was killed
+        self.discard()  # removes the files of a run that was killed
         if not accelerator.is_available():
             return_buffers_at_once()
 
@@ -418,11 +418,12 @@ class BaseSharder:
                 "base with `qvera quantize` and model.quant_storage: bfloat16, or use zero3-offload-cpu."
             )
         if table in self._first:
-            # as one more of those that Init was given
+            # as one more of the weights that Init was given
             self._first[table].convert_to_zero_parameters(param_list=[weight])  # type: ignore[attr-defined]
             return
         holder = nn.Module()
         holder.weight = weight
+        # the first weight of its kind: Init takes a module, so it gets one that holds this weight alone
         tree = self.config.complete(self.recipe.training, self.world_size, self.sizes, self.scratch)
         if table:
             offload = tree["zero_optimization"]["offload_param"]

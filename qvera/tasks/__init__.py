@@ -1,4 +1,4 @@
-"""The kinds of runs, by the name that a recipe's ``task`` has."""
+"""The tasks, by the name that a recipe's ``task`` or objective has."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OBJECTIVES: dict[str, type[Task]] = {**dict.fromkeys(("dpo", "orpo", "kto"), Pr
 
 
 def task_of(recipe: Recipe) -> Task:
-    """The task of a recipe."""
+    """Return the task of a recipe. An objective other than sft decides before ``task``."""
     return _OBJECTIVES.get(recipe.training.objective, _TASKS[recipe.task])(recipe)
 
 
 def classification_of(model_class: ModelClass) -> Classification:
-    """The task whose models are of this class, which has a head of its own; without a recipe."""
+    """Return the classification whose models are of this class. It has no recipe."""
     kinds = (SequenceClassification, ImageClassification)
     return next(kind() for kind in kinds if kind.exported_class.auto == model_class.auto)

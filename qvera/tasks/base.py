@@ -1,9 +1,9 @@
-"""What a task declares: its model, its loss, and how held-out rows are scored.
+"""The interface of a task: its model, its loss, and how held-out rows are scored.
 
 A task is one file in this package. The loop, the plan, the commands and the exports ask it and know no task by name.
-The data room reads its rows, by ``data.format``.
+Its rows are read by `qvera.data`, as ``data.format`` says.
 
-A loss of the caller's is a function of log-probabilities, or of a classifier's logits, in plain torch.
+A caller may give a loss of their own: a function of log-probabilities, or of a classifier's logits, in plain torch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 class LossBatch(NamedTuple):
-    """What a loss is told of the n targets of a pass, beside the model's outputs.
+    """The n targets of a pass, as a loss gets them beside the model's outputs.
 
     Attributes:
         labels: int64 [n], the trained tokens or the classes; fp32 [n], the numbers of a regression.
-        row: int64 [n], the place in ``rows`` of each target.
-        rows: ``source``, ``prompt`` and ``reference`` of each row.
+        row: int64 [n], the place of each target's row in ``rows``.
+        rows: for each row its ``source``, ``prompt`` and ``reference``.
     """
 
     labels: torch.Tensor
@@ -50,9 +50,9 @@ OwnLoss: TypeAlias = Callable[[torch.Tensor, LossBatch], torch.Tensor]
 
 
 def own_loss_sum(loss: OwnLoss, outputs: torch.Tensor, labels: torch.Tensor, rows: Sequence[Example]) -> torch.Tensor:
-    """The loss summed over the n targets of a pass, of the first dimension of ``outputs``; a mean counts n times.
+    """Call a caller's loss, and return it summed over the n targets of a pass. A mean counts n times.
 
-    OwnCodeFailed: the function raises, or returns something else than a loss.
+    ``outputs`` [n, ...]: the model's. OwnCodeFailed: the function raises, or returns something else than a loss.
     """
     counts = torch.tensor([1 if row.is_labelled else row.trained_tokens for row in rows])
     row = torch.repeat_interleave(torch.arange(len(rows)), counts).to(labels.device)
@@ -64,7 +64,7 @@ def own_loss_sum(loss: OwnLoss, outputs: torch.Tensor, labels: torch.Tensor, row
         if problem is None and outputs.requires_grad and not found.requires_grad:
             problem = "returned a tensor without a gradient"
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error):  # smaller passes may help (`Loop.take_step`)
             raise
         problem = f"raised {type(error).__name__} ({one_line(error)})"
     if problem is None:
@@ -77,10 +77,11 @@ def own_loss_sum(loss: OwnLoss, outputs: torch.Tensor, labels: torch.Tensor, row
 
 
 def own_name(function: Callable[..., Any]) -> str:
-    """The name of a function of the caller's, for messages and run.json."""
+    """Return the name of a caller's function, for messages and run.json."""
     return getattr(function, "__qualname__", type(function).__name__)
 
 
+# keys of a record that a caller's metric may not be named after
 _ABOUT_SCORES = (
     "rows",
     "trained_tokens",
@@ -97,17 +98,17 @@ class Task(ABC):
     """One kind of run. It holds the run's recipe; `prepare` makes what else a run needs."""
 
     name: ClassVar[str]
-    """``task`` in a recipe."""
+    """The value of ``task`` in a recipe."""
     joins_rows: ClassVar[bool] = False
     """Whether rows may stand in one sequence (``data.prefix_once``, ``data.packing``)."""
     unit: ClassVar[str]
-    """What has a loss of its own: a token, or a row."""
+    """The thing that has a loss of its own: a token, or a row."""
     loss_is_trl: ClassVar[bool] = False
-    """TRL computes its loss: it pads rows, cuts logits in its own way, and enables checkpointing anew in each pass."""
+    """Whether TRL computes its loss: it pads rows, cuts logits its own way, and enables checkpointing in each pass."""
     makes_all_logits: bool = False
     """Whether the logits of all tokens of a pass are held at once."""
     passes_without_gradient: int = 0
-    """Forward passes over the rows, apart from the one with a gradient."""
+    """The number of forward passes over the rows, apart from the one with a gradient."""
     has_reference: bool = False
     """Whether its loss compares the model with itself without the adapter."""
     exported_class: ClassVar[ModelClass] = CAUSAL_LM
@@ -120,11 +121,11 @@ class Task(ABC):
     takes_loss: ClassVar[bool] = True
     """Whether its loss may be one of the caller's."""
     own_metrics: Mapping[str, Metric] = {}
-    """The caller's, by name."""
+    """The caller's metrics, by name."""
     own_loss: OwnLoss | None = None
 
     def __init__(self, recipe: Recipe | None = None) -> None:
-        self.recipe = cast("Recipe", recipe)  # None: of a model whose recipe is not known, which can be scored only
+        self.recipe = cast("Recipe", recipe)  # None: the model's recipe is not known, so it can only be scored
         self.training = TrainingSection() if recipe is None else recipe.training
 
     def take_own(self, metrics: Mapping[str, Metric], loss: OwnLoss | None) -> None:
@@ -158,25 +159,25 @@ class Task(ABC):
 
     @property
     def own(self) -> dict[str, Any]:
-        """Names of the caller's metrics and loss, for run.json."""
+        """The names of the caller's metrics and loss, for run.json."""
         loss = {} if self.own_loss is None else {"loss": own_name(self.own_loss)}
         return loss | ({"metrics": list(self.own_metrics)} if self.own_metrics else {})
 
     def check(self) -> None:  # noqa: B027  # optional
-        """Called before anything is read. InputError if a package that the task needs is missing."""
+        """Check for what the task needs, before anything is read. InputError if a package is missing."""
 
     @abstractmethod
     def model_class(self, datasets: Datasets | None) -> ModelClass:
-        """The class of model made of the base. ``datasets`` is None if the rows are not known, as in a plan."""
+        """Return the class of model to make of the base. ``datasets`` is None if rows are not known, as in a plan."""
 
     def prepare_rows(self, datasets: Datasets) -> None:  # noqa: B027
-        """Called when rows are read, before the plan."""
+        """Change rows that have been read, before the plan is made."""
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:  # noqa: B027
-        """Called with a base with a fresh adapter, before `loss` and `held_out_loss`."""
+        """Prepare for `loss` and `held_out_loss` with a base that has got a fresh adapter."""
 
     def targets(self, rows: Sequence[Example]) -> int:
-        """How many targets the rows have, without a pass over them."""
+        """Return how many targets the rows have, without a pass over them."""
         return sum(row.trained_tokens for row in rows)
 
     def step_rows(
@@ -188,18 +189,18 @@ class Task(ABC):
         step: int,
         group: Group,
     ) -> Sequence[Example] | None:
-        """What optimizer step ``step`` (from 1) trains on in place of these training rows; None: on them.
+        """Return the rows that optimizer step ``step`` (from 1) trains on in place of these; None: it trains on these.
 
         All ranks call this together and get the same.
         """
         return None
 
     def step_hook(self) -> TrainingHook | None:
-        """A hook that keeps what later steps need (`qvera.adapters.hooks`); None: no hook."""
+        """Return a hook that keeps what later steps need (`qvera.adapters.hooks`); None: no hook."""
         return None
 
     def training_row(self, row: Example, number: int, step: int) -> Example:
-        """A training row as optimizer step ``step`` (from 1) sees it. ``number`` is its place among all rows."""
+        """Return a training row as optimizer step ``step`` (from 1) sees it. ``number``: its place among all rows."""
         return row
 
     @abstractmethod
@@ -211,7 +212,7 @@ class Task(ABC):
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """The training loss of a forward pass, summed over its targets (scalar), and the number of targets.
+        """Return the training loss of a forward pass, summed over its targets (scalar), and the number of targets.
 
         Args:
             core: called in place of the model's `qvera.models.structure.core_of`, such as a DeepSpeed engine.
@@ -222,7 +223,7 @@ class Task(ABC):
         """Add to the step's metrics what the latest pass measured besides its loss."""
 
     def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
-        """The metrics since the last call, over all ranks, for metrics.jsonl. All ranks call this together."""
+        """Return the metrics since the last call, over all ranks, for metrics.jsonl. All ranks call this together."""
         return {}
 
     def forget_metrics(self) -> None:  # noqa: B027
@@ -237,7 +238,7 @@ class Task(ABC):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """The mean loss over all targets of ``rows``, and scores. All ranks call this together.
+        """Compute the mean loss over all targets of ``rows``, and scores. All ranks call this together.
 
         Returns:
             ``loss``, ``rows``, ``trained_tokens`` (targets), ``seconds``, and what the task adds. Only the seconds
@@ -248,7 +249,7 @@ class Task(ABC):
     def logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of the rows' targets, row after row, fp32 [targets, outputs], and the targets, on the CPU."""
+        """Return the logits of the rows' targets, fp32 [targets, outputs], and the targets, by row, on the CPU."""
 
     def answers(
         self,
@@ -258,9 +259,9 @@ class Task(ABC):
         group: Group,
         progress: Callable[[int, int], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Scores of answers to held-out rows, and answers to show. Both are empty for a model that writes no text."""
+        """Return scores of answers to held-out rows, and answers to show. Both are empty if it writes no text."""
         return {}, []
 
     @abstractmethod
     def line(self, scores: dict[str, Any]) -> str:
-        """The scores of `held_out_loss` and `answers` as a short text."""
+        """Return the scores of `held_out_loss` and `answers` as a short text."""

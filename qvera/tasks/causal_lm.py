@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM(Task):
-    """Each token is predicted from those before it. A target is a trained token."""
+    """The task to predict each token from those before it. A target is a trained token."""
 
     name = "causal-lm"
     unit = "token"
@@ -63,7 +63,7 @@ class CausalLM(Task):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """Adds ``perplexity``."""
+        """Score the rows by their mean loss and ``perplexity`` (`Task.held_out_loss`)."""
         return held_out.held_out_loss(
             model,
             rows,
@@ -78,6 +78,7 @@ class CausalLM(Task):
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, labels: Labels | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         batch = forward.make_batch(model, rows, pad_id, prefix_once=False)
+        # position t predicts the token at t + 1
         hidden, targets = forward.hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:]
         trained, head = targets != IGNORED, Head.of(causal_model(model))
         return head.logits(head.module(hidden[trained]).float()).cpu(), targets[trained].cpu()
@@ -90,7 +91,7 @@ class CausalLM(Task):
         group: Group,
         progress: Callable[[int, int], None],
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Greedy answers for the samples, their exact match if the recipe asks for it, and the caller's metrics.
+        """Answer prompts greedily for samples, for exact match if the recipe asks for it, and for the caller's metrics.
 
         Only rank 0 answers. With weights sharded by ZeRO-3 all ranks must take part, and rank 0's answers count.
         """
@@ -102,7 +103,7 @@ class CausalLM(Task):
         match_rows = list(itertools.islice(with_reference, most))
         indices = list(dict.fromkeys(match_rows + sample_rows))  # each is answered once
         answers: list[dict[str, Any]] = []
-        if indices and (group.first or any_sharded(model)):
+        if indices and (group.first or any_sharded(model)):  # sharded weights are gathered by all ranks together
             progress(0, len(indices))
             answers = held_out.answer_rows(
                 model,
@@ -118,7 +119,7 @@ class CausalLM(Task):
             scores["exact_match"] = sum(bool(by_row[i]["exact"]) for i in match_rows) / len(match_rows)
             scores["exact_match_rows"] = len(match_rows)
             references = Counter(by_row[i]["reference"] for i in match_rows)
-            # as many would be right if that were every answer
+            # the exact match of a model that gives every prompt the commonest answer
             scores["commonest_reference"] = references.most_common(1)[0][1] / len(match_rows)
         if self.own_metrics:
             matched = [by_row[i] for i in match_rows]

@@ -1,7 +1,7 @@
 """Classification: the model gives each row a class, or a number.
 
 The model of texts is transformers' own ``…ForSequenceClassification``, called as a whole: its head reads the last token
-of a decoder, or the first one of an encoder. That of images is ``…ForImageClassification``; the checkpoint's image
+of a decoder, or the first one of an encoder. The model of images is ``…ForImageClassification``; the checkpoint's image
 processor makes the pixel values. Logits are fp32, whatever the base computes in.
 """
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 
 class Classification(Task):
-    """A row has one target, its label, so it counts once in the loss, however long it is."""
+    """The task to label rows. A row has one target, its label, and counts once in the loss, however long it is."""
 
     unit = "row"
     scores = ("loss", "accuracy", "f1", "matthews", "top5", "pearson", "spearman")
     row_format: ClassVar[str]
-    """``data.format`` of its rows."""
+    """The ``data.format`` of its rows."""
     too_large: ClassVar[str]
     """The advice if a single row does not fit into memory."""
 
@@ -54,7 +54,7 @@ class Classification(Task):
     def row_logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
     ) -> torch.Tensor:
-        """The logits of rows, fp32 [B, outputs]; ``core``: see `Task.loss`."""
+        """Return the logits of rows, fp32 [B, outputs]; ``core``: see `Task.loss`."""
 
     def loss(
         self,
@@ -64,7 +64,7 @@ class Classification(Task):
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Cross entropy, or the squared error of a regression."""
+        """Return the cross entropy, or the squared error of a regression, summed over rows."""
         labels = _labels(datasets)
         logits = self.row_logits(model, rows, datasets.pad_id, core)
         targets = accelerator.tensors_on(logits.device, {"targets": labels.targets(rows)})["targets"]
@@ -81,7 +81,7 @@ class Classification(Task):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """Adds the scores of `qvera.evaluation.metrics`."""
+        """Score the rows by their mean loss and the scores of `qvera.evaluation.metrics`."""
         started, labels = time.perf_counter(), _labels(datasets)
         batch_size = self.training.per_device_eval_batch_size
         logits = self.held_out_logits(model, rows, datasets.pad_id, batch_size, group, progress)
@@ -107,13 +107,14 @@ class Classification(Task):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """The logits of all rows, fp32 [rows, outputs] on the CPU. Ranks share the rows, and all get the result."""
+        """Return the logits of all rows, fp32 [rows, outputs] on the CPU. Ranks share the rows; all get the result."""
 
         def compute(numbers: list[int]) -> torch.Tensor:
             return self.row_logits(model, [rows[i] for i in numbers], pad_id)
 
         found = over_held_out(model, rows, compute, batch_size, self.too_large, progress, group)
         mine = [(numbers, logits.float().cpu()) for numbers, logits in found]
+        # a rank without rows does not know how many outputs the model has
         outputs = max(group.gather(mine[0][1].shape[1] if mine else 0))
         logits = torch.zeros(len(rows), outputs)
         for numbers, batch in mine:
@@ -129,7 +130,7 @@ class Classification(Task):
 
 
 class SequenceClassification(Classification):
-    """A row is a text or a pair of texts; its label may be a number."""
+    """The task to label texts or pairs of texts. A label may be a number."""
 
     name = "sequence-classification"
     exported_class = classification_class()
@@ -137,7 +138,7 @@ class SequenceClassification(Classification):
     too_large = "Lower data.max_length."
 
     def model_class(self, datasets: Datasets | None) -> ModelClass:
-        """If the rows are not known, the head is of ``data.label_names``, or of two classes.
+        """Return the class with a head for the labels; without rows for ``data.label_names``, or two classes.
 
         Raises:
             InputError: a regression has label_smoothing.
@@ -156,7 +157,7 @@ class SequenceClassification(Classification):
     def row_logits(
         self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
     ) -> torch.Tensor:
-        """On a CPU in 16 bits the length is rounded up (`qvera.data.rows`)."""
+        """Return the logits of texts. On a CPU in 16 bits their length is rounded up (`qvera.data.rows`)."""
         inner = causal_model(model)
         device, implementation = next(model.parameters()).device, inner.config._attn_implementation
         tokens = max(len(row.input_ids) for row in rows)
@@ -171,7 +172,7 @@ class SequenceClassification(Classification):
 
 
 class ImageClassification(Classification):
-    """A row has one target, its label."""
+    """The task to label images."""
 
     name = "image-classification"
     exported_class = image_class()
@@ -183,13 +184,13 @@ class ImageClassification(Classification):
         require_pillow()
 
     def model_class(self, datasets: Datasets | None) -> ModelClass:
-        """If the rows are not known, the head is of ``data.label_names``, or of two classes."""
+        """Return the class with a head for the labels; without rows for ``data.label_names``, or two classes."""
         labels = None if datasets is None else datasets.labels
         names = (self.recipe.data.label_names or ["0", "1"]) if labels is None else labels.names
         return image_class(names, self.training.seed)
 
     def training_row(self, row: Example, number: int, step: int) -> Example:
-        """A random crop and flip that depend only on ``data.seed``, the step and the row."""
+        """Return the row with a random crop and flip, which depend only on ``data.seed``, the step and the row."""
         data = self.recipe.data
         if data.augment == "none":
             return row
@@ -213,14 +214,14 @@ def _labels(datasets: Datasets) -> Labels:
 def _row_losses(
     logits: torch.Tensor, targets: torch.Tensor, is_regression: bool, label_smoothing: float = 0.0
 ) -> torch.Tensor:
-    """The loss of each row [B], from logits [B, outputs]."""
+    """Return the loss of each row [B], from logits [B, outputs]."""
     if is_regression:
         return (logits.squeeze(1) - targets).square()
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def label_scores(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) -> dict[str, Any]:
-    """Loss and scores of logits fp32 [rows, outputs], without ``seconds``."""
+    """Return loss and scores of logits fp32 [rows, outputs], without ``seconds``."""
     targets = torch.from_numpy(labels.targets(rows))
     losses = _row_losses(logits.double(), targets.double() if labels.is_regression else targets, labels.is_regression)
     counts = {"loss": float(losses.mean()), "rows": len(rows), "trained_tokens": len(rows)}
@@ -230,7 +231,7 @@ def label_scores(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) 
 
 
 def predictions(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) -> list[dict[str, Any]]:
-    """For each row ``source``, ``text``, ``label`` and ``prediction``, and for classes ``probabilities``."""
+    """Return for each row ``source``, ``text``, ``label`` and ``prediction``, and for classes ``probabilities``."""
     found = []
     for row, values in zip(rows, logits, strict=True):
         what = {"text": row.prompt_text} if row.image is None else {}

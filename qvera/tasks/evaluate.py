@@ -60,7 +60,7 @@ def evaluate(
     opened: Callable[[], OpenRun] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """What ``qvera eval --json`` writes: ``subject``, ``scores``, ``base_scores``, ``metrics``, ``answers`` and more.
+    """Evaluate a model and return the document of ``qvera eval --json``: ``subject``, ``scores``, ``answers``, ..
 
     Args:
         rows: a file of rows, read as the recipe's are. None: the held-out rows of its recipe.
@@ -68,10 +68,10 @@ def evaluate(
         with_base: evaluate the base too.
         metrics: compare answers with references (`qvera.evaluation.metrics`).
         group_prompts: join rows with the same prompt into one with all their references.
-        answers: False: loss only.
-        max_new_tokens: None: the recipe's.
+        answers: whether to answer prompts; False: only the loss is computed.
+        max_new_tokens: the limit of an answer; None: the recipe's.
         judge: compares answers. If it fails, its error is in ``judge_error``, so that no answers are lost.
-        opened: gives a model that may be loaded already.
+        opened: returns the model, which may be loaded already.
 
     Raises:
         InputError: there are no rows, there is no base to compare with, or a package that a metric needs is missing.
@@ -124,7 +124,7 @@ def evaluate(
             row["images"] = thumbnail_uris(example.images)
     base_scores = None
     if with_base:
-        if target.adapter is None:  # the base of an export is a model of its own; both need not be held
+        if target.adapter is None:  # the base of an export is a model of its own: let the export go before it comes
             model.model = model.base.model = None
             if target.recipe is not None:  # a task that was prepared scores the model that it was prepared with
                 task = task_of(target.recipe)
@@ -155,7 +155,7 @@ def evaluate(
         "versions": memory.versions(),
         "answers": answered,
     }
-    if judge is not None:
+    if judge is not None:  # after all else is in the document, which an error of the judge's must not lose
         decode = model.base.tokenizer.decode
         questions = [decode(prompt.example.prompt_ids.tolist(), skip_special_tokens=True) for prompt in prompts]
         try:
@@ -176,7 +176,7 @@ def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Conso
 def _evaluate_labels(
     target: Artifact, rows: str | None, limit: int | None, opened: Callable[[], OpenRun] | None, console: Console
 ) -> dict[str, Any]:
-    """Score a classifier; ``answers`` are its predictions."""
+    """Score a classifier. The document's ``answers`` are its predictions."""
     task = classification_of(target.model_class)
     require_packages(task.name)
     section = _data_section(target, rows, limit, {"format": task.row_format})
@@ -217,10 +217,10 @@ def _evaluate_labels(
 
 
 def _data_section(target: Artifact, data: str | None, rows: int | None, without_recipe: dict[str, Any]) -> DataSection:
-    """The recipe's held-out rows, or all rows of a file that is read in the same way.
+    """Return the section that reads the recipe's held-out rows, or all rows of a file in the same way.
 
-    ``without_recipe``: keys of an adapter alone, which has no recipe that says them. A file is read here, so that wrong
-    columns are an error before weights are loaded.
+    ``without_recipe``: the keys for an adapter alone, which has no recipe. A file is read here, so that wrong columns
+    are an error before weights are loaded.
     """
     recipe = target.recipe
     if data is None:

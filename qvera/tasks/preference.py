@@ -3,9 +3,9 @@
 A target is a pair of answers, or for KTO one judged answer. The reference of DPO and KTO is the base with the adapter
 switched off. ORPO has none.
 
-TRL's trainer gets our model and our tokens, but its loop is not used. We rely on how a trainer is made, its collator's
-keys, ``compute_loss`` and the metrics that ``log`` adds. `tests/tasks/test_preference.py` compares each loss with its
-paper's formula, to notice a TRL that computes something else.
+TRL's trainer gets our model and our tokens, but its loop is not used. This module relies on how a trainer is made, its
+collator's keys, ``compute_loss`` and the metrics that ``log`` adds. `tests/tasks/test_preference.py` compares each loss
+with its paper's formula, to notice a TRL that computes something else.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _MEASURED_BY = {"orpo": ("nll_loss", "log_odds_ratio"), "kto": ("kl",)}
 
 
 def require_trl() -> None:
-    """Raises InputError if TRL is missing or too old."""
+    """Raise InputError if TRL is missing or too old."""
     if find_spec("trl") is None:
         found = "TRL is not installed"
     elif tuple(map(int, version("trl").split(".")[:2])) < tuple(map(int, OLDEST_TRL.split(".")[:2])):
@@ -62,7 +62,7 @@ def require_trl() -> None:
 
 
 class Preferences(CausalLM):
-    """The loss compares answers. Each run has its own instance, which keeps TRL's trainer for the run's model.
+    """The task to learn from compared answers. Each run has its own instance, with TRL's trainer for its model.
 
     ORPO's likelihood term is a mean over the tokens of a pass, and KTO estimates the divergence over its rows. So these
     two depend on how rows are divided into passes.
@@ -80,7 +80,7 @@ class Preferences(CausalLM):
         self.objective = objective = recipe.training.objective
         self.has_reference = objective != "orpo"
         self.makes_all_logits = objective == "orpo"
-        # the reference's, and for KTO two more over prompts with other rows' answers
+        # one is the reference's; KTO takes two more, over prompts with other rows' answers
         self.passes_without_gradient = {"orpo": 0, "dpo": 1, "kto": 3}[objective]
         self._keys = (*_MEASURED, *_MEASURED_BY.get(objective, ()))
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # metric → weighted sum, weight
@@ -90,7 +90,7 @@ class Preferences(CausalLM):
         require_trl()
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
-        """Makes TRL's trainer. InputError if TRL is missing or too old, or can't take the model apart."""
+        """Make TRL's trainer. InputError if TRL is missing or too old, or can't take the model apart."""
         require_trl()
         inner = causal_model(model)
         if self.objective != "orpo" and inner.base_model is inner:  # Llama 4 with images
@@ -104,8 +104,10 @@ class Preferences(CausalLM):
         self._model, device = model, next(model.parameters()).device
         with _quiet(), _as_it_was(model):
             self._trainer = _make_trainer(model, own_tokenizer, self.training, device)
+            # TRL adds a copy of the fresh adapter as the reference. It gives what the base gives, and without it TRL
+            # switches the adapter off instead.
             if "ref" in getattr(model, "peft_config", {}):
-                model.delete_adapter("ref")  # type: ignore[operator]  # a fresh adapter, whose output is the base's
+                model.delete_adapter("ref")  # type: ignore[operator]
 
     def targets(self, rows: Sequence[Example]) -> int:
         return len(rows)
@@ -118,7 +120,7 @@ class Preferences(CausalLM):
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Summed over pairs, or over judged answers."""
+        """Return TRL's loss, summed over pairs or judged answers."""
         return self._sum(rows)
 
     def _sum(self, rows: Sequence[Example]) -> tuple[torch.Tensor, int]:
@@ -134,18 +136,18 @@ class Preferences(CausalLM):
         # ORPO takes the model's logits, and sums of log probabilities in 16 bits would tell few answers apart
         loss = self._trainer.compute_loss(fp32_logits if self.objective == "orpo" else self._model, batch)
         self._pass = self._measured(rows)
-        return loss * len(rows), len(rows)
+        return loss * len(rows), len(rows)  # TRL's is a mean
 
     def _measured(self, examples: Sequence[Example]) -> dict[str, tuple[float, int]]:
-        """Metric → TRL's mean over the latest pass, and the number of rows behind it."""
+        """Return metric → TRL's mean over the latest pass, and the number of rows behind it."""
         logged: dict[str, Any] = {"loss": 0.0}
         self._trainer.log(logged)  # adds the metrics
-        self._trainer.state.log_history.clear()
+        self._trainer.state.log_history.clear()  # it would grow with each pass
         good = sum(example.desirable is not False for example in examples)
         bad = sum(example.desirable is not True for example in examples)
         found = {}
         for key in self._keys:
-            value = logged.get(key, logged.get(f"eval_{key}"))
+            value = logged.get(key, logged.get(f"eval_{key}"))  # TRL's name where the model is in evaluation mode
             weight = good if key.endswith("chosen") else bad if key.endswith("rejected") else len(examples)
             if value is not None and weight:
                 found[key] = float(value), weight
@@ -161,7 +163,7 @@ class Preferences(CausalLM):
         self._sums.clear()
 
     def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
-        """Means over all counted passes, without metrics that no row has.
+        """Return means over all counted passes, without metrics that no row has.
 
         They are rewards and log probabilities of chosen and rejected answers, ``rewards/margins`` between them,
         ``rewards/accuracies`` (the share of pairs with a higher reward for the chosen answer), and the objective's own.
@@ -182,7 +184,7 @@ class Preferences(CausalLM):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """Adds the metrics of `take_metrics`."""
+        """Score the rows by their mean loss and the metrics of `take_metrics`."""
         started = time.perf_counter()
         self.forget_metrics()
 
@@ -214,7 +216,7 @@ class Preferences(CausalLM):
 
 
 def _features(objective: str, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Rows for the collator of TRL's trainer: pairs (dpo, orpo), or judged answers (kto)."""
+    """Return rows for the collator of TRL's trainer: pairs (dpo, orpo), or judged answers (kto)."""
     rows: list[dict[str, Any]] = []
     answers = [example.input_ids[example.answer_start :].tolist() for example in examples]
     for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
@@ -242,7 +244,7 @@ def _features(objective: str, examples: Sequence[Example]) -> list[dict[str, Any
 def _make_trainer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, training: TrainingSection, device: torch.device
 ) -> Any:
-    """TRL's trainer for the objective. It asks for rows, so it gets some that are never used."""
+    """Make TRL's trainer for the objective. It asks for rows, so it gets some that are never used."""
     from datasets import Dataset
     from transformers import PrinterCallback
 
@@ -277,7 +279,7 @@ def _make_trainer(
             disable_tqdm=True,
             **settings,
         )
-        # one process uses one GPU; TRL refuses several that it sees, as transformers would put a model on all of them
+        # A process uses one GPU. TRL refuses to see several, since transformers would put a model on all of them.
         arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = Trainer(model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)

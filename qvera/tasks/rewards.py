@@ -1,7 +1,7 @@
 """Reinforcement learning with a reward of one's own (``training.objective: grpo``), on the base that is trained.
 
-In a step the model answers prompts, `group_size` times each. An answer's advantage is its reward less the mean of its
-group's, divided by their deviation (GRPO, arXiv 2402.03300, section 4.1). The loss of its tokens is a policy loss
+In a step the model answers prompts, `group_size` times each. An answer's advantage is its reward less its group's mean,
+divided by the group's deviation (GRPO, arXiv 2402.03300, section 4.1). The loss of its tokens is a policy loss
 (`qvera.models.token_losses`), and is divided by the number of tokens of all answers of the step (DAPO, arXiv
 2503.14476, equation 12). With ``kl_coefficient`` β there is, for each token, β (u - log u - 1) with u = base's
 probability / model's (GRPO, equation 4).
@@ -55,7 +55,7 @@ _ADVICE = "Lower training.sample_max_new_tokens, or shorten the prompt."
 
 
 class Reward(NamedTuple):
-    """A function of a prompt, an answer and a row that returns a number, and the number's weight."""
+    """A reward function, of a prompt, an answer and a row, and the weight of the number that it returns."""
 
     name: str
     score: Callable[[str, str, dict[str, Any]], float]
@@ -63,7 +63,7 @@ class Reward(NamedTuple):
 
 
 def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
-    """The functions of ``training.reward``. InputError: a file is missing or fails, or has no such function."""
+    """Load the functions of ``training.reward``. InputError: a file is missing or fails, or lacks the function."""
     weights = {given: 1.0} if isinstance(given, str) else given
     found, modules = [], dict[Path, ModuleType]()
     for text, weight in weights.items():
@@ -91,20 +91,20 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Answer(Example):
-    """A prompt with an answer that the model has given. What is trained is the answer."""
+    """A prompt with an answer that the model has given. Only the answer's tokens are trained."""
 
     reward: float = 0.0
-    rewards: Sequence[float] = ()  # of each function
+    rewards: Sequence[float] = ()  # the number that each function gave
     advantage: float = 0.0
-    is_ended: bool = False  # by its own end, and not by its length
-    logprobs: np.ndarray | None = None  # fp32 [answer tokens], at the time it was given; None: those of now
-    base_logprobs: np.ndarray | None = None  # likewise, of the model without its adapter
+    is_ended: bool = False  # whether the model has ended it, and not its length
+    logprobs: np.ndarray | None = None  # fp32 [answer tokens], from the time it was given; None: take those of now
+    base_logprobs: np.ndarray | None = None  # fp32 [answer tokens], of the model without its adapter
 
 
 class Rewards(CausalLM, TrainingHook):
-    """The loss makes answers likelier that got a higher reward than others to the same prompt.
+    """The task to make answers likelier that got a higher reward than others to the same prompt.
 
-    It is a hook too, which keeps the answers that later steps train on in checkpoints.
+    It is a hook too, so that checkpoints keep the answers that later steps train on.
     """
 
     takes_loss = False
@@ -116,10 +116,10 @@ class Rewards(CausalLM, TrainingHook):
         training = recipe.training
         self.passes_without_gradient = int(training.updates_per_answers > 1) + int(training.kl_coefficient > 0)
         self.rewards: list[Reward] = []
-        self._kept: list[dict[str, Any]] = []  # answers
-        self._of_step: dict[str, float] = {}
-        self._sums: dict[str, float] = defaultdict(float)  # over the tokens of a step
-        self._pass: dict[str, torch.Tensor] = {}
+        self._kept: list[dict[str, Any]] = []  # the answers of all ranks, as JSON
+        self._of_step: dict[str, float] = {}  # metrics of the rewards
+        self._sums: dict[str, float] = defaultdict(float)  # metrics, summed over the tokens of a step
+        self._pass: dict[str, torch.Tensor] = {}  # those of the latest pass, until it counts
 
     def check(self) -> None:
         assert self.training.reward is not None
@@ -131,7 +131,7 @@ class Rewards(CausalLM, TrainingHook):
                 rows.ask(self.training.sample_max_new_tokens)
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
-        """InputError: the model caps its logits, and the temperature is not 1."""
+        """Take the tokenizer. InputError: the model caps its logits, and the temperature is not 1."""
         self._tokenizer = tokenizer
         if not self.rewards:  # of a run that is evaluated
             self.check()
@@ -150,14 +150,16 @@ class Rewards(CausalLM, TrainingHook):
         step: int,
         group: Group,
     ) -> Sequence[Example]:
-        """The answers of this step; their rewards are its metrics."""
+        """Return the answers that this step trains on. Their rewards become its metrics."""
         training = self.training
         if (step - 1) % training.updates_per_answers == 0 or not self._kept:
+            # each rank answers a run of consecutive prompts, `group_size` times each
             share, more = divmod(len(rows), group.world_size)
             start = group.rank * share + min(group.rank, more)
             own = rows[start : start + share + (group.rank < more)]
             numbers = [row for row in own for _ in range(training.group_size)]
             prompts = [datasets.train[row] for row in numbers]
+            # by step and rank, so that a resumed run draws the same answers
             seed = int(np.random.Philox(key=[training.seed % 2**64, step * 2**20 + group.rank]).random_raw() >> 1)
             found = self._answers(model, prompts, training.answer_temperature, seed)
             for part in microbatches(found, training.group_size):
@@ -167,11 +169,12 @@ class Rewards(CausalLM, TrainingHook):
                 for one in part:
                     one["advantage"] = (one["reward"] - mean) / deviation
             answers = [_answer(prompt, one) for prompt, one in zip(prompts, found, strict=True)]
-            if training.updates_per_answers > 1:
+            if training.updates_per_answers > 1:  # a later step compares with the model of now
                 self._add_logprobs("logprobs", found, model, answers, datasets.pad_id)
             if training.kl_coefficient:
                 with model.disable_adapter():  # type: ignore[operator]  # PEFT's
                     self._add_logprobs("base_logprobs", found, model, answers, datasets.pad_id)
+            # all ranks keep all answers, as the passes of the step are cut over the answers of all
             kept = [{"row": number, **one} for number, one in zip(numbers, found, strict=True)]
             self._kept = list(itertools.chain(*group.gather(kept)))
         answers = [_answer(datasets.train[one["row"]], one) for one in self._kept]
@@ -195,7 +198,7 @@ class Rewards(CausalLM, TrainingHook):
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """An answer to each prompt, with its reward, as `_answer` takes it. RunFailed where a reward is none."""
+        """Answer each prompt, and return the answers with rewards as JSON. RunFailed where a reward is no number."""
         training, tokenizer = self.training, self._tokenizer
         ends = set(end_tokens(model, tokenizer))
         found = generate_tokens(
@@ -235,7 +238,7 @@ class Rewards(CausalLM, TrainingHook):
     def _weighed(
         self, model: nn.Module, batch: dict[str, Any], weigh: Weigh, core: Any = None, grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward.weighed_loss` at the temperature of the answers."""
+        """Return `forward.weighed_loss` at the temperature that answers are drawn at."""
         chunk, temperature = self.training.loss_chunk_tokens, self.training.answer_temperature
         return forward.weighed_loss(model, batch, chunk, weigh, core, grad, temperature)
 
@@ -247,13 +250,13 @@ class Rewards(CausalLM, TrainingHook):
         core: Callable[..., Any] | None = None,
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
-        """Rows that are no answers, as of the longest batch, weigh nothing."""
+        """Return the policy loss. Rows that are no answers, as in the trial of the longest batch, weigh nothing."""
         batch = forward.make_batch(model, rows, datasets.pad_id, self.recipe.data.prefix_once)
         counts = [row.trained_tokens for row in rows]
         device = batch["trained"].device
 
         def column(values: Sequence[Any]) -> torch.Tensor:
-            """A number, or one for each token, of each row: fp32 [n, 1]."""
+            """Return a column [n, 1] over all tokens, in fp32, from a number, or one for each token, of each row."""
             each = [np.broadcast_to(np.asarray(v, np.float32), n) for v, n in zip(values, counts, strict=True)]
             return torch.from_numpy(np.concatenate(each)).to(device).unsqueeze(1)
 
@@ -264,7 +267,7 @@ class Rewards(CausalLM, TrainingHook):
                 inputs[name] = column(known)
         settings = self.training
         loss = TOKEN_LOSSES[settings.policy_loss]
-        if loss.by_row:
+        if loss.by_row:  # a token's weight depends on all tokens of its row: they are computed first, without gradient
             row = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(counts)).to(device)
             inputs["sequence_ratio_mask"] = torch.ones_like(inputs["advantages"])
             with torch.no_grad():
@@ -273,6 +276,7 @@ class Rewards(CausalLM, TrainingHook):
         chosen = {key: float(getattr(settings, key)) for key in loss.settings}
         self._pass = defaultdict(lambda: torch.zeros((), device=device), tokens=torch.tensor(float(sum(counts))))
 
+        # called for one chunk of tokens at a time; returns each token's loss and its derivative
         def weigh(logprobs: torch.Tensor, part: slice) -> Weighed:
             here: Inputs = {"logprobs": logprobs, **{name: each[part] for name, each in inputs.items()}}
             losses, weights = loss.compute(logprobs, here, chosen)
@@ -295,7 +299,7 @@ class Rewards(CausalLM, TrainingHook):
         self._sums.clear()
 
     def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
-        """The step's rewards, and per token the share that clipping held back, and the divergence from the base."""
+        """Return the step's rewards, the share of tokens that clipping held back, and the divergence from the base."""
         names = ["tokens", "clipped", *(["kl"] if self.training.kl_coefficient else [])]
         tokens, *sums = group.sum([self._sums[name] for name in names])
         self._sums.clear()
@@ -323,7 +327,7 @@ class Rewards(CausalLM, TrainingHook):
         group: Group = ALONE,
         progress: Callable[[int], None] | None = None,
     ) -> dict[str, Any]:
-        """``reward`` is the mean over greedy answers, and ``loss`` is -reward. The ranks share the prompts."""
+        """Score greedy answers: ``reward`` is their mean reward, ``loss`` is -reward. The ranks share the prompts."""
         started = time.perf_counter()
         own = [rows[i] for i in range(group.rank, len(rows), group.world_size)]
         answers = self._answers(model, own, 0.0, 0, progress) if own else []
@@ -337,7 +341,7 @@ class Rewards(CausalLM, TrainingHook):
 
 
 def _answer(prompt: Example, kept: Mapping[str, Any]) -> Answer:
-    """An answer of JSON, as it is in checkpoints: its tokens, text, rewards, advantage and log-probabilities."""
+    """Make an answer of its JSON in checkpoints: tokens, text, rewards, advantage and log-probabilities."""
     ids = np.append(prompt.prompt_ids, np.asarray(kept["tokens"], np.int32))
     of_row = {field.name: getattr(prompt, field.name) for field in dataclasses.fields(Example)}
     of_row |= {"input_ids": ids, "trained": np.arange(len(ids)) >= len(prompt.prompt_ids), "reference": kept["text"]}
@@ -348,7 +352,7 @@ def _answer(prompt: Example, kept: Mapping[str, Any]) -> Answer:
 
 
 def _scored(reward: Reward, prompt: Example, answer: str) -> float:
-    """RunFailed: the function raises, or gives no finite number; the message names the row."""
+    """Return a reward. RunFailed, which names the row: the function raises, or gives no finite number."""
     asked, row = json.loads(prompt.about or '["", {}]')
     try:
         number = float(reward.score(asked, answer, row))

@@ -95,6 +95,7 @@ class Trainer(Run):
         state = self.state
         if state.before is None and self.loop.datasets.eval:
             state.before, state.samples_before = self.score("Before training")
+            # run.json is there while a run goes, with what is known so far
             self.summary |= {"result": {"eval_before": state.before}, "samples": self._samples_before()}
             self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
 

@@ -1,7 +1,7 @@
-"""What a caller hangs into a run, as one hook of its loop: functions of a record, and transformers' callbacks.
+"""A caller's callbacks as one hook of the loop: functions of a record, and transformers' callbacks.
 
-These get transformers' own args, state and control, filled with the run's numbers. What one of them raises stops the
-run like a signal: at the end of the step, which is saved.
+transformers' callbacks get its own args, state and control, filled with the run's numbers. An exception in one of them
+stops the run like a signal: at the end of the step, which is saved.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Callbacks(TrainingHook):
     """
 
     def __init__(self, given: Sequence[Any] = ()) -> None:
-        """InputError: one is no callback, or asks for what only transformers' Trainer has."""
+        """Sort callbacks by kind. InputError: one is no callback, or asks for what only transformers' Trainer has."""
         from transformers import TrainerCallback, TrainerControl
 
         self.functions: list[Callable[[dict[str, Any]], object]] = []
@@ -67,12 +67,12 @@ class Callbacks(TrainingHook):
 
     @property
     def own(self) -> dict[str, Any]:
-        """Their names, for run.json."""
+        """The names of all callbacks, for run.json."""
         names = [getattr(one, "__qualname__", type(one).__name__) for one in (*self.functions, *self.callbacks)]
         return {"callbacks": names} if names else {}
 
     def begin(self, run: Trainer) -> None:
-        """Make what callbacks are given, once the run is set up, and say that training begins."""
+        """Make args and state from a run that is set up, and tell the callbacks that training begins."""
         if not self.callbacks:
             return
         from transformers import TrainerState
@@ -93,13 +93,13 @@ class Callbacks(TrainingHook):
         self.fire("on_step_begin")
 
     def end_step(self, evaluate: bool, save: bool) -> None:
-        """After a step was taken. ``evaluate``, ``save``: whether the recipe asks for it; a callback may change it."""
+        """Tell of a step that was taken. ``evaluate``, ``save``: the recipe asks for it; a callback may change it."""
         control = self.control
         control.should_evaluate, control.should_save, control.should_log = evaluate, save, True
         self.fire("on_step_end")
 
     def log(self, record: dict[str, Any]) -> None:
-        """``on_log`` of a step's record where ``should_log`` is set, and of one of scores."""
+        """Fire ``on_log`` for a record of scores, and for that of a step where ``should_log`` is set."""
         is_step = record["kind"] == "train"
         if self.callbacks and (self.control.should_log if is_step else record["kind"] == "eval"):
             logs = {name: value for name, value in record.items() if name not in ("kind", "step")}
@@ -115,11 +115,11 @@ class Callbacks(TrainingHook):
                 self.stopped_by = self.stopped_by or name
 
     def evaluated(self, scores: dict[str, Any]) -> None:
-        """After held-out rows were scored; the best score so far is still that of earlier evaluations."""
+        """Tell of held-out scores. The best score that callbacks see is still that of earlier evaluations."""
         self.fire("on_evaluate", metrics=_scores(scores))
 
     def state_dict(self) -> dict[str, Any]:
-        """What transformers saves of callbacks that have a state."""
+        """Return the states of callbacks that have one, as transformers saves them."""
         from transformers.trainer_callback import ExportableState
 
         kept = [one for one in self.callbacks if isinstance(one, ExportableState)]
@@ -128,6 +128,7 @@ class Callbacks(TrainingHook):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         left = list(state.get("states", []))
         for callback in self.callbacks:
+            # several of one class take their states in the order in which they were saved
             saved = next((each for each in left if each[0] == type(callback).__name__), None)
             if saved is not None:
                 left.remove(saved)
@@ -135,6 +136,7 @@ class Callbacks(TrainingHook):
 
     def fire(self, event: str, **more: Any) -> None:
         """Call an event of all callbacks, with the numbers of now."""
+        # a flag is down before its event, as in transformers' CallbackHandler, so that a callback may set it again
         if event in _RESET:
             setattr(self.control, _RESET[event], False)
         for callback in self.callbacks:
@@ -159,7 +161,7 @@ class Callbacks(TrainingHook):
             raise InputError(f"{name} should_epoch_stop. {text}")
 
     def _guarded(self, name: str, do: Callable[..., Any], *arguments: Any) -> Any:
-        if self.error is not None:
+        if self.error is not None:  # the run is about to stop, and its step is still saved
             return None
         try:
             return do(*arguments)
@@ -197,7 +199,7 @@ def _require_events(callback: TrainerCallback) -> None:
 
 
 def _arguments(run: Trainer) -> TrainingArguments:
-    """transformers' arguments with the run's settings; those that mean nothing here have their defaults."""
+    """Make transformers' arguments from the run's settings. Those that mean nothing here have their defaults."""
     from transformers import TrainingArguments
 
     training, loop = run.recipe.training, run.loop
@@ -223,5 +225,5 @@ def _arguments(run: Trainer) -> TrainingArguments:
 
 
 def _scores(scores: dict[str, Any]) -> dict[str, Any]:
-    """Scores of held-out rows by the names that transformers gives them."""
+    """Return scores of held-out rows under the names that transformers gives them."""
     return {f"eval_{name}": value for name, value in scores.items()}

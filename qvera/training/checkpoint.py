@@ -47,6 +47,7 @@ from qvera.utils.files import disk_errors, file_sha256, flush, plain_json, repla
 from qvera.utils.safetensors_io import save_tensors
 
 FORMAT = 1
+# a checkpoint's safetensors files, by name without ending
 _FILES, _OPTIONAL = ("vectors", "optimizer", "random"), ("hooks", "best")
 _STATE = "state.json"
 _NAME = re.compile(r"(step|round)-\d{8}")
@@ -54,7 +55,7 @@ _NAME = re.compile(r"(step|round)-\d{8}")
 
 @dataclasses.dataclass
 class TrainState:
-    """Everything a later step depends on besides vectors, optimizer and random state."""
+    """The numbers that a later step depends on, besides vectors, optimizer and random state."""
 
     step: int = 0
     best_loss: float | None = None  # or score that the best step is chosen by, negative where a greater one is better
@@ -102,12 +103,12 @@ class Checkpoint:
 
     @property
     def number(self) -> int:
-        """The step, or the round."""
+        """The number of the step or round after which it was saved."""
         return int(self.path.name[-8:])
 
     @property
     def hook_state(self) -> dict[str, Any]:
-        """What the step hooks saved: tensors and JSON values by ``hook/name``."""
+        """The state of the step hooks: tensors and JSON values by ``hook/name``."""
         return {**self.state.get("hooks", {}), **self.files.get("hooks", {})}
 
 
@@ -156,7 +157,7 @@ def write(
     partial = directory / f".partial-{final.name}"
     kept = "Earlier checkpoints are kept; mend that and go on with --resume."
     with disk_errors(f"the checkpoint of {unit} {number} in {directory}", kept), contextlib.ExitStack() as on_error:
-        on_error.callback(shutil.rmtree, partial, ignore_errors=True)
+        on_error.callback(shutil.rmtree, partial, ignore_errors=True)  # a full disk gets back what was written
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -169,6 +170,7 @@ def write(
         for file in sorted(partial.iterdir()):
             manifest[file.name] = {"sha256": file_sha256(file), "bytes": file.stat().st_size}
             flush(file)
+        # last, and after all others are on the disk: a checkpoint with a manifest is whole, even after a power cut
         document = {"format": FORMAT, unit: number, "files": manifest}
         (partial / "manifest.json").write_text(json.dumps(document, indent=1))
         flush(partial / "manifest.json")
@@ -181,14 +183,14 @@ def write(
 
 
 def directories(directory: Path) -> list[Path]:
-    """The checkpoint directories there, whole or damaged, oldest first."""
+    """Return the checkpoint directories in a directory, whole or damaged, oldest first."""
     return sorted(p for p in directory.iterdir() if _NAME.fullmatch(p.name)) if directory.is_dir() else []
 
 
 def newest(
     directory: Path, warn: Callable[[str], None] = lambda _: None, check: Callable[[Checkpoint], None] = lambda _: None
 ) -> Checkpoint | None:
-    """The newest checkpoint in ``directory`` that can be used, or None.
+    """Return the newest checkpoint in ``directory`` that can be used, or None.
 
     ``warn`` gets a sentence about each one passed over: damaged ones, and those that ``check`` raises InputError for.
     """
@@ -210,11 +212,11 @@ def newest_of_run(
     check: Callable[[Checkpoint], None],
     rank: int = 0,
 ) -> Checkpoint | None:
-    """The newest checkpoint of this run that verifies; None where the run ended before its first one.
+    """Return the newest checkpoint of this run that verifies; None where the run ended before its first one.
 
-    ``unit``: numbers checkpoints and records, ``step`` or ``round``. ``check`` may raise InputError, and KeyError and
-    TypeError for what another version wrote. ``rank``: of the process whose they are. InputError where there are some
-    and none can be used: the run must not begin again.
+    ``unit``: the word that checkpoints and records are numbered by, ``step`` or ``round``. ``check`` may raise
+    InputError, and KeyError and TypeError for a file of another version. ``rank``: the process that wrote them.
+    InputError where there are checkpoints and none can be used: the run must not begin again.
     """
 
     def use(saved: Checkpoint) -> None:
@@ -241,14 +243,14 @@ def newest_of_run(
 
 
 def of_rank(run_dir: Path, rank: int) -> Path:
-    """The directory of the checkpoints of a process that has its own."""
+    """Return the directory of the checkpoints of a process that has its own."""
     return run_dir / "checkpoints" / (f"rank-{rank:05d}" if rank else "")
 
 
 def require_same_inputs(saved: Checkpoint, inputs: dict[str, Any]) -> None:
     """Raise InputError where a checkpoint is of other rows or another base than ``inputs`` (`TrainingSession.inputs`).
 
-    A checkpoint of an earlier version keeps none.
+    A checkpoint of an earlier version has no inputs to compare.
     """
     what, theirs = (
         {"rows": "rows (data.path)", "base": "weights of the base (model.path)", "loss": "loss"},
@@ -287,7 +289,7 @@ def load(path: Path) -> Checkpoint:
             raise InputError(
                 f"{file}: is missing or not what the manifest says (SHA-256), so this checkpoint is damaged."
             )
-    # a manifest that fits proves no more than that one hand wrote all files
+    # A manifest that fits only proves that one hand wrote all files. They may still be no checkpoint of ours.
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         unit = path.name[:-9]
@@ -301,7 +303,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def shared(saved: Checkpoint | None, group: Group) -> Checkpoint | None:
-    """Rank 0's checkpoint on every rank: nodes need not share a disk."""
+    """Send rank 0's checkpoint to every rank, since nodes need not share a disk. Returns it."""
     head = group.broadcast(
         None if saved is None else {"path": str(saved.path), "state": saved.state, "files": list(saved.files)}
     )
@@ -337,7 +339,7 @@ def restore(
 def _placed(
     tensor: torch.Tensor, device: torch.device | str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter | None
 ) -> torch.Tensor:
-    """Optimizer state on the device; a paged optimizer's in its own buffer, since only that is paged."""
+    """Move optimizer state to the device. A paged optimizer's goes to a buffer of its own, since only that is paged."""
     if not getattr(optimizer, "is_paged", False) or parameter is None or tensor.shape != parameter.shape:
         return tensor.to(device)
     # a method of bitsandbytes' Optimizer8bit, which torch's class does not have
@@ -348,7 +350,7 @@ def _placed(
 def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
     """Delete leftovers of killed writes, and checkpoints other than the newest ``keep`` and the steps ``also``.
 
-    ``saved``: the newest step. Later checkpoints are damaged, since the run went on from an earlier one.
+    ``saved``: the step that was just saved. Later checkpoints are damaged, since the run went on from an earlier one.
     """
     numbers = {int(path.name[-8:]): path for path in directories(directory)}
     kept = sorted(number for number in numbers if number <= saved)[-keep:]
@@ -360,7 +362,7 @@ def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
 
 
 def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
-    """This process's generator states under the names that a checkpoint gives those of ``rank``."""
+    """Return this process's generator states, under the names that the states of ``rank`` have in a checkpoint."""
     suffix = f".{rank}" if rank else ""
     states = {"cpu": torch.get_rng_state(), **accelerator.random_state()}
     return {f"{name}{suffix}": state for name, state in states.items()}
@@ -388,7 +390,7 @@ def write_state(file: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[
 
 
 def read_state(file: Path, advice: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the state. InputError, which ends with ``advice``, where the file is missing or damaged."""
+    """Read tensors and state. InputError, which ends with ``advice``, where the file is missing or damaged."""
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}

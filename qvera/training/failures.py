@@ -1,4 +1,4 @@
-"""The errors of a step that can't be taken: the rows, the shortage of memory, and what to change."""
+"""Errors of steps that can't be taken, which name the rows, the shortage of memory, and what to change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ANY_RUN = "Lower data.max_length, or training.per_device_train_batch_size where
 def longest_batch_error(
     recipe: Recipe, plan: Plan | None, checkpointing: bool, examples: Sequence[Example]
 ) -> InputError:
-    """The error of a run whose longest batch does not fit, found before its first step."""
+    """Return the error of a run whose longest batch does not fit, as found before its first step."""
     rows = ", ".join([*(example.source for example in examples[:4]), *(["..."] if len(examples) > 4 else [])])
     text = f"{recipe.data.path}: the longest batch of this run ({_batch(examples)}: {rows}) does not fit into memory. "
     if plan is not None and plan.changes:
@@ -48,7 +48,7 @@ def longest_batch_error(
 def not_finite_error(
     step: int, losses: list[float], norm: float, passes: list[list[str]], rows: list[str], group: Group
 ) -> NotFinite:
-    """The error of a loss or gradient that is not finite, with the rows that it came from on all ranks.
+    """Return the error of a loss or gradient that is not finite, with the rows that it came from on all ranks.
 
     ``losses`` are of this rank's passes, ``passes`` the sources of their rows, ``rows`` the sources of the whole step.
     """
@@ -65,19 +65,22 @@ def not_finite_error(
 
 
 def not_finite_text(step: str, losses: Sequence[float | None], norm: float, rows: Sequence[str]) -> str:
-    """A sentence, begun with ``step``, about a loss (None or NaN) or gradient that is not finite. ``rows``: sources."""
+    """Return a sentence, begun with ``step``, about a loss (None or NaN) or gradient that is not finite.
+
+    ``rows``: the sources of the rows that it came from.
+    """
     shown = ", ".join("not finite" if loss is None or not math.isfinite(loss) else f"{loss:g}" for loss in losses)
     where = ", ".join(rows)
     return f"{step}: the loss or its gradient is not finite (losses {shown}; gradient norm {norm}); rows: {where}."
 
 
 def has_finite_loss(scores: dict[str, Any]) -> bool:
-    """Whether a held-out loss is finite; read from a checkpoint, one that is not is None."""
+    """Whether a held-out loss is finite. One that is not is None where it was read from a checkpoint."""
     return scores["loss"] is not None and math.isfinite(scores["loss"])
 
 
 def held_out_not_finite(step: str, before: dict[str, Any] | None) -> str:
-    """Why an adapter whose last held-out loss is not finite is not saved; ``before``: the scores before training."""
+    """Return why an adapter is not saved whose last held-out loss is not finite. ``before``: scores before training."""
     before_too = before is not None and not has_finite_loss(before)
     more = "It was not finite before training either: look at the held-out rows."
     advice = more if before_too else "Lower training.learning_rate."
@@ -90,6 +93,7 @@ def require_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
     ``gradients``: of all trained tensors, by their keys in an adapter file, summed over ranks. Experts that are modules
     of their own may have got no token, and are not asked.
     """
+    # by layer: one of its tensors may rightly have none, such as the A of a LoRA whose B begins as zero
     layers: dict[str, list[torch.Tensor]] = {}
     for key, gradient in gradients.items():
         found = layers.setdefault(key.rpartition(".")[0], [])
@@ -122,7 +126,7 @@ def step_error(
     rows: Rows | None,
     group: Group,
 ) -> OutOfMemory:
-    """The error of a step that memory does not suffice for and that every rank has undone; all of them call this.
+    """Return the error of a step that memory does not suffice for. Every rank has undone the step and calls this.
 
     Args:
         step: begins the message.
@@ -140,7 +144,7 @@ def step_error(
 def lone_error(
     step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, rows: Rows | None, group: Group
 ) -> OutOfMemory:
-    """The error of one rank under ZeRO, which can't tell the others: they wait in the middle of DeepSpeed's passes."""
+    """Return the error of one rank under ZeRO. It can't tell the others: they wait inside DeepSpeed's passes."""
     what = _what_failed(examples, f"rank {group.rank} on {group.host}")
     return OutOfMemory(
         f"Step {step}: {what}: {shortage}. Under ZeRO a step that one rank can't take ends the run; "
@@ -153,7 +157,7 @@ def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
     if plan is None:
         return _ANY_RUN
     recipe = plan.recipe
-    if recipe.training.on_oom == "halve":  # down to one row, which another key must help
+    if recipe.training.on_oom == "halve":  # a pass has one row by now, so another key must help
         smaller = changed(recipe, {"training.per_device_train_batch_size": 1})
         plan = make_plan(smaller, plan.machine, rows, plan.sharing)
     # the mildest changes by which the plan takes as much less as was missing

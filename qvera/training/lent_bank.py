@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 class LentBank:
-    """What a trained bank needs of a served base. Methods are called in the thread that runs the model.
+    """A served base as a trained bank borrows it. Methods are called in the thread that runs the model.
 
     Attributes:
         model: the base with its adapters.
-        adapter: PEFT's name of the one that stands for all of the bank.
+        adapter: PEFT's name of the adapter that stands for all those of the bank.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LentBank:
         self._random: dict[str, torch.Tensor] | None = None
 
     def make_bank(self, slots: int) -> AdapterBank:
-        """A bank of the adapter's shape, in place of an earlier one."""
+        """Make a bank of the adapter's shape, in place of an earlier one."""
         with training_layout(self.model, self.adapter):
             for layer in adapted_layers(self.model):
                 if layer.carries(self.adapter):
@@ -83,10 +83,11 @@ class LentBank:
 
     @contextlib.contextmanager
     def training(self, mode: bool = True) -> Iterator[None]:
-        """The model as a part needs it. ``mode`` False: without dropout and checkpoints."""
+        """Lend the model for a part of the work, inside the block. ``mode`` False: without dropout and checkpoints."""
         model = self._base.model
         answering, was_training = model.config._attn_implementation, model.training
         with accelerator.forked_random_state(), training_layout(self.model, self.adapter):
+            # generators of its own, which go on where the last part ended: answers in between draw from others
             if self._random is None:
                 torch.manual_seed(self._seed)
             else:
@@ -103,7 +104,7 @@ class LentBank:
 
 
 def _implementation(model: Any) -> str:
-    """The attention of a part: it joins whole rows where the model's can, whatever answers take."""
+    """Return the attention of a part: one that joins whole rows where the model can, whatever answers take."""
     name = (model.config._attn_implementation or "").removeprefix("paged|")
     if name != "sdpa":
         return name

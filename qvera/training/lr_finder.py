@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 POINTS, PAGE = "lr-range.jsonl", "lr-range.html"
 
-MIN_POINTS = 20  # losses that a suggestion needs: with fewer, the noise of one batch decides where the lowest is
+MIN_POINTS = 20  # the losses that a suggestion needs: with fewer, the noise of one batch decides where the lowest is
 
 RULE = "the rate at the lowest smoothed loss, for the peak of a schedule with warmup and decay"
 """Chosen after two recipes with SmolLM2-135M at rank 256: it gave 0.046 where 0.03 was the best rate tried (quickstart)
@@ -46,7 +46,7 @@ _RECORD_KEYS = ("step", "learning_rate", "loss", "grad_norm", "trained_tokens", 
 
 @dataclass(frozen=True)
 class RangeTestResult:
-    """The curve of a range test and what it suggests.
+    """The curve of a range test and the rate that it suggests.
 
     ``points``: a record of each step with `_RECORD_KEYS` and ``smoothed_loss``. ``loss`` is None where not finite.
     """
@@ -59,7 +59,7 @@ class RangeTestResult:
 
 
 def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult | None:
-    """Load what the session trains, take the steps and write the curve; see `trainer.find_lr`."""
+    """Load rows and model of the session, take the steps and write the curve (`trainer.find_lr`)."""
     session.load_data()
     session.load_model()
     loop = AloneLoop(session, ramp)
@@ -87,7 +87,7 @@ def _take_steps(loop: AloneLoop, ramp: LrRange) -> tuple[list[dict[str, Any]], f
             rate = current_rate(loop.schedule)
             try:
                 record = loop.train_step()
-            except NotFinite:  # it ends the test, unless no step has been taken yet
+            except NotFinite:  # the end that is looked for, unless no step has been taken yet
                 if not points:
                     raise
                 points.append({"step": loop.state.step + 1, "learning_rate": rate, "loss": None})
@@ -149,7 +149,7 @@ def read_curve(points: list[dict[str, Any]], diverged: float | None = None) -> R
 
 
 def range_page(name: str, recipe: Recipe, ramp: LrRange, result: RangeTestResult) -> str:
-    """The HTML page: loss over the rate, the suggestion, where it diverged. ``name``: of the output directory."""
+    """Return the HTML page: loss over the rate, suggestion, divergence. ``name``: the output directory's."""
     ended = (
         f"{rate_text(result.diverged)} (step {len(result.points)} of {ramp.steps})"
         if result.diverged is not None
@@ -178,7 +178,7 @@ def range_page(name: str, recipe: Recipe, ramp: LrRange, result: RangeTestResult
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate: 0.0123, 0.02, 4.1e-5."""
+    """Return a learning rate as text: 0.0123, 0.02, 4.1e-5."""
     return f"{rate:.3g}".replace("e-0", "e-").replace("e+0", "e")
 
 

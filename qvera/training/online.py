@@ -1,13 +1,13 @@
 """Adapters that come and go, trained together on a base that answers requests meanwhile.
 
-Unlike in `many.ManyTrainer`, each adapter has a recipe and rows of its own and may begin, end, be saved or go on at any
-time. The loop is the same (`bank_loop.BankLoop`). `run_slice` takes one part of it: a forward and backward pass, an
+Unlike in `many.ManyTrainer`, each adapter has a recipe and rows of its own, and may begin, end, be saved or go on at
+any time. The loop is the same (`bank_loop.BankLoop`). `run_slice` takes one part of it: a forward and backward pass, an
 optimizer step, or a pass over held-out rows, for which the model is lent (`lent_bank.LentBank`). Between two parts it
 belongs to whoever answers.
 
 **Memory.** ``gradient_checkpointing: auto`` is true here. Where memory runs out, the round begins again with half as
-many rows in a pass. A job one row of which does not fit ends with the reason, and the others go on with as many rows as
-at first.
+many rows in a pass. If a single row does not fit, its job ends with the reason, and the others go on with as many rows
+as at first.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class OnlineTrainer:
 
     @property
     def in_flight(self) -> list[AdapterRun]:
-        """Those that have a slot, in the order in which they began. One that has ended stays until `end`."""
+        """The jobs that have a slot, in the order in which they began. One that has ended stays until `end`."""
         return self._roster.in_flight
 
     @property
     def free_slots(self) -> int:
-        """How many adapters may begin."""
+        """The number of adapters that may begin."""
         return self._roster.free_slots
 
     @property
@@ -107,6 +107,7 @@ class OnlineTrainer:
         """
         if run.slot is not None or not self.free_slots:
             raise ValueError(f"{run.name}: " + ("is in flight" if run.slot is not None else "there is no free slot"))
+        # all that may fail comes before the job takes a slot
         saved_job = None if saved is None else SavedJob.read(saved, run, self._base)
         if self._lent is None:
             self._attach(run.datasets.pad_id)
@@ -134,24 +135,24 @@ class OnlineTrainer:
                 if self._work is None:
                     self._work = self.loop.take_round()
                 records = next(self._work, None)
-                if records is None:  # the round was at its end; its successor has work
+                if records is None:  # the round was at its end, and the next one has work
                     self._work = self.loop.take_round()
                     records = next(self._work, [])
                 return [record for record in records if record["kind"] != "round"]
         except Exception:
-            # whatever it was, what is half done is not gone on with
+            # whatever it was, a round that is half done is not gone on with
             self._work = self.loop.step = None
             self.loop.drop_gradients()
             forget_inputs(self.loop.model)
             raise
 
     def end(self, run: AdapterRun) -> None:
-        """Free a job's slot, whether it is done, paused or cancelled. Its part of a round under way is dropped."""
+        """Free the slot of a job that is done, paused or cancelled. Its part of a round under way is dropped."""
         if run not in self.in_flight:
             return
         loop = self.loop
         loop.drop_run(run)
-        if loop.step is not None and not loop.step.shares:
+        if loop.step is not None and not loop.step.shares:  # nobody is left in the round
             self._work = loop.step = None
         loop.bank.gradients[run.held_slot].zero_()
         ended: Any = "waiting" if not run.has_ended else "done" if run.reason is None else "not_finite"
@@ -166,7 +167,7 @@ class OnlineTrainer:
         save_adapter(self.loop.model, directory, vectors=self.loop.bank.take(run.held_slot), adapter=ADAPTER)
 
     def _attach(self, pad_id: int) -> None:
-        """Put the adapter on that stands for all, and make the bank."""
+        """Put on the adapter that stands for all jobs, and make the bank and the loop."""
         recipe, mode = self.recipe, self.recipe.training.gradient_checkpointing
         checkpointing = True if mode == "auto" else mode
         lent = LentBank(self._base, ADAPTER, recipe.adapter, recipe.training.seed, recipe.model, checkpointing)
@@ -190,7 +191,7 @@ def require_trainable(base: Base, recipe: Recipe) -> None:
 
 
 def save_job(file: Path, run: AdapterRun, loop: BankLoop, base: Base) -> None:
-    """Write the state of an adapter in flight to a safetensors file. After a kill it is whole: the new or the old one.
+    """Write the state of an adapter in flight to a safetensors file. After a kill the file is the new or the old one.
 
     Tensors, fp32: ``vectors`` [numbers], the moments ``first`` and ``second`` [trained numbers], and ``best`` [numbers]
     where the recipe keeps the vectors of the best step.
@@ -213,7 +214,7 @@ def save_job(file: Path, run: AdapterRun, loop: BankLoop, base: Base) -> None:
 
 @dataclasses.dataclass
 class SavedJob:
-    """What `save_job` wrote."""
+    """A job's state as `save_job` wrote it."""
 
     tensors: dict[str, torch.Tensor]
     state: dict[str, Any]
@@ -238,7 +239,7 @@ class SavedJob:
         return saved
 
     def put_into(self, run: AdapterRun, loop: BankLoop) -> None:
-        """Let a job in flight go on from here."""
+        """Put the saved state into a job in flight, which goes on from it."""
         slot, bank, adamw = run.held_slot, loop.bank, loop.adamw
         bank.vectors[slot].copy_(self.tensors["vectors"])
         adamw.first[slot].copy_(self.tensors["first"])

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
     from qvera.adapters.bank import AdapterBank
 
-_BLOCK_NUMBERS = 2**22  # so many are stepped at a time, which bounds temporary tensors
-_LEAST_NUMBERS = 2**12  # at a time of each adapter, where memory is short
+_BLOCK_NUMBERS = 2**22  # the numbers stepped at a time, which bounds temporary tensors
+_LEAST_NUMBERS = 2**12  # the fewest of each adapter at a time, where memory is short
 
 
 def build_optimizer(
     section: TrainingSection, vectors: dict[str, nn.Parameter], rate_factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """AdamW over the vectors, torch's own or one of bitsandbytes', by its name in the recipe.
+    """Make AdamW over the vectors: torch's own or one of bitsandbytes', by its name in the recipe.
 
     ``rate_factors``: vector name → its learning rate relative to ``training.learning_rate``; 1 where it has no entry.
     Each factor has a parameter group, which holds it as ``rate_factor``. The group of factor 1 comes first. A paged
@@ -77,7 +77,7 @@ def require_all_stepped(optimizer: torch.optim.Optimizer, vectors: Mapping[str, 
 
 
 def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.device) -> GradScaler | None:
-    """Dynamic loss scaling for float16 (Micikevicius et al., arXiv 1710.03740); None for other dtypes.
+    """Make a dynamic loss scale for float16 (Micikevicius et al., arXiv 1710.03740); None for other dtypes.
 
     Gradients below 6e-8 are zero in float16. The scale lifts them above that in backward, and is divided out again.
     """
@@ -87,12 +87,12 @@ def build_scaler(section: TrainingSection, dtype: torch.dtype, device: torch.dev
 
 
 def current_rate(schedule: LRScheduler) -> float:
-    """``training.learning_rate`` as the schedule has it now: the rate of a parameter group whose factor is 1."""
+    """Return the schedule's learning rate of now: that of a parameter group whose factor is 1 (`build_optimizer`)."""
     return float(schedule.get_last_lr()[0]) / schedule.optimizer.param_groups[0].get("rate_factor", 1.0)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state as it is held, counting a tensor that several vectors share once."""
+    """Return the bytes of the optimizer's state as held. A tensor that several vectors share counts once."""
     held = {
         value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
         for state in optimizer.state.values()
@@ -105,19 +105,19 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 def build_schedule(
     section: TrainingSection, optimizer: torch.optim.Optimizer, steps: int, lengths: Sequence[int] = ()
 ) -> LambdaLR:
-    """A cosine, linear or constant schedule over ``steps`` optimizer steps, as in transformers but for the warm-up.
+    """Make a cosine, linear or constant schedule over ``steps`` steps, as in transformers but for the warm-up.
 
     In transformers the first of w warm-up steps has rate 0 and changes nothing. Here step i (from 0) has (i+1)/(w+1) of
     ``learning_rate``. Step w has all of it in both.
 
-    ``lengths``: the steps of a run before it was made longer, each time. A constant rate stays. A rate that has decayed
-    warms up again, and decays over the steps that were added.
+    ``lengths``: for a run that was made longer, the steps that it had before each time. A constant rate stays. A rate
+    that has decayed warms up again, and decays over the steps that were added.
     """
     return LambdaLR(optimizer, lr_lambda(section, steps, lengths))
 
 
 def lr_lambda(section: TrainingSection, steps: int, lengths: Sequence[int] = ()) -> Callable[[int], float]:
-    """The share of ``learning_rate`` that each step (from 0) has, as `build_schedule` says."""
+    """Return step (from 0) → its share of ``learning_rate``, as `build_schedule` says."""
     if lengths and section.lr_scheduler_type == "constant":
         steps = lengths[0]  # its warm-up may be a share of them
     elif lengths:
@@ -137,14 +137,14 @@ def _lr_lambda(name: str, warmup: int, steps: int) -> Callable[[int], float]:
 
 
 def build_range_test(section: TrainingSection, optimizer: torch.optim.Optimizer, ramp: LrRange) -> LambdaLR:
-    """``training.learning_rate`` grows by the same factor each step, from ``ramp.start`` to ``ramp.end``."""
+    """Make a schedule whose rate grows by one factor in each step, from ``ramp.start`` to ``ramp.end``."""
     growth = (ramp.end / ramp.start) ** (1 / (ramp.steps - 1))
     first = ramp.start / section.learning_rate
     return LambdaLR(optimizer, lambda step: first * growth**step)
 
 
 class AdamSettings(NamedTuple):
-    """What an adapter's step is taken with; the names are those of torch's AdamW."""
+    """The settings of an adapter's step. ``max_norm`` is that of clipping, the others are torch's AdamW's."""
 
     learning_rate: float
     beta1: float
@@ -156,7 +156,7 @@ class AdamSettings(NamedTuple):
 
     @classmethod
     def of(cls, section: TrainingSection, rate: float) -> Self:
-        """Those of a recipe, at the rate that its schedule has now."""
+        """Return AdamW's settings of a recipe, at the rate that its schedule has now."""
         return cls(
             rate, section.adam_beta1, section.adam_beta2, section.adam_epsilon, section.weight_decay,
             section.max_grad_norm,
@@ -195,6 +195,7 @@ class BankAdamW:
             return []
         rows = torch.tensor(slots, device=self.bank.device)
         norms: list[float] = torch.linalg.vector_norm(self.bank.gradients, dim=1)[rows].tolist()
+        # a zero factor would not do for the others: it makes NaN of infinite gradients and still decays the moments
         finite = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
         for i in finite:
             self.steps[slots[i]] += 1
@@ -204,6 +205,7 @@ class BankAdamW:
         return norms
 
     def _step(self, slots: Sequence[int], settings: Sequence[AdamSettings], norms: Sequence[float]) -> None:
+        # Numbers of one adapter are one row [8]. They go to the device as one tensor, whatever the number of adapters.
         columns = []
         for own, norm, slot in zip(settings, norms, slots, strict=True):
             rate, steps = own.learning_rate, self.steps[slot]
@@ -219,7 +221,7 @@ class BankAdamW:
             block = slice(begin, min(begin + width, self.bank.trained_numbers))
             try:
                 self._step_block(rows, block, each)
-            except (RuntimeError, MemoryError) as error:  # the block is as it was
+            except (RuntimeError, MemoryError) as error:  # the block is as it was, so a narrower one may be tried
                 if not is_out_of_memory(error) or width <= _LEAST_NUMBERS:
                     raise
                 width //= 2
@@ -228,7 +230,7 @@ class BankAdamW:
 
     def _step_block(self, rows: torch.Tensor, block: slice, each: torch.Tensor) -> None:
         """Step some columns of these rows. Nothing is written before all that takes memory is computed."""
-        clip, size, correction, decay, epsilon, new1, beta2, new2 = each
+        clip, size, correction, decay, epsilon, new1, beta2, new2 = each  # fp32 [adapters, 1], in the order of `_step`
         gradient = self.bank.gradients[:, block].index_select(0, rows).mul_(clip)
         first = self.first[:, block].index_select(0, rows).lerp_(gradient, new1)
         second = self.second[:, block].index_select(0, rows).mul_(beta2).addcmul_(gradient * new2, gradient)

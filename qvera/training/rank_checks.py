@@ -1,4 +1,4 @@
-"""What all ranks of a run must agree on: versions, recipe, base model, data, free memory and disk."""
+"""Checks that the ranks of a run agree in versions, recipe, base and data, and have the memory and disk they need."""
 
 from __future__ import annotations
 
@@ -78,11 +78,12 @@ def check_memory(plan: Plan, group: Group, console: Console) -> None:
     if group.world_size == 1:
         return
     on_gpu = plan.machine.on_gpu
-    # what this process holds is in both numbers, and a node's ranks must not count it as free to each other
+    # Both numbers count the memory that this process holds already. For another rank of the node it is not free.
     held = 0 if on_gpu else plan.machine.runtime_bytes
     of_ranks = group.gather([group.host, plan.needed_bytes - held, plan.machine.available_bytes - held])
     by_host = {host: [rank for rank, facts in enumerate(of_ranks) if facts[0] == host] for host, *_ in of_ranks}
     short, refused = [], False
+    # each GPU by itself, and all ranks of a node together in its RAM
     for ranks in [[rank] for rank in range(len(of_ranks))] if on_gpu else by_host.values():
         needed, free = sum(of_ranks[rank][1] for rank in ranks), min(of_ranks[rank][2] for rank in ranks)
         refused = refused or (on_gpu and needed > REFUSED_ABOVE * free)
@@ -112,7 +113,7 @@ def check_same_data(datasets: Datasets, path: str, group: Group) -> None:
 
 
 def _require_same(mine: dict[str, str], group: Group, fix: str) -> list[str]:
-    """Raise InputError with all that differs from rank 0; return the host of each rank."""
+    """Raise InputError that names all differences from rank 0; return the host of each rank."""
     of_ranks = group.gather([group.host, mine])
     host, first = of_ranks[0]
     wrong = [

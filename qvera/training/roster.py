@@ -1,4 +1,4 @@
-"""Which adapters of a run are trained when: a queue, and those in flight.
+"""The order in which the adapters of a run are trained: a queue, and the adapters in flight.
 
 The adapters with the most optimizer steps left come first (ties: in the order of the data). So long ones do not trail
 at the end in passes that nobody fills. An adapter in flight is trained in every round until it leaves.
@@ -37,13 +37,13 @@ class AdapterRun:
     """The training of one adapter among many.
 
     Attributes:
-        number: its place in the order of the data.
+        number: the adapter's place in the order of the data.
         directory: its directory's name under ``adapters/``.
         step_rows: rows of an optimizer step; the last step of an epoch may have fewer.
-        slot, batches, shares: set while it is in flight; ``shares`` is its share of the learning rate by step.
+        slot, batches, shares: set while it is in flight. ``shares`` gives a step's share of the learning rate.
         best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
-        after: held-out loss of the saved vectors.
-        reason: why it is not saved: something was not finite, or memory ran out.
+        after: the scores of the vectors that are saved.
+        reason: why the adapter is not saved: something was not finite, or memory ran out.
     """
 
     number: int
@@ -64,27 +64,27 @@ class AdapterRun:
 
     @property
     def name(self) -> str:
-        """Its name in the data."""
+        """The adapter's name in the data."""
         return self.rows.name
 
     @property
     def has_left(self) -> bool:
-        """Whether it is not trained any more."""
+        """Whether the adapter has left, and is not trained any more."""
         return self.status in LEFT
 
     @property
     def steps_left(self) -> int:
-        """Optimizer steps that it still has to take."""
+        """The optimizer steps that the adapter still has to take."""
         return 0 if self.has_left else self.steps - self.state.step
 
     @property
     def takes_no_step(self) -> bool:
-        """Whether all its steps are taken, or it was stopped. Its last score may still be missing."""
+        """Whether all steps are taken, or the adapter was stopped. Its last score may still be missing."""
         return self.reason is not None or self.state.stopped_early or not self.steps_left
 
     @property
     def next_evaluation(self) -> Purpose | None:
-        """Why its held-out loss is wanted now: before its first step, due by its recipe, or of the vectors to save."""
+        """The reason to score the adapter now: before its first step, due by its recipe, or for the vectors to save."""
         if self.reason is not None or not len(self.rows.eval):
             return None
         if not self.state.step and self.state.before is None:
@@ -100,7 +100,7 @@ class AdapterRun:
 
     @property
     def held_slot(self) -> int:
-        """Its slot; it is in flight."""
+        """The slot of an adapter that is in flight."""
         assert self.slot is not None
         return self.slot
 
@@ -122,7 +122,7 @@ class AdapterRun:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether its recipe asks for its held-out loss after the step that it took last."""
+        """Whether the recipe asks for the held-out loss after the step that was taken last."""
         every = self.recipe.training.eval_steps
         return bool(len(self.rows.eval)) and every > 0 and self.state.step % every == 0
 
@@ -140,8 +140,9 @@ class AdapterRun:
             self.state.add_evaluation(result["loss"], training.early_stopping_patience)
             if training.load_best_model_at_end and self.state.best_step == self.state.step:
                 self.best = vectors.to("cpu", copy=True)
+            # after the last step this may be the score of the saved vectors, too: they need no pass of their own then
             if self.takes_no_step and not self.put_best_back(vectors):
-                self.after = result  # of the very vectors that are saved
+                self.after = result
         else:
             self.after, is_new = result, self.best is None
         if self.after is not None and not has_finite_loss(self.after):
@@ -157,7 +158,7 @@ class AdapterRun:
 
 
 def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
-    """All adapters of a run in the order of the data. InputError where a name can't be a directory's."""
+    """Make all adapters of a run in the order of the data. InputError where a name can't be a directory's."""
     directories = directory_names([*(rows.name for rows in datasets.adapters), *datasets.adapters_without_rows])
     size = recipe.training.global_batch_size
     return [
@@ -175,7 +176,7 @@ def adapter_runs(recipe: Recipe, datasets: Datasets) -> list[AdapterRun]:
 
 
 def deal(steps: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share out the adapters by number: the one with most steps goes to the rank with least work."""
+    """Share out the adapters by number, those with most steps first, each to the rank with least work so far."""
     load = [(0, rank) for rank in range(ranks)]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     for number in sorted(range(len(steps)), key=lambda number: -steps[number]):
@@ -188,7 +189,8 @@ def deal(steps: Sequence[int], ranks: int) -> list[list[int]]:
 class Roster:
     """The adapters of one process: the queue, and those in flight with their slots.
 
-    ``left``: how many are not trained any more. ``steps_behind``: steps taken, or given up by adapters that have left.
+    ``left``: how many adapters are not trained any more. ``steps_behind``: the steps that were taken, and those that
+    adapters gave up by leaving early.
     """
 
     def __init__(self, runs: Sequence[AdapterRun], slots: int, pass_rows: int | None) -> None:
@@ -209,13 +211,14 @@ class Roster:
 
     @property
     def free_slots(self) -> int:
-        """How many adapters may begin."""
+        """The number of adapters that may begin."""
         return len(self._free)
 
     def admit(self) -> list[AdapterRun]:
         """Let the next of the queue in while there is room; each gets a slot."""
         admitted: list[AdapterRun] = []
         while self.queue and self._free:
+            # the head of the queue alone decides: a later one that fits may not overtake it
             rows = sum(run.step_rows for run in (*self.in_flight, self.queue[0]))
             if self.pass_rows is not None and self.in_flight and rows > self.pass_rows:
                 break
@@ -229,7 +232,7 @@ class Roster:
         self.in_flight.append(run)
 
     def leave(self, run: AdapterRun, status: Status) -> None:
-        """Take an adapter out; its slot is free."""
+        """Take an adapter out of the flight, and free its slot."""
         assert run.slot is not None
         self.in_flight.remove(run)
         heapq.heappush(self._free, run.slot)
@@ -239,7 +242,7 @@ class Roster:
 
 
 def longest_pass(runs: Sequence[AdapterRun], lengths: np.ndarray, slots: int, pass_rows: int) -> list[int]:
-    """The longest rows that may meet in a pass: at most a step's rows of each adapter, of at most ``slots`` adapters.
+    """Return the longest rows that may meet in a pass: a step's rows of each adapter, of ``slots`` adapters at most.
 
     ``lengths``: int [n], tokens of each training row.
     """

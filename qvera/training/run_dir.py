@@ -73,6 +73,7 @@ def run_lock(run_dir: Path, wait_seconds: float = 0.0, what: str = "training.out
     try:
         yield
     finally:
+        # while the lock is held, since the next holder makes these files anew
         with contextlib.suppress(OSError):  # a disk that became read-only; a lock file that nobody holds does no harm
             for file in (owner, run_dir / RUN_PROGRESS, run_dir / _LOCK):
                 file.unlink(missing_ok=True)
@@ -85,8 +86,8 @@ def run_lock(run_dir: Path, wait_seconds: float = 0.0, what: str = "training.out
 def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
     """Refuse a directory that does not fit what was asked for; nothing is written.
 
-    Returns whether the run there is gone on with: if ``resume`` says so, or if it was interrupted after it had begun to
-    train. One that was interrupted before that may begin again.
+    Returns whether to go on with the run there: if ``resume`` says so, or if the run was interrupted after it had begun
+    to train. A run that was interrupted before that may begin again.
 
     Raises:
         InputError: it holds a run or a run's files (without ``resume``); it holds no run, or one of another recipe
@@ -109,7 +110,8 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
-    # what has a name that a run gives, and is not empty: a run that died at once leaves an empty metrics.jsonl
+    # Look for files with the names that a run gives. Empty ones don't count: a run that died at once leaves an empty
+    # metrics.jsonl.
     adapter = ADAPTERS if recipe.data.has_adapters else "adapter"
     names = [adapter, "metrics.jsonl", "run.json", "report.html", "checkpoints/step-*", "checkpoints/round-*"]
     written = [path for name in names for path in sorted(run_dir.glob(name))]
@@ -133,7 +135,7 @@ def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir}: is a file; a run needs a directory ({what}).")
     parent = existing_parent(run_dir)
-    try:  # by doing it: permission bits say yes to root even where nothing can be made
+    try:  # to make one: permission bits say yes to root even where nothing can be made
         os.rmdir(tempfile.mkdtemp(prefix=".qvera-", dir=parent))
     except OSError as error:
         raise InputError(
@@ -141,6 +143,7 @@ def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:
         ) from None
 
 
+# keys that may differ in a run that goes on, and why
 _FREE = {
     "model": ("stream",),  # the numbers are the same
     "data": ("tokenize_processes", "max_row_characters"),  # the rows are the same
@@ -151,11 +154,11 @@ _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO 
 
 
 LENGTH = ("training.max_steps", "training.num_train_epochs")
-"""They may grow in a run that goes on (`Run.check_length`)."""
+"""The keys that may grow in a run that goes on (`Run.check_length`)."""
 
 
 def changed_keys(before: dict[str, Any], recipe: Recipe, may_change: Sequence[str] = ()) -> list[str]:
-    """Keys that change what a step computes and differ between an earlier recipe (`Recipe.to_dict`) and this one.
+    """Return keys that change what a step computes and differ between an earlier recipe (`Recipe.to_dict`) and this.
 
     A key that only one of them has is no difference: it was written by another version.
     """
@@ -174,13 +177,14 @@ def changed_keys(before: dict[str, Any], recipe: Recipe, may_change: Sequence[st
 
 
 def this_process() -> dict[str, Any]:
-    """What run.json and the lock say of the process that writes, for `status_of` and people."""
+    """Return how run.json and the lock name the process that writes, for `status_of` and people."""
     return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
 def mark_ended(run_dir: Path, status: str) -> None:
     """Put the status into a run.json that this process has left ``running``."""
     found = try_read_json(run_dir / "run.json") or {}
+    # one that another process wrote, such as that of an earlier run, is left alone
     if found.get("status") == "running" and this_process().items() <= found.get("processes", {}).items():
         with contextlib.suppress(RunFailed):  # the disk is full, which has its own error
             write_run_json(run_dir, {**found, "status": status})
@@ -203,7 +207,7 @@ def write_run(run_dir: Path, summary: dict[str, Any], console: Console) -> None:
 
 
 def metrics_path(run_dir: Path, rank: int) -> Path:
-    """The file of a process's records, of those that write their own; when a run ends, the first one's has all."""
+    """Return the file of a process that writes its own records. When a run ends, the first one's has all of them."""
     return run_dir / (f"metrics.rank-{rank:05d}.jsonl" if rank else "metrics.jsonl")
 
 
@@ -217,7 +221,7 @@ def join_records(run_dir: Path, processes: int) -> None:
 
 
 def read_records(path: Path, unit: str = "step") -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl that have their ``unit``; lines that a killed run left half are passed over."""
+    """Yield the records of a metrics.jsonl that have a ``unit``. A line that a killed run left half is passed over."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -240,6 +244,7 @@ class MetricsLog:
         """
         self.path = path
 
+        # the run may go on from an older checkpoint than the newest, with many later records in the file
         def is_kept(record: dict[str, Any]) -> bool:
             is_behind = record[unit] < last_step + (again is None or record.get("kind") != again)
             return is_behind or record.get("rank", 0) != rank
@@ -254,7 +259,7 @@ class MetricsLog:
             handle.write("".join(json.dumps(plain_json(record)) + "\n" for record in records))
 
     def flush(self) -> None:
-        """Before a checkpoint: a power cut may not take records of steps that will not be run again."""
+        """Flush to the disk before a checkpoint: a power cut may not take records of steps that are not run again."""
         with self._disk_full():
             flush(self.path)
 
@@ -263,7 +268,7 @@ class MetricsLog:
 
 
 def repeat_line(record: dict[str, Any]) -> str | None:
-    """The console's line about a step that is taken again; None for another record."""
+    """Return the console's line about a step that is taken again; None for another record."""
     if record["kind"] == "skipped":
         scale = f"{record['loss_scale']:,.0f}"
         return (
@@ -281,14 +286,14 @@ def repeat_line(record: dict[str, Any]) -> str | None:
 
 
 def step_facts(record: dict[str, Any]) -> str:
-    """What stands behind the count of steps: loss, speed, memory."""
+    """Return the text that stands behind the count of steps: loss, speed, memory."""
     reward = f"reward {record['reward']:.4f}, " if "reward" in record else ""
     speed = f"{record['tokens_per_second']:,.0f} tokens/s, {size(record['memory_bytes'])}"
     return f"{reward}loss {record['loss']:.4f}, {speed}"
 
 
 class Trackers:
-    """Other trackers, by the names that transformers and accelerate give them; accelerate's do the work."""
+    """Trackers besides metrics.jsonl, named as in transformers and accelerate. Accelerate's classes do the work."""
 
     def __init__(self, names: list[str], run_dir: Path, config: dict[str, Any]) -> None:
         """Check the names; nothing is opened yet. InputError where a tracker is not known or not installed."""

@@ -1,4 +1,4 @@
-"""Models of many tenants on one base that answers meanwhile, each trained by calls: rows, losses and steps of its own.
+"""Models of many tenants on one base that answers meanwhile. Calls train them: rows with a loss, and optimizer steps.
 
 **Order.** Calls of one model are done in the order in which they came. Rows of many models' calls share a pass, where
 they are of one shape. The owner whose rows had the fewest tokens so far gives the next row, from its oldest call. So
@@ -65,12 +65,12 @@ That is exactly AdamW's step of vectors in units of 1/27: of b/27, and of d/27 w
 50 steps at 0.00173 give 1.650 so (bench/results/quality.jsonl), and by hand 1.701 with d starting 27 times as large.
 """
 _MOST_SLOTS = 64
-_SHORT_SECONDS = 0.1  # for calls without a pass, in one slice
-_PASSES_BEFORE_MORE = 50  # that went well, before a pass may have twice as many rows again after a shortage
+_SHORT_SECONDS = 0.1  # the limit of calls without a pass in one slice
+_PASSES_BEFORE_MORE = 50  # so many must go well after a shortage before a pass may have twice as many rows again
 _ATTENTION = re.compile(r"attn|attention")
 
 Done: TypeAlias = Callable[[Any], None]
-"""Gets a call's result or a `CallFailed`, once, in the engine's thread. It is quick and raises nothing."""
+"""Takes a call's result or a `CallFailed`, once, in the engine's thread. It must be quick and raise nothing."""
 
 
 class ModelShape(NamedTuple):
@@ -82,7 +82,7 @@ class ModelShape(NamedTuple):
 
     @property
     def is_lora(self) -> bool:
-        """Each model has A and B of its own; else it has vectors of VeRA."""
+        """Whether each model has A and B of its own. If not, it has vectors of VeRA."""
         return self.method == Lora.name
 
 
@@ -141,7 +141,7 @@ class _Rows:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Shortest rows last, so that the longest, which memory may not suffice for, come first."""
+        """Queue all rows again. The longest come first: if memory does not suffice for one, that is known soon."""
         self.left = sorted(range(len(self.rows)), key=lambda i: len(self.rows[i].tokens))
         self.results: dict[int, tuple[np.ndarray, float]] = {}
         self.begun = False
@@ -152,12 +152,12 @@ _Call: TypeAlias = _Do | _Step | _Rows
 
 @dataclasses.dataclass(eq=False)
 class _Model:
-    """``packed`` and ``file`` hold it where it has no slot: fp32 ``vectors``, ``first``, ``second`` and ``pending``."""
+    """A tenant's model. Without a slot, ``packed`` or ``file`` has its fp32 vectors, moments and pending gradient."""
 
     id: str
     owner: str
     calls: deque[_Call] = dataclasses.field(default_factory=deque)
-    slot: int = -1  # there is none
+    slot: int = -1  # -1: it is in none
     steps: int = 0
     packed: dict[str, Tensor] | None = None
     file: Path | None = None
@@ -184,7 +184,7 @@ class _Pool:
         self.joins_rows = lent.joins_rows
 
     def open(self, slots: int) -> None:
-        """Make the bank anew. ``pending`` [slots, trained_numbers] are gradients of whole calls."""
+        """Make the bank anew. ``pending`` [slots, trained_numbers]: the gradients of calls that are whole."""
         self.bank: AdapterBank = self.lent.make_bank(slots)
         factors = dict.fromkeys(self.bank.layout.columns, 1.0 if self.shape.is_lora else VERA_RATE_FACTOR)
         self.adamw, self.pending = BankAdamW(self.bank, factors), torch.zeros_like(self.bank.gradients)
@@ -192,7 +192,7 @@ class _Pool:
         self.residents: list[_Model | None] = [None] * slots
 
     def start(self, seed: int) -> Tensor:
-        """The numbers that a model starts with. ``seed``: of trained matrices; frozen ones are the same for all."""
+        """Return the numbers that a model starts with. ``seed``: for trained matrices; all share the frozen ones."""
         config = copy.copy(self.lent.model.peft_config[self.lent.adapter])
         method, specs = method_of(config), {layer.spec.name: layer.spec for layer in self.bank.layers}
         if method.source is Source.TRAINED:
@@ -216,7 +216,7 @@ class Tenants:
         self._base, self._settings, self._wake = base, settings, wake
         self._device = next(base.model.parameters()).device
         self._is_training = not draws_random_numbers(base.model)  # dropout and checkpoints come with this mode
-        self._arrivals: deque[tuple[str, str | None, _Call | None]] = deque()  # with the owner of a new model
+        self._arrivals: deque[tuple[str, str | None, _Call | None]] = deque()  # id, owner of a new model, call
         self._models: dict[str, _Model] = {}
         self._busy: dict[str, _Model] = {}  # those that have calls
         self._packed: dict[_Model, int] = {}  # bytes of those in host memory, in the order in which they came there
@@ -224,17 +224,17 @@ class Tenants:
         self._clock, self._numbers = itertools.count(1), itertools.count()
         self._spent: dict[str, int] = {}  # owner → tokens
         self._level = 0  # tokens of the owner who was next in the last pass
-        self._most_rows: int | None = None  # of a pass, since memory ran out
+        self._most_rows: int | None = None  # the limit of a pass, once memory has run out
         self._good_passes = 0
-        self._waits_for_room = False  # an optimizer step does
-        self.passes = 0  # since the start
+        self._waits_for_room = False  # whether an optimizer step waits for a slot
+        self.passes = 0  # taken since the start
         shutil.rmtree(settings.directory, ignore_errors=True)
         settings.directory.mkdir(parents=True)
 
-    # Called from any thread
+    # These methods may be called from any thread.
 
     def create(self, model_id: str, owner: str, shape: ModelShape, seed: int, done: Done) -> None:
-        """Make a model. ``owner``: whose turn its calls take."""
+        """Make a model. ``owner``: the one whose turns its calls take."""
 
         def make(model: _Model) -> None:
             model.pool = self._pool(shape)
@@ -243,7 +243,7 @@ class Tenants:
         self._send(model_id, _Do(done, make), owner)
 
     def load(self, model_id: str, owner: str, file: Path, with_optimizer: bool, done: Done) -> None:
-        """Make a model from a file of `save_state`: all of it, or its vectors alone."""
+        """Make a model from a file of `save_state`, with its optimizer's state or without."""
 
         def make(model: _Model) -> None:
             tensors, state = read_state(file, "Give another one.")
@@ -308,7 +308,7 @@ class Tenants:
         self._arrivals.append((model_id, owner, call))
         self._wake()
 
-    # The engine's thread
+    # These methods run in the engine's thread.
 
     def run_slice(self) -> None:
         """See `BackgroundWork.run_slice`: calls that need no pass, and one pass."""
@@ -350,12 +350,12 @@ class Tenants:
         call.done(result)
 
     def _do_short_calls(self) -> None:
-        """Do calls that need no pass, for a moment, and all optimizer steps that are due and have room."""
+        """Do calls that need no pass for up to `_SHORT_SECONDS`, and all optimizer steps that are due and have room."""
         until, due = time.monotonic() + _SHORT_SECONDS, dict[_Pool, list[_Model]]()
         for model in list(self._busy.values()):
             while model.calls and isinstance(call := model.calls[0], _Do) and time.monotonic() < until:
                 self._end(model, self._result_of(functools.partial(call.do, model)))
-                if not hasattr(model, "pool"):
+                if not hasattr(model, "pool"):  # the call that makes it has failed
                     self._drop(model, "could not be made")
             if model.calls and isinstance(model.calls[0], _Step):
                 due.setdefault(model.pool, []).append(model)
@@ -367,7 +367,7 @@ class Tenants:
             self._step(pool, chosen)
 
     def _result_of(self, do: Callable[[], Any]) -> Any:
-        """What it returns, or the `CallFailed` that says why it does not."""
+        """Return the result of ``do``, or the `CallFailed` that says why there is none."""
         try:
             found = or_shortage(do, self._device)
             return CallFailed(f"Memory ran out: {found}.", "server") if isinstance(found, Shortage) else found
@@ -381,12 +381,12 @@ class Tenants:
             return CallFailed(first_line(error), "server")
 
     def _step(self, pool: _Pool, models: Sequence[_Model]) -> None:
-        """Take the optimizer steps of models that are in slots, which have no scratch now."""
+        """Take the optimizer steps of models that are in slots."""
         slots = [model.slot for model in models]
         settings = [model.calls[0].settings for model in models if isinstance(model.calls[0], _Step)]
 
         def step() -> list[float]:
-            for slot in slots:
+            for slot in slots:  # no call of these models has begun, so their gradients in the bank are free to use
                 pool.bank.gradients[slot].copy_(pool.pending[slot])
             return pool.adamw.step(slots, settings)
 
@@ -422,17 +422,17 @@ class Tenants:
                 self._end(model, self._result_of(functools.partial(self._finished, model, call)))
 
     def _choose_rows(self) -> list[_Taken]:
-        """The rows of the next pass, whose models are in slots then."""
+        """Choose the rows of the next pass, and put their models into slots."""
         waiting: dict[str, list[tuple[_Model, _Rows]]] = {}
         for model in list(self._busy.values()):
             if isinstance(call := model.calls[0], _Rows):
                 waiting.setdefault(model.owner, []).append((model, call))
-        # who was idle begins level with the one who is next, and has no tokens to make up for
+        # an owner who was idle begins level with the one who is next: unused turns are not saved up
         spent = {owner: max(self._spent.get(owner, 0), self._level) for owner in waiting}
         self._level = min(spent.values(), default=self._level)
         self._spent = {owner: tokens for owner, tokens in self._spent.items() if tokens > self._level} | spent
         for calls in waiting.values():
-            calls.sort(key=lambda one: one[1].number, reverse=True)
+            calls.sort(key=lambda one: one[1].number, reverse=True)  # the oldest last, to be popped
         chosen, kind, longest, total, is_full = list[_Taken](), None, 0, 0, self._waits_for_room
         while waiting:
             owner = min(waiting, key=lambda one: self._spent[one])
@@ -448,14 +448,14 @@ class Tenants:
                     self._spent[owner] += tokens
                     chosen.append((model, call, call.left.pop()))
                     continue
-                is_full = True
+                is_full = True  # nobody after it begins a call, so that room comes to it at last
             waiting[owner].pop()
             if not waiting[owner]:
                 del waiting[owner]
         return chosen
 
     def _begin_anew(self, chosen: Sequence[_Taken], failed: CallFailed) -> None:
-        """Undo the calls of a pass that failed, and take fewer rows; the call of a single row ends."""
+        """Undo the calls of a pass that failed, and halve the rows of later ones. The call of a single row ends."""
         pool = chosen[0][0].pool
         forget_inputs(pool.lent.model)
         for model, call, _ in chosen:
@@ -470,7 +470,7 @@ class Tenants:
         self._end(model, CallFailed(text, failed.category))
 
     def _finished(self, model: _Model, call: _Rows) -> RowResults:
-        """Add the scratch to the pending gradient, if all of the call is finite."""
+        """Add the gradient of a whole call to the pending one. CallFailed where something in it is not finite."""
         pool, slot = model.pool, model.slot
         scratch, results = pool.bank.gradients[slot], [call.results[i] for i in range(len(call.rows))]
         try:
@@ -486,10 +486,10 @@ class Tenants:
                 scratch.zero_()
         return RowResults([logprobs for logprobs, _ in results], math.fsum(loss for _, loss in results))
 
-    # Where a model is
+    # These methods move models between slots, host memory and files.
 
     def _pool(self, shape: ModelShape) -> _Pool:
-        """The models of a shape; CallFailed where there can be none."""
+        """Return the pool of a shape, made at its first use. CallFailed where this base has no such models."""
         if shape not in self._pools:
             about = {"method": shape.method, "rank": shape.rank, "targets": self._targets(shape.targets)}
             section = AdapterSection.model_validate(about | ({"alpha": LORA_ALPHA} if shape.is_lora else {}))
@@ -497,7 +497,7 @@ class Tenants:
         return self._pools[shape]
 
     def _targets(self, targets: str) -> str | list[str]:
-        """What a recipe's ``adapter.targets`` would be."""
+        """Return the ``adapter.targets`` that a recipe would have."""
         if targets == "all-linear":
             return targets
         found = {name.removesuffix(".base_layer"): spec for name, spec in linear_specs(self._base.model).items()}
@@ -509,7 +509,7 @@ class Tenants:
         return sorted(wanted if short & others else short)
 
     def _open(self, pool: _Pool) -> bool:
-        """Give a pool its bank. Others that are not in use give up theirs; False: they are in use."""
+        """Give a pool its bank, for which idle pools give up theirs. Returns False where too many are in use."""
         slots = max(min(self._settings.device_bytes // 2 // pool.slot_bytes, _MOST_SLOTS), 1)
         others = [other for other in self._pools.values() if other.residents]
         others.sort(key=lambda one: max((model.used for model in one.residents if model), default=0))
@@ -529,7 +529,7 @@ class Tenants:
         return True
 
     def _takes_slot(self, model: _Model, kept: Collection[_Model] = ()) -> bool:
-        """Put a model into a slot, if it is in none. False: all are needed, by ``kept`` too; or its call failed."""
+        """Put a model into a slot, if it is in none. False: all are in use or ``kept``, or its call has failed."""
         found = self._result_of(lambda: self._has_slot(model, kept))
         if isinstance(found, CallFailed):
             self._end(model, found)
@@ -545,11 +545,12 @@ class Tenants:
             idle = [one for one in pool.residents if one is not None and not one.is_begun and one not in kept]
             if not idle:
                 return False
+            # rather a model without calls, and of these the one that was used longest ago
             self._page_out(min(idle, key=lambda one: (bool(one.calls), one.used)))
         tensors, slot = self._tensors(model), pool.residents.index(None)
         pool.bank.put(slot, tensors["vectors"])
         for name, rows in pool.trained.items():
-            rows[slot].copy_(tensors[name] if name in tensors else torch.zeros(()))
+            rows[slot].copy_(tensors[name] if name in tensors else torch.zeros(()))  # zeros were not kept
         pool.adamw.steps[slot] = model.steps
         pool.residents[slot], model.slot = model, slot
         self._unpack(model)
@@ -561,7 +562,7 @@ class Tenants:
         self._pack(model, tensors)
 
     def _pack(self, model: _Model, tensors: dict[str, Tensor]) -> None:
-        """Hold a model in host memory, and write those that came there first to files if it is full."""
+        """Hold a model in host memory. If that is full, write the models that came there first to files."""
         model.packed, self._packed[model] = tensors, sum(tensor.nbytes for tensor in tensors.values())
         while sum(self._packed.values()) > self._settings.host_bytes:
             first = next(iter(self._packed))
@@ -575,14 +576,14 @@ class Tenants:
             first.file = file
 
     def _unpack(self, model: _Model) -> None:
-        """Drop what is held of a model beside its slot."""
+        """Drop a model's copy in host memory or in a file."""
         self._packed.pop(model, None)
         if model.file is not None:
             model.file.unlink(missing_ok=True)
         model.packed = model.file = None
 
     def _tensors(self, model: _Model) -> dict[str, Tensor]:
-        """A model's tensors in host memory, wherever it is."""
+        """Return a model's tensors in host memory, wherever it is."""
         if model.packed is not None:
             return model.packed
         if model.file is not None:

@@ -1,4 +1,4 @@
-"""Rows with targets and losses of their own, and a pass over rows of many models."""
+"""A forward and backward pass over rows of many models, each with targets and a loss of its own."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class TokenRow(NamedTuple):
 
 
 Settings: TypeAlias = tuple[tuple[str, float], ...]
-"""Of a loss, by name."""
+"""The settings of a loss, by name."""
 
 
 class PassRow(NamedTuple):
-    """A row of a pass: of the model in a slot, with a loss and its settings."""
+    """A row of a pass: the slot of its model, the row, and its loss with settings."""
 
     slot: int
     row: TokenRow
@@ -47,9 +47,9 @@ class PassRow(NamedTuple):
 def run_pass(
     lent: LentBank, bank: AdapterBank, rows: Sequence[PassRow], chunk_tokens: int, is_training: bool, gradients: bool
 ) -> list[tuple[np.ndarray, float]]:
-    """The log-probabilities of each row's targets, fp32 [N, K], and its loss. Gradients are added to the bank's.
+    """Return the log-probabilities of each row's targets, fp32 [N, K], and its loss. Add gradients to the bank's.
 
-    Rows of one loss and settings stand together. ``is_training`` is the mode of the model.
+    Rows of one loss with equal settings must stand together. ``is_training``: the mode that the model is in.
     """
     counts, nothing = [len(own.row.tokens) for own in rows], np.zeros(0, np.int32)
     examples = [
@@ -63,16 +63,17 @@ def run_pass(
         arrays = {"places": np.concatenate([begin + np.arange(count) for begin, count in begins])}
         places = accelerator.tensors_on(bank.device, arrays)["places"]
         with bank.rows([own.slot for own in rows], tokens), torch.set_grad_enabled(gradients):
+            # the states of all rows' own tokens, in one sequence; those of padding are left out
             hidden = states_at(forward.hidden_states(lent.model, batch), places)
             head, losses = Head.of(causal_model(lent.model)), list[Tensor]()
             found = list[tuple[list[PassRow], Tensor]]()
-            for _, group in itertools.groupby(rows, lambda own: own[2:]):
+            for _, group in itertools.groupby(rows, lambda own: own[2:]):  # by loss and settings
                 part, begin = list(group), sum(len(each) for _, each in found)
                 end = begin + sum(len(own.row.tokens) for own in part)
                 loss, each = _group_loss(hidden[begin:end], head, part, chunk_tokens)
                 losses.append(loss)
                 found.append((part, each))
-            if gradients:
+            if gradients:  # one backward pass through the layers for all losses
                 torch.stack(losses).sum().backward()
         results = list[tuple[np.ndarray, float]]()
         for part, each in found:
@@ -83,10 +84,11 @@ def run_pass(
 
 
 def _group_loss(hidden: Tensor, head: Head, rows: Sequence[PassRow], chunk_tokens: int) -> tuple[Tensor, Tensor]:
-    """The loss of rows that have the same one, and fp32 [n, K + 1]: log-probabilities, and the loss of each token."""
+    """Return the loss of rows that share a kind, and fp32 [n, K + 1]: log-probabilities, and each token's loss."""
     loss, wide = TOKEN_LOSSES[rows[0].loss], max(own.row.targets.shape[1] for own in rows)
 
-    def joined(parts: Sequence[np.ndarray]) -> np.ndarray:  # what is beside a row's own targets weighs nothing
+    # rows with fewer targets at a position than others get more of them; their inputs are 0, so these weigh nothing
+    def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([np.pad(part, ((0, 0), (0, wide - part.shape[1]))) for part in parts])
 
     arrays = {name: joined([own.row.inputs[name].astype(np.float32) for own in rows]) for name in loss.inputs}
@@ -94,7 +96,7 @@ def _group_loss(hidden: Tensor, head: Head, rows: Sequence[PassRow], chunk_token
     arrays["row"] = np.repeat(np.arange(len(rows)), [len(own.row.tokens) for own in rows])
     given = accelerator.tensors_on(hidden.device, arrays)
     targets, row = given.pop("targets"), given.pop("row")
-    if loss.by_row:
+    if loss.by_row:  # the weight of a token depends on all tokens of its row, so a pass without gradient comes first
         _, logprobs = target_loss(hidden.detach(), targets, head, chunk_tokens, lambda lps, _: (lps, lps))
         given["sequence_ratio"] = sequence_ratios(logprobs, given, row, len(rows))
     weigh, losses = weigher(loss, given, dict(rows[0].settings)), torch.zeros(len(hidden), 1, device=hidden.device)

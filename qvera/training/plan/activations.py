@@ -48,7 +48,7 @@ _INPUTS = {
 
 
 def kept_bytes(run: PlannedRun) -> int:
-    """What one decoder layer keeps for backward, its input included (the first norm keeps that)."""
+    """Return the bytes that one decoder layer keeps for backward, its input included (the first norm keeps that)."""
     tiled = goes_by_tiles(run)  # then the MLP keeps its input
     inside = run.batch.all_tokens * (run.shape.hidden if tiled else 2 * _dense_width(run)) * run.itemsize
     linears = [x for x in run.layer if not (tiled and x.role in _MLP)]
@@ -57,14 +57,14 @@ def kept_bytes(run: PlannedRun) -> int:
 
 
 def _dense_width(run: PlannedRun) -> int:
-    """The width of the MLP that all tokens go through; beside experts that of the shared ones."""
+    """Return the width of the MLP that all tokens go through: beside experts, that of the shared ones."""
     if not run.layer_experts:
         return run.shape.ff
     return max((x.m for x in run.layer if x.role == "up_proj"), default=0)
 
 
 def _expert_bytes(run: PlannedRun) -> tuple[int, int]:
-    """What a layer's experts keep for backward, and the most that exists beside it (`qvera.models.experts`)."""
+    """Return the bytes that a layer's experts keep, and the most that exists beside them (`qvera.models.experts`)."""
     size, rows, rank = run.itemsize, run.batch.all_tokens * run.shape.experts_per_token, run.recipe.adapter.rank
     kept, most = 0, 0
     # JetMoE has some in its attention too
@@ -95,13 +95,13 @@ def goes_by_tiles(run: PlannedRun) -> bool:
 
 
 def input_bytes(run: PlannedRun) -> int:
-    """What checkpointed layers keep on the device: their inputs."""
+    """Return the bytes of the inputs that checkpointed layers keep on the device."""
     inputs = min(INPUTS_ON_DEVICE, run.shape.layers) if run.checkpointing == "offload" else run.shape.layers
     return inputs * run.batch.all_tokens * run.shape.hidden * run.itemsize
 
 
 def offloaded_bytes(run: PlannedRun) -> int:
-    """Pinned RAM for the offloaded inputs of checkpointed layers (`qvera.models.stream`)."""
+    """Return the pinned RAM for the offloaded inputs of checkpointed layers (`qvera.models.stream`)."""
     if run.checkpointing != "offload":
         return 0
     chunks = -(-run.batch.all_tokens * run.shape.hidden * run.itemsize // CHUNK_BYTES)
@@ -109,7 +109,7 @@ def offloaded_bytes(run: PlannedRun) -> int:
 
 
 def product_shapes(run: PlannedRun) -> int:
-    """How many different matrix products one token count needs in a decoder layer, forward and backward."""
+    """Return how many different matrix products one token count needs in a decoder layer, forward and backward."""
     rank, pairs = run.recipe.adapter.rank, {("W", x.n, x.m) for x in run.layer}
     for x in run.layer:
         if x.name in run.adapted_names and not run.is_summed(x):
@@ -118,18 +118,18 @@ def product_shapes(run: PlannedRun) -> int:
 
 
 def norm_bytes(run: PlannedRun) -> int:
-    """An RMS norm keeps its input and one factor a token in fp32 (`qvera.models.lean_layers`)."""
+    """Return the bytes that an RMS norm keeps: its input, and an fp32 factor a token (`qvera.models.lean_layers`)."""
     return run.batch.all_tokens * (run.shape.hidden * run.itemsize + 4)
 
 
 def method_bytes(run: PlannedRun, x: Linear) -> LinearBytes:
-    """What the method says of a step at one linear."""
+    """Return the bytes of a step at one linear, as the adapter's method counts them."""
     tokens, machine = run.batch.all_tokens, run.machine
     return run.method.memory(run.recipe.adapter, x, tokens, machine.dtype, machine.on_gpu)
 
 
 def _groups(run: PlannedRun) -> list[tuple[int, int]]:
-    """Of each group of rows that a CPU attends to its places, padding included, and the bytes of a number.
+    """Return the places (padding included) of each group of rows that a CPU attends to, and the bytes of a number.
 
     Joined rows go in groups of like length (`qvera.models.attention.attend_in_groups`); [] elsewhere.
     """
@@ -163,7 +163,7 @@ def _attention_bytes(run: PlannedRun) -> int:
 
 
 def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
-    """Z of each input that low-rank paths read (shared by its readers), x where `fused.keeps_input`."""
+    """Return the bytes kept for adapters: z of each input (its readers share it), x where `fused.keeps_input`."""
     T, size, section, method = run.batch.all_tokens, run.itemsize, run.recipe.adapter, run.method
     attention_keeps = run.attention != "eager" and not _groups(run)  # its output, which o_proj reads
     schedules = plugins.schedules_of(training=run.recipe.training)
@@ -197,13 +197,13 @@ def _adapter_bytes(run: PlannedRun, linears: Sequence[Linear]) -> int:
 
 
 def _slots_bytes(run: PlannedRun, x: Linear) -> int:
-    """The tensors of one linear of all adapters of a pass, in fp32."""
+    """Return the fp32 bytes of one linear's tensors of all adapters of a pass."""
     shapes = run.method.tensors(run.recipe.adapter, x).values()
     return 4 * min(run.slots, run.recipe.training.per_device_train_batch_size) * sum(map(math.prod, shapes))
 
 
 def _product_bytes(run: PlannedRun, x: Linear) -> int:
-    """The most that the weights of one linear's products take for the moment: W, C = diag(b) B diag(d), W + ΔW, M."""
+    """Return the most bytes of weights in one linear's products: W, C = diag(b) B diag(d), W + ΔW, M."""
     section, size, T, numbers = run.recipe.adapter, run.itemsize, run.batch.all_tokens, x.n * x.m
     read, is_summed = 0, run.is_summed(x)
     if run.recipe.model.quantization != "none" and x.quantizable:  # W, and its scales
@@ -236,13 +236,13 @@ def _product_bytes(run: PlannedRun, x: Linear) -> int:
 
 
 def _z_bytes(run: PlannedRun) -> dict[str, int]:
-    """Bytes of the z that each linear keeps, by its role; linears with one input share theirs."""
+    """Return role → bytes of the z that such a linear keeps. Linears with one input share theirs."""
     kept = [x for x in run.layer if x.name in run.adapted_names and not run.keeps_input(x)]
     return {x.role: run.batch.all_tokens * run.rank_at(x) * run.itemsize for x in kept}
 
 
 def _input_gradients(run: PlannedRun, role: str) -> int:
-    """How many gradients of one linear's input there are at a time: of W, and of A where it has a path of its own."""
+    """Return how many gradients of a linear's input exist at a time: of W, and of A where it has its own path."""
     # where the pair is trained, the frozen product is in the adapter's own node (`Method.with_base`)
     one_node = trains_pair(run.method) and not run.recipe.adapter.dropout and run.sharing.stage < 3
     own = (x for x in run.layer if x.role == role and x.name in run.adapted_names)
@@ -250,7 +250,7 @@ def _input_gradients(run: PlannedRun, role: str) -> int:
 
 
 def _mlp_peak(run: PlannedRun) -> int:
-    """The most at a kernel while backward goes through the MLP."""
+    """Return the most bytes that exist at a kernel while backward goes through the MLP."""
     T, size, down = run.batch.all_tokens, run.itemsize, _z_bytes(run).get("down_proj", 0)
     g, wide = T * run.shape.hidden * size, T * _dense_width(run) * size
     # the gradients of gate and up have taken the place of what the MLP kept
@@ -260,7 +260,7 @@ def _mlp_peak(run: PlannedRun) -> int:
 
 
 def transient_bytes(run: PlannedRun) -> int:
-    """The most that exists beside what is kept while backward goes through one layer: gradients and weights."""
+    """Return the most bytes of gradients and weights that exist beside the kept ones in one layer's backward."""
     s, b, T, size, z = run.shape, run.batch, run.batch.all_tokens, run.itemsize, _z_bytes(run)
     g, gone = T * s.hidden * size, z.get("o_proj", 0)
     if goes_by_tiles(run):
@@ -276,6 +276,7 @@ def transient_bytes(run: PlannedRun) -> int:
             + z.get("down_proj", 0)
             + max(z.get("gate_proj", 0), z.get("up_proj", 0))
         )
+    # the same for the products of the attention, then for the attention itself, by its implementation
     heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
     flowing = dict.fromkeys(("q_proj", "k_proj", "v_proj"), 3 * g + heads + 2 * kv - gone)
     flowing["o_proj"] = g + _input_gradients(run, "o_proj") * heads
@@ -310,13 +311,13 @@ class Recurrence(NamedTuple):
     beside: tuple[float, ...]  # the most that exists beside it, in forward or backward
 
     def bytes_of(self, batch: Batch) -> tuple[int, int]:
-        """Kept, and beside it."""
+        """Return the bytes kept by autograd, and the most beside them, for the rows of a batch."""
         tokens = -(-batch.tokens // self.chunk) * self.chunk
         return batch.rows * int(np.polyval(self.kept, tokens)), batch.rows * int(np.polyval(self.beside, tokens))
 
 
 def recurrences(model: nn.Module, hidden: int, dtype: torch.dtype) -> dict[int, Recurrence]:
-    """By layer, of a model without weights; {} where transformers' code does not run so."""
+    """Count the recurrences of a model without weights, by layer. {} where transformers' code does not run on meta."""
     found, counted = {}, dict[Any, Any]()
     for path, module in model.named_modules():
         layer = LAYER.search(f".{path}.")
@@ -333,7 +334,7 @@ def recurrences(model: nn.Module, hidden: int, dtype: torch.dtype) -> dict[int, 
 
 
 def kinds_of_layers(run: PlannedRun) -> list[tuple[PlannedRun, int]]:
-    """For each kind of layer: the run as if all its layers were of that kind, and how many of its layers are."""
+    """Return, for each kind of layer, the run as if all layers were of that kind, and how many of them are."""
     shape, kinds = run.shape, dict[Any, list[int]]()
     if not shape.recurrences:
         return [(run, shape.layers)]
@@ -369,7 +370,7 @@ def _count(module: nn.Module, hidden: int, dtype: torch.dtype, chunk: int) -> tu
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operators return, while they live, and their peak."""
+    """Counts the bytes of live storages that operators have returned, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -387,7 +388,7 @@ class _Live(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, storage.nbytes()  # views share a storage, which counts once
         if key in self._known:
             return
 

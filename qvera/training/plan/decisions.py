@@ -1,4 +1,4 @@
-"""The longest forward pass of a run, what the recipe leaves open, and which changes would make a run fit.
+"""The longest forward pass of a run, decisions that the recipe leaves open, and changes that would make a run fit.
 
 `training.gradient_checkpointing: auto` is the fastest way that fits. Recomputing a layer is a third of its work where
 the base is frozen (it has no gradients of weights), so it is left out where there is room. `model.stream: auto` streams
@@ -44,8 +44,8 @@ _CANDIDATES = 200  # how many of the longest forward passes are looked at closel
 def longest_batch(
     rows: Rows | None, joined: Joined | None, rounded: bool, masked: bool, image_tokens: int = 0
 ) -> BatchOf:
-    """The longest batch over these rows, remembered by what it depends on. ``image_tokens``: of each row's image."""
-    known: dict[tuple[int, int], Batch] = {}
+    """Return recipe → its longest batch over these rows. ``image_tokens``: the tokens of each row's image."""
+    known: dict[tuple[int, int], Batch] = {}  # by the keys that it depends on; many changes of a recipe ask for it
 
     def longest(recipe: Recipe) -> Batch:
         if rows is None:
@@ -72,7 +72,7 @@ def longest_batch(
 
 
 def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: int = 0) -> Batch:
-    """Every row at ``data.max_length``, none padded, all of it trained but what ``data.max_target_length`` excludes.
+    """Assume every row to be ``data.max_length`` long, and trained but for what ``data.max_target_length`` excludes.
 
     An image is a row of ``image_tokens``; the last one stands for the class.
     """
@@ -96,7 +96,7 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: in
 
 
 def pass_rows(recipe: Recipe) -> int:
-    """The most rows of a forward pass; with many adapters, no more than a step of each in flight."""
+    """Return the most rows of a forward pass; with many adapters, no more than a step of each in flight."""
     training = recipe.training
     if not recipe.data.has_adapters or training.adapters_at_once == "auto":
         return training.per_device_train_batch_size
@@ -104,9 +104,9 @@ def pass_rows(recipe: Recipe) -> int:
 
 
 def _token_counts(lengths: np.ndarray, longest: Batch, rounded: bool) -> int:
-    """How many token counts the passes may have: padded, as many as rows have lengths.
+    """Return how many token counts the passes may have. Padded ones have as many as rows have lengths.
 
-    Joined rows have any number up to that of the longest pass. Where it matters it is rounded up.
+    Joined rows may have any number up to that of the longest pass, which is rounded up where it matters.
     """
     if not longest.joined:
         different = set(lengths.tolist())
@@ -118,8 +118,10 @@ def _token_counts(lengths: np.ndarray, longest: Batch, rounded: bool) -> int:
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
-    """The rows of the forward pass with the most tokens (padding included) among the first ``steps`` steps."""
+    """Find the forward pass with the most tokens (padding included) in the first ``steps`` steps; return its rows."""
     batches, packing = batches_of(recipe, rows), recipe.data.packing
+    # First by padded size, which numpy has for an epoch at once. Then only the longest are collated, to see how many
+    # tokens they have where their rows are joined.
     candidates: dict[tuple[int, ...], int] = {}
     for stretch in batches.stretches(steps):
         passes = [each for part in stretch for each in batches.cut(part)]
@@ -148,7 +150,7 @@ def batch_of(
     masked: bool = False,
     whole_rows: bool = False,
 ) -> Batch:
-    """These rows as one forward pass.
+    """Return the sizes of these rows as one forward pass.
 
     ``joined``: how they may be put into one sequence; with ``packing`` or ``whole_rows`` they are joined even where
     that does not pay. ``masked``: rows of different lengths need a mask.
@@ -182,7 +184,7 @@ _SHORTEST_TOKENS, _SMALLEST_RANK, _SMALLEST_CHUNK = 64, 8, 32
 
 
 def mode_word(mode: Mode) -> str:
-    """``off``, ``on`` or ``offload``."""
+    """Return the word for a mode: ``off``, ``on`` or ``offload``."""
     return mode if isinstance(mode, str) else "on" if mode else "off"
 
 
@@ -226,7 +228,7 @@ class Streaming:
 
 
 def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
-    """The most adapters in flight: what the recipe says, or as many as fill a pass; 0 where it trains one adapter.
+    """Return the most adapters in flight: as the recipe says, or as many as fill a pass; 0 where it trains one adapter.
 
     ``adapter_rows``: training rows of each adapter; where they are not known, each has enough for a whole step.
     """
@@ -242,12 +244,12 @@ def wanted_slots(recipe: Recipe, adapter_rows: Sequence[int] = ()) -> int:
 
 
 def slots_to_fill(step_rows: Sequence[int], pass_rows: int) -> int:
-    """How many adapters fill a pass, from each one's rows of a step, those of few rows first; at least one."""
+    """Return how many adapters fill a pass, at least one. ``step_rows``: each one's rows of a step; few come first."""
     return max(1, int((np.cumsum(sorted(step_rows)) <= pass_rows).sum()))
 
 
 def with_fitting_slots(run: PlannedRun) -> PlannedRun:
-    """The run with as many of its slots as memory allows, at least one; as it is where the recipe says how many."""
+    """Return the run with as many slots as memory allows, at least one; as it is where the recipe says how many."""
     if not run.slots or run.recipe.training.adapters_at_once != "auto":
         return run
     excess = run.needed_bytes - run.machine.available_bytes
@@ -255,7 +257,7 @@ def with_fitting_slots(run: PlannedRun) -> PlannedRun:
 
 
 def hold_weights(run: PlannedRun) -> PlannedRun:
-    """The run with W + ΔW made once a step, and held, where one process on a CPU can; else as it is.
+    """Return the run with W + ΔW made once a step and held, where one process on a CPU can; else as it is.
 
     They may take a quarter of the free memory, and the run has to fit with them. It saves a tenth of a step. A resumed
     run keeps `PlannedRun.builds_per_pass`, since layers choose their path by it.
@@ -267,7 +269,7 @@ def hold_weights(run: PlannedRun) -> PlannedRun:
 
 
 def decide_checkpointing(run: PlannedRun) -> Checkpointing:
-    """The mode of a run, and why. Without ``auto``, what the recipe says."""
+    """Decide on the mode of gradient checkpointing. Without ``auto`` it is what the recipe says."""
     asked, machine, sharing = run.recipe.training.gradient_checkpointing, run.machine, run.sharing
     if asked != "auto":
         shared = asked == "offload" and run.checkpointing is True
@@ -276,6 +278,7 @@ def decide_checkpointing(run: PlannedRun) -> Checkpointing:
     available = machine.available_bytes // (1 if machine.on_gpu else sharing.per_node)  # ranks divide a machine's RAM
     runs = {mode: run.changed({"training.gradient_checkpointing": mode}) for mode in modes_of(run)}
     needed = {mode: each.memory.total_bytes for mode, each in runs.items()}
+    # keep activations where there is room, move layer inputs to RAM where even these do not fit, else recompute
     mode: Mode = True
     why = f"auto: without it the run would take {size(needed[False])} of {size(available)}"
     if needed[False] <= available * (OFF_SHARE_ACCELERATOR if machine.on_gpu else OFF_SHARE_CPU):
@@ -292,7 +295,7 @@ def decide_checkpointing(run: PlannedRun) -> Checkpointing:
 
 
 def modes_of(run: PlannedRun) -> list[Mode]:
-    """What there is on a machine for a run, the fastest first."""
+    """Return the modes that a run may have on its machine, the fastest first."""
     # TRL enables checkpointing anew in each pass, as transformers does it
     can_offload = accelerator.has_own_memory(run.machine.device_type) and not task_of(run.recipe).loss_is_trl
     return [False, True, "offload"] if can_offload else [False, True]
@@ -306,13 +309,14 @@ def can_stream(run: PlannedRun) -> bool:
 
 
 def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
-    """The run with `model.stream` and `training.gradient_checkpointing` written out, and why."""
+    """Return the run with `model.stream` and `training.gradient_checkpointing` written out, and the decisions."""
     asked, machine = run.recipe.model.stream, run.machine
 
     def planned(streams: bool) -> tuple[PlannedRun, Checkpointing]:
         mode = decide_checkpointing(run.changed({"model.stream": streams}))
         return run.changed({"model.stream": streams, "training.gradient_checkpointing": mode.mode}), mode
 
+    # last of the three, as it takes whatever room is left: until then the run is planned without such copies
     wants_resident = run.recipe.model.resident == "auto" and run.is_four_bit
     if wants_resident:
         run = run.changed({"model.resident": False})
@@ -340,7 +344,7 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
 
 
 def with_resident(run: PlannedRun) -> PlannedRun:
-    """The run with copies of its 4-bit linears in 16 bits (`model.resident`), where a GPU has room beside all else."""
+    """Return the run with 16-bit copies of its 4-bit linears (`model.resident`), where a GPU has room for them."""
     machine = run.machine
     may = machine.on_gpu and run.is_four_bit and run.sharing.stage < 3
     may = may and machine.dtype.itemsize == 2 and run.recipe.model.compute_dtype != "float32"
@@ -351,19 +355,19 @@ def with_resident(run: PlannedRun) -> PlannedRun:
 
 @dataclass(frozen=True)
 class Change:
-    """Keys of the recipe with their new values, and what the plan then comes to."""
+    """New values for keys of the recipe, and the memory that the plan then comes to."""
 
     settings: dict[str, Any]
     total_bytes: int
     fits: bool
 
     def __str__(self) -> str:
-        """As the command line takes them, quoted for a shell. JSON is YAML."""
+        """The options of a command line, quoted for a shell. Values are JSON, which is YAML too."""
         return " ".join("--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in self.settings.items())
 
 
 def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
-    """Single changes that make the recipe fit, the mildest value of each; where none does, they are added up.
+    """Return single changes that make the recipe fit, each with its mildest value. Where none does, they are added up.
 
     The last resort, all changes at their extreme, is given even where it does not fit.
     """
@@ -383,6 +387,7 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
         singles += [change for change in attempts if change is not None and change.fits][:1]
     if singles:
         return singles
+    # no single one is enough: each key goes to its extreme, in order, until the sum of them is
     last: Change | None = None
     for key, values in steps.items():
         for value in values:
@@ -393,11 +398,12 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
 
 
 def _steps(run: PlannedRun) -> dict[str, list[Any]]:
-    """Each key that saves memory, with ever smaller values; in the order of what it costs the result of a run."""
+    """Return each key that saves memory, with ever smaller values. The keys come by what they cost a run's result."""
     training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
     rows, modes = pass_rows(run.recipe), modes_of(run)
+    # rows of a pass have to divide those of a step
     fewer_rows = [n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0]
-    if data.has_adapters:  # whose rows are cut into passes together, which need not divide a step of one
+    if data.has_adapters:  # their rows are cut into passes together, so a pass need not divide a step of one
         fewer_rows = list(_eighths(rows, 1))
     longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
@@ -417,7 +423,7 @@ def _halved(value: int, least: int) -> list[int]:
 
 
 def _eighths(value: int, multiple: int) -> Iterator[int]:
-    """Down in steps of an eighth, rounded to a multiple."""
+    """Yield values that go down by an eighth each, rounded to a multiple."""
     while value > multiple:
         value = min(value * 7 // 8 // multiple * multiple, value - multiple)
         yield value

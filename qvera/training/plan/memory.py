@@ -1,7 +1,7 @@
-"""Bytes of a run: what it holds throughout and in each moment of a step; of a process, and of one rank of several.
+"""Bytes that a process, or one rank of several, holds throughout a run and in each moment of a step.
 
-What ranks divide follows `qvera.distributed`, the optimizers of DeepSpeed 0.19 and `qvera.training.engine`.
-tests/distributed/test_stages.py counts it in live objects, and bench/zero.py in whole processes.
+The parts that ranks divide follow `qvera.distributed`, the optimizers of DeepSpeed 0.19 and `qvera.training.engine`.
+tests/distributed/test_stages.py counts them in live objects, and bench/zero.py in whole processes.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ class Component:
     kind: Kind
     bytes: int
     mapped: bool = False  # pages of a mapped file: dropped under pressure, shared by the processes of a node
-    zero_stage: int | None = None  # from which on ranks divide it among themselves; None: never
+    zero_stage: int | None = None  # the first stage in which ranks divide it among themselves; None: never
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Components held throughout, and the moments of a run with what each adds."""
+    """The components that are held throughout, and those that each moment of a run adds."""
 
     standing: tuple[Component, ...]
     moments: dict[str, tuple[Component, ...]]
 
     def at(self, moment: str) -> tuple[Component, ...]:
-        """All components held then."""
+        """Return all components held in a moment."""
         return (*self.standing, *self.moments[moment])
 
     @property
@@ -80,20 +80,20 @@ class Memory:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes at the peak."""
+        """The bytes at the peak."""
         return sum(c.bytes for c in self.peak)
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes at the peak that lie in mapped files; the others can't be dropped under pressure."""
+        """The bytes at the peak that lie in mapped files. Others can't be dropped under pressure."""
         return sum(c.bytes for c in self.peak if c.mapped)
 
     def needed_bytes(self, machine: Machine) -> int:
-        """What has to fit: on a GPU everything, on a CPU what is private. Mapped pages are dropped and read again."""
+        """Return the bytes that have to fit: on a CPU private ones only, as mapped pages are dropped and read again."""
         return self.total_bytes - (0 if machine.on_gpu else self.mapped_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON: every component of every moment."""
+        """Return every component of every moment as JSON."""
         return {
             "total_bytes": self.total_bytes,
             "private_bytes": self.total_bytes - self.mapped_bytes,
@@ -104,12 +104,12 @@ class Memory:
 
 
 def _some(*components: Component) -> tuple[Component, ...]:
-    """Those that take memory."""
+    """Return the components that take memory."""
     return tuple(c for c in components if c.bytes)
 
 
 def four_bit_bytes(numbers: int, double_quant: bool) -> int:
-    """A weight of that many numbers as bitsandbytes holds it: two in a byte, and a scale for each 64.
+    """Return the bytes of a weight as bitsandbytes holds it: two numbers in a byte, and a scale for each 64.
 
     Double quantization: one byte a scale and an fp32 for each 256 of those (QLoRA, arXiv 2305.14314, section 3.2).
     """
@@ -118,7 +118,7 @@ def four_bit_bytes(numbers: int, double_quant: bool) -> int:
 
 
 def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
-    """A weight, or those of a layer's experts, as the recipe stores them."""
+    """Return the bytes of a weight, or of a layer's experts together, as the recipe stores them."""
     how, numbers = recipe.model.quantization, x.n * x.m
     if how == "none" or not x.quantizable:
         return x.numbers * itemsize
@@ -126,7 +126,7 @@ def weight_storage_bytes(x: Linear, recipe: Recipe, itemsize: int) -> int:
 
 
 def layer_bytes(run: PlannedRun) -> list[int]:
-    """Bytes of each decoder layer's linears and experts in four bits."""
+    """Return the bytes of each decoder layer's linears and experts in four bits."""
     layers: dict[int, int] = defaultdict(int)
     for x in (*run.shape.linears, *run.shape.experts):
         if run.is_packed(x) and x.layer is not None:
@@ -135,13 +135,16 @@ def layer_bytes(run: PlannedRun) -> list[int]:
 
 
 def stream_bytes(run: PlannedRun) -> int:
-    """What one forward and backward pass copies of a streamed base: each layer twice, but two when the pass turns."""
+    """Return the bytes that a forward and backward pass copies of a streamed base.
+
+    Each layer is copied twice, except for the two that are on the device when the pass turns.
+    """
     layers = layer_bytes(run)
     return 2 * sum(layers) * max(0, len(layers) - 2) // max(1, len(layers))
 
 
 def pinned_layer_bytes(run: PlannedRun) -> int:
-    """RAM on this node in which all its ranks lock a streamed base; 0 where layers are read from the file instead."""
+    """Return the RAM in which all ranks of a node lock a streamed base; 0 where layers are read from the file."""
     if run.recipe.model.stream is not True or not accelerator.has_own_memory(run.machine.device_type):
         return 0
     size_bytes, free_bytes = sum(layer_bytes(run)) * run.sharing.per_node, run.machine.host_bytes
@@ -149,36 +152,39 @@ def pinned_layer_bytes(run: PlannedRun) -> int:
 
 
 def resident_bytes(run: PlannedRun) -> int:
-    """Copies of the 4-bit linears in 16 bits (`quantization.hold_resident`)."""
+    """Return the bytes of copies of the 4-bit linears in 16 bits (`quantization.hold_resident`)."""
     return 2 * sum(x.n * x.m for x in run.shape.linears if x.quantizable)
 
 
 def optimizer_state_bytes(sizes: list[int], optim: str) -> int:
-    """AdamW's two moments: fp32, or 8-bit with an fp32 scale for each 256 where a tensor is big enough."""
+    """Return the bytes of AdamW's moments: fp32, or 8-bit with an fp32 scale for each 256 where tensors are big."""
     whole = optim in ("adamw", "paged_adamw")
     return sum(8 * n if whole or n < _SMALL_8BIT else 2 * (n + 4 * -(-n // 256)) for n in sizes)
 
 
 def held_weight_bytes(run: PlannedRun) -> int:
-    """W + ΔW of the layers that go through it (`adapters.products.fused.HeldWeight`)."""
+    """Return the bytes of W + ΔW of the layers that go through it (`adapters.products.fused.HeldWeight`)."""
     return run.itemsize * sum(x.n * x.m for x in run.adapted if run.is_summed(x))
 
 
 def slot_bytes(run: PlannedRun) -> int:
-    """Bytes of one of many adapters in training: fp32 vectors, their gradients and AdamW's two moments."""
+    """Return the bytes of one of many adapters in training: fp32 vectors, their gradients and AdamW's moments."""
     best = run.recipe.training.load_best_model_at_end and not run.machine.on_gpu  # these vectors are kept in RAM
     numbers, trained = (sum(t.numel for t in run.tensors(only)) for only in (False, True))
     return 4 * numbers * (2 if best else 1) + 12 * trained
 
 
 def plan_memory(run: PlannedRun) -> Memory:
-    """What a process on its own holds, with the run's batch as its longest."""
+    """Return the memory of a process on its own, with the run's batch as its longest."""
     shape, batch, machine = run.shape, run.batch, run.machine
     T, item, kinds = batch.all_tokens, run.itemsize, kinds_of_layers(run)
+    # for each kind of layer: what it keeps, the most beside it, how many such layers there are
     layers = [(*_layer(each), number) for each, number in kinds]
+    # what all layers share: pixels, cosines and sines, a dense mask, three integers a token, and the final norm's input
     mask = batch.tokens**2 * item if batch.joined and not batch.offsets else 0
     once = batch.pixels * item + 2 * batch.tokens * shape.head_dim * item + mask + 3 * T * 8 + norm_bytes(run)
     moments: dict[str, tuple[Component, ...]] = {}
+    # backward: recomputed layers are there one at a time, otherwise all at once
     if run.checkpointing:
         layer, transient, _ = max(layers, key=lambda sizes: sizes[0] + sizes[1])
         kept = Component("layer inputs", "checkpoints", input_bytes(run) + once)
@@ -192,7 +198,7 @@ def plan_memory(run: PlannedRun) -> Memory:
         kept = Component("kept activations", "checkpoints", all_layers - norm_bytes(run) + once)
         parts = (kept,)
     moments["backward"] = *parts, Component("gradients and one layer's weights", "transient", transient)
-    moments["loss"] = (kept, *_loss(run))
+    moments["loss"] = (kept, *_loss(run))  # all layers are through then, and backward has not begun
     if batch.pixels and shape.tower is not None:  # before the text's layers; the processor makes pixels in fp32
         tower = shape.tower.size_bytes(batch.pixels, batch.images, item)
         moments["images"] = (Component("pixels, and the tower that reads them", "transient", batch.pixels * 4 + tower),)
@@ -216,7 +222,7 @@ def plan_memory(run: PlannedRun) -> Memory:
 
 
 def _layer(run: PlannedRun) -> tuple[int, int]:
-    """What a layer keeps for backward, and the most that exists beside it."""
+    """Return the bytes that a layer keeps for backward, and the most that exists beside them."""
     kept, beside = kept_bytes(run), transient_bytes(run)
     for each in run.shape.recurrences.values():
         own, moving = each.bytes_of(run.batch)
@@ -245,7 +251,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
     elif method.source is Source.OWN:
         pairs = sum(run.rank_at(x) * (x.n + x.m) for x in run.adapted)
     vectors = sum(t.size_bytes for t in run.tensors())
-    if run.slots:  # of those in flight together (`AdapterBank`), the model's ordinary one, and what each begins with
+    if run.slots:  # the bank's adapters (`AdapterBank`), the model's ordinary one, and a copy that each begins with
         name = f"{run.slots} adapters in training, AdamW's moments included"
         held = [Component(name, "vectors", run.slots * slot_bytes(run) + 2 * vectors)]
     else:
@@ -280,7 +286,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
 
 
 def _loss(run: PlannedRun) -> tuple[Component, ...]:
-    """Memory of the loss: of a classifier, of `qvera.models.loss` (a chunk of logits), or of TRL's."""
+    """Return the memory of the loss: a classifier's, that of `qvera.models.loss` (a chunk of logits), or TRL's."""
     batch, machine, item, task = run.batch, run.machine, run.itemsize, task_of(run.recipe)
     hidden, vocabulary, tokens = run.shape.hidden, run.shape.vocabulary, run.batch.all_tokens
     trained = min(batch.trained_tokens, tokens)
@@ -318,7 +324,7 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
 
 
 def _answers(run: PlannedRun) -> tuple[Component, ...]:
-    """Memory of answers; on a CPU with dense copies of weights that take at most a quarter of the free memory."""
+    """Return the memory of answers. A CPU makes dense copies of weights that take a quarter of what is free at most."""
     shape, machine, item, training = run.shape, run.machine, run.itemsize, run.recipe.training
     answered = max(training.sample_count, training.exact_match_rows)
     if run.slots or not task_of(run.recipe).has_answers or not run.recipe.data.has_held_out_rows or not answered:
@@ -338,9 +344,9 @@ def _answers(run: PlannedRun) -> tuple[Component, ...]:
 class Spread(NamedTuple):
     """Bytes of the base that the ranks divide in stage 3 (`stored_weights.load_mapped`), without statistics."""
 
-    layers: list[list[int]]  # of each linear, two weights in a byte or 16 bits a weight, by decoder layer
-    table: int  # the embedding, and the head as much again; 0 where they are one, which is not spread
-    dense: int  # of the linears those that are not quantized (a checkpoint may say so)
+    layers: list[list[int]]  # each linear's bytes, two weights in one or 16 bits a weight, by decoder layer
+    table: int  # the bytes of the embedding, and as many of the head; 0 where they are one, which is not spread
+    dense: int  # the bytes of linears that are not quantized (a checkpoint may say so)
 
     @property
     def packed(self) -> int:
@@ -352,7 +358,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(shape: Shape) -> Spread:
-    """What the ranks divide in stage 3."""
+    """Return the bytes of the base that the ranks divide in stage 3."""
     layers: dict[int | None, list[int]] = defaultdict(list)
     for x in (*shape.experts, *shape.linears):
         layers[x.layer].append(-(-x.numbers // 2) if x.quantizable else 2 * x.numbers)
@@ -361,7 +367,7 @@ def spread_of(shape: Shape) -> Spread:
 
 
 def plan_rank(run: PlannedRun) -> Memory:
-    """What one rank holds: `PlannedRun.memory`. That is `plan_memory` for a process on its own."""
+    """Return the memory of one rank (`PlannedRun.memory`): without ZeRO that of a process on its own."""
     sharing, machine = run.sharing, run.machine
     if sharing.stage == 0:
         return plan_memory(run)
@@ -377,6 +383,7 @@ def plan_rank(run: PlannedRun) -> Memory:
     )
     if sharing.stage < 3:
         return replace(whole, standing=standing)
+    # stage 3: a share of the base in place of the whole, and in each moment the weights that are gathered then
     spread = spread_of(run.shape)
     shares = _shares(spread, sharing)
     if sharing.offload is not None and machine.on_gpu:  # on a CPU the device is the RAM that it goes to
@@ -407,7 +414,7 @@ def plan_rank(run: PlannedRun) -> Memory:
 
 
 def _shares(spread: Spread, sharing: Sharing) -> list[Component]:
-    """A rank's share of the base, where it is stored; of one on NVMe, what stays in RAM (`distributed.zero`)."""
+    """Return a rank's share of the base where it is stored; for NVMe, the part in RAM (`distributed.zero`)."""
     if sharing.offload != "nvme":
         return [Component("a share of the base", "base", sharing.share(spread.all), zero_stage=3)]
     largest, most = max(map(max, spread.layers)), max(map(len, spread.layers))
@@ -422,14 +429,14 @@ def _shares(spread: Spread, sharing: Sharing) -> list[Component]:
 
 
 class Traffic(NamedTuple):
-    """Bytes that reach one rank in an optimizer step; their sum is all of them."""
+    """The bytes that reach one rank in an optimizer step. Their sum is all of them."""
 
-    gradients: int  # of the vectors, added up over the ranks (and, with ZeRO, the stepped vectors again)
+    gradients: int  # gradients of the vectors, added up over the ranks, and with ZeRO the stepped vectors again
     base: int  # weights gathered in stage 3
 
 
 def traffic(run: PlannedRun) -> Traffic:
-    """What a step of the recipe's global batch brings to each rank."""
+    """Return the bytes that a step of the recipe's global batch brings to each rank."""
     sharing, world, spread = run.sharing, run.sharing.world_size, spread_of(run.shape)
     trained = sum(t.numel for t in run.tensors(trained_only=True))
     # an all-reduce is a reduction and a gather; the optimizers of stages 1 and 2 do one, and gather the stepped vectors
@@ -444,14 +451,14 @@ def traffic(run: PlannedRun) -> Traffic:
 
 
 def host_bytes(run: PlannedRun) -> int:
-    """RAM that offloaded shares of the base take on each node, beside what its ranks need."""
+    """Return the RAM that offloaded shares of the base take on each node, beside the memory that its ranks need."""
     if run.sharing.offload is None or not run.machine.on_gpu:
         return 0
     return run.sharing.per_node * sum(c.bytes for c in _shares(spread_of(run.shape), run.sharing))
 
 
 def plan_ways(run: PlannedRun, nodes: int, per_node: int) -> list[PlannedRun]:
-    """A rank of every way of sharing that this base can be trained in, the simplest first.
+    """Return a rank's run for every way of sharing that this base can be trained in, the simplest first.
 
     On a CPU the ranks of a node divide its RAM.
     """
@@ -468,7 +475,7 @@ ETHERNET_BYTES_PER_SECOND = 117_000_000  # TCP's payload at 1 Gbit/s; to say wha
 
 
 def right_way(ways: Sequence[PlannedRun]) -> tuple[PlannedRun | None, str]:
-    """The way to take, and why, in a sentence or two; None where none fits."""
+    """Return the way to take (None where none fits), and why, in a sentence or two."""
 
     def travels(way: PlannedRun) -> str:
         received = traffic(way).base

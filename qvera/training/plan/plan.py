@@ -1,4 +1,4 @@
-"""The plan of a run from its recipe and the model's config: longest batch, memory, files, time; and it as text.
+"""The plan of a run from its recipe and the model's config: longest batch, memory, files and time, also as text.
 
 Seconds: a few matrix products are timed on this machine, then all products of the step are counted.
 """
@@ -71,12 +71,12 @@ No plan knows what the allocator loses to fragmentation, or what other processes
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(PlannedRun):
-    """What a run will take, and what would make it fit where it does not."""
+    """The memory, files and time of a run, and changes that make it fit where it does not."""
 
     changes: list[Change]  # empty where the run fits
     decided: Checkpointing  # `recipe` has its mode written out
-    streaming: Streaming  # likewise
-    ways: Sequence[PlannedRun] = ()  # every way of sharing the model, where that was asked for
+    streaming: Streaming  # `recipe` has this decision written out too
+    ways: Sequence[PlannedRun] = ()  # every way of sharing the model, where these were asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
     peft_note: str | None = None  # what stock PEFT can't read of the adapter as a LoRA
 
@@ -93,17 +93,17 @@ class Plan(PlannedRun):
 
     @property
     def notes(self) -> list[str]:
-        """What the plan does not know, as schedules say: they go on in a way that only the rows can tell."""
+        """Sentences of schedules about what the plan does not know: only the rows tell how these go on."""
         schedules = plugins.schedules_of(training=self.recipe.training)
         return [note for schedule in schedules if (note := schedule.note(self.recipe)) is not None]
 
     @property
     def warnings(self) -> list[str]:
-        """A rank and a rate that are far above any that a run took: most likely slips."""
+        """Sentences about a rank or a rate far above any that a run took, which is most likely a slip."""
         rank, rate = self.recipe.adapter.rank, self.recipe.training.learning_rate
         highest = max(min(x.n, x.m) for x in (*self.adapted, *self.adapted_experts))
         found, name = [], self.recipe.adapter.method
-        # of random projections a few more than the layers' own size are usual
+        # with random projections, ranks a few times above the layers' own size are usual
         if rank > highest * (4 if self.method.source is Source.SEEDED else 1):
             found.append(f"adapter.rank: {rank:,} is above what the layers hold, which is {highest:,} at most.")
         usual = measured_rate(name, self.shape.hidden) or self.method.usual.get("training.learning_rate")
@@ -116,19 +116,19 @@ class Plan(PlannedRun):
 
     @property
     def trained_parameters(self) -> int:
-        """Trained parameters of the adapter, without a head's."""
+        """The number of trained parameters of the adapter, without those of a head."""
         return sum(t.numel for t in self.tensors(trained_only=True)) - self.shape.head_numbers
 
     @property
     def adapter_bytes(self) -> int:
-        """The adapter directory: vectors and their config, with a line for each pair of A and B that is made."""
+        """Bytes of the adapter directory: vectors and config, with a line for each pair of A and B that is made."""
         numbered = self.adapted if self.method.source is Source.OWN else []
         lines = sum(len(x.name) + _PAIR_NUMBER_BYTES for x in numbered)
         return _file_bytes(self.tensors()) + _CONFIG_BYTES + lines
 
     @property
     def checkpoint_bytes(self) -> int:
-        """A checkpoint. Of many adapters it is that of all slots, without the results of each."""
+        """Bytes of a checkpoint; with many adapters, of the slots of all, without each adapter's results."""
         written = len(json.dumps({"recipe": self.recipe.to_dict()}, indent=1)) + _STATE_BYTES
         if self.slots:
             return self.slots * (slot_bytes(self) - 4 * self.trained_parameters) + written
@@ -136,7 +136,7 @@ class Plan(PlannedRun):
         return _file_bytes(self.tensors()) + 2 * _file_bytes(trained) + len(packed_header(trained)) + written
 
     def measured(self, peak_bytes: int, mapped_bytes: int, tensor_bytes: int | None = None) -> dict[str, Any]:
-        """A run's measured peak (`memory.PeakWatch`) as JSON, and the plan's error relative to it.
+        """Return a run's measured peak (`memory.PeakWatch`) as JSON, and the plan's error relative to it.
 
         On a CPU the plan is of private memory and mapped pages. On a GPU it is of tensors, without the context and
         NCCL; what the allocator held beyond ``tensor_bytes`` is fragmentation, which no plan knows.
@@ -154,7 +154,7 @@ class Plan(PlannedRun):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for ``qvera plan --json`` and run.json."""
+        """Return the plan as JSON, for ``qvera plan --json`` and run.json."""
         sharing = self.sharing
         document = {
             "device": self.machine.name,
@@ -198,7 +198,7 @@ class Plan(PlannedRun):
 
 
 def _file_bytes(tensors: Sequence[TensorSpec]) -> int:
-    """The size of a safetensors file."""
+    """Return the size of a safetensors file of these tensors."""
     return len(packed_header(tensors)) + sum(t.size_bytes for t in tensors)
 
 
@@ -214,24 +214,26 @@ def make_plan(
     """Plan a run from its recipe and the base model's config; no weights are read.
 
     Args:
-        recipe: of the run.
-        machine: a device: this process's own machine, with what it holds now.
+        machine: the machine to plan for. A device stands for this process's own machine, with what it holds now.
         rows: the training rows. Without them every row is taken to be ``data.max_length`` long, and a schedule that
             needs them is planned for its beginning.
-        sharing: the plan is that of one of its ranks.
+        sharing: how the ranks share the model. The plan is that of one rank.
         every_way: plan the other ways of sharing on as many ranks too.
         adapter_rows: the training rows of each adapter, where the recipe trains many.
-        datasets: of ``rows``; they say how many outputs a classifier has.
+        datasets: the datasets of ``rows``, which say how many outputs a classifier has.
 
     Raises:
         InputError: the config can't be read or planned for, a target matches nothing, or the adapter's keys are wrong.
     """
     check_recipe(recipe)
+    # A schedule may need most memory at its end, so the run is planned for that. Without rows and max_steps nobody
+    # knows its end, and it is planned for its beginning.
     whole = given = recipe
     for schedule in plugins.schedules_of(training=recipe.training):
         whole = schedule.whole(whole, 0 if rows is None else len(rows))
     recipe = whole if rows is not None or recipe.training.max_steps >= 0 else recipe
     task, many = task_of(recipe), recipe.data.has_adapters
+    # the same modules as a run's, without weights; what their making draws must not change the run's random numbers
     with torch.random.fork_rng(devices=[]):
         model_class = task.model_class(datasets)
         model = empty_model(recipe.model, None, model_class)
@@ -244,6 +246,7 @@ def make_plan(
     if isinstance(machine, torch.device):
         machine = this_machine(recipe.model, machine)
     shape = replace(shape, recurrences=recurrences(model, shape.hidden, machine.dtype))
+    # the attention of the run, and by it the form of the longest batch
     name = recipe.model.attn_implementation.replace("auto", shape.attention)
     if name == "sdpa":
         device = device if machine.on_gpu else torch.device("cpu")
@@ -255,11 +258,11 @@ def make_plan(
     batch_of = longest_batch(rows, joined, rounded, masked, shape.image_tokens)
     slots = wanted_slots(recipe, adapter_rows)
     run = PlannedRun(shape, recipe, batch_of(recipe), machine, sharing=sharing, slots=slots)
-    run, decided, streaming = decide(run)
+    run, decided, streaming = decide(run)  # writes out what the recipe leaves to auto
     ways = plan_ways(run, sharing.nodes, sharing.per_node) if every_way else []
     run = with_fitting_slots(hold_weights(run))
     changes = [] if run.fits else nearest_changes(run, batch_of)
-    if whole.adapter.rank != given.adapter.rank:  # a schedule has made it
+    if whole.adapter.rank != given.adapter.rank:  # a schedule sets it, and not the recipe's key
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     of_run = {each.name: getattr(run, each.name) for each in fields(run)}
     note = _peft_note(run, model)
@@ -267,7 +270,7 @@ def make_plan(
 
 
 def _peft_note(run: PlannedRun, model: PreTrainedModel) -> str | None:
-    """What stock PEFT can't read of the run's adapter as a LoRA, to be said before the training; None: nothing."""
+    """Return what stock PEFT can't read of the run's adapter as a LoRA, to say before the training; None: nothing."""
     names, roles = {x.name for x in run.adapted}, {x.role for x in run.adapted}
     # it drops tensors of dense MLPs beside experts, and refuses this name in Mamba
     if run.method.peft_type is None or run.shape.head or not (expert_weights(model) or "out_proj" in roles):
@@ -286,7 +289,7 @@ def _peft_note(run: PlannedRun, model: PreTrainedModel) -> str | None:
 
 
 def _grown(shape: Shape, recipe: Recipe) -> Shape:
-    """The shape with the embedding rows that added tokens need; without a tokenizer every added token counts."""
+    """Return the shape with the embedding rows that added tokens need. Without a tokenizer every token counts."""
     tokens = recipe.model.added_tokens
     if not tokens:
         return shape
@@ -304,7 +307,7 @@ _MOMENTS = {"backward": "backward pass", "loss": "loss", "answers": "answers", "
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The whole plan: a table of components, files, time, and one sentence whether it fits."""
+    """Print the whole plan: a table of components, files, time, and one sentence on whether it fits."""
     memory, shape, machine, world_size = plan.memory, plan.shape, plan.machine, plan.sharing.world_size
     trained = f"{plan.trained_parameters:,} trained"
     trained += f" and a head of {shape.head_numbers:,}" if shape.head else ""
@@ -355,7 +358,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 _COLUMN = {"base": "base", "vectors": "vectors", **dict.fromkeys(("checkpoints", "transient", "loss"), "activations")}
-"""Kind of a component → its column; projections, answers and the runtime are the others."""
+"""Kind of a component → its column. Projections, answers and the runtime go into 'others'."""
 
 
 def _print_ways(plan: Plan, console: Console) -> None:
@@ -383,7 +386,7 @@ def _print_ways(plan: Plan, console: Console) -> None:
 
 
 def verdict(plan: Plan) -> str:
-    """One sentence: fits, or does not."""
+    """Return one sentence on whether the run fits."""
     memory, machine, needed = plan.memory, plan.machine, size(plan.needed_bytes)
     have = f"{size(machine.available_bytes)} of {'memory' if machine.on_gpu else 'free RAM'}"
     if plan.is_tight:
@@ -404,7 +407,7 @@ def verdict(plan: Plan) -> str:
 
 
 def change_lines(plan: Plan) -> list[str]:
-    """What would make it fit, one ``--set`` a line."""
+    """Return the changes that would make the run fit, one ``--set`` a line."""
     if plan.fits or not plan.changes:
         return []
     way = right_way(plan.ways)[0] if plan.ways else None
@@ -418,7 +421,7 @@ def change_lines(plan: Plan) -> list[str]:
 
 
 def run_lines(plan: Plan) -> list[str]:
-    """The plan before a run, in two to four lines."""
+    """Return the plan in the lines that a run prints before it starts."""
     memory, world_size = plan.memory, plan.sharing.world_size
     mapped = f" + {size(memory.mapped_bytes)} of mapped weights" if memory.mapped_bytes else ""
     rank = f" of each of {world_size} ranks" if world_size > 1 else ""
@@ -439,12 +442,13 @@ _BUDGET_SECONDS = 0.5
 
 
 def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
-    """Seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
+    """Return the seconds of one optimizer step in parts, from a calibration of ``device`` (2 to 5 seconds).
 
     Each rank is taken to have such a device; the network is left out. Every pass is taken to be the plan's batch.
     """
     times, rates = plan.passes, _rates(plan, device)
     seconds = {part: times * amount / rates[kind] for part, (kind, amount) in _work(plan).items()}
+    # layers are copied while others compute, so only the longer of the two is waited for
     if plan.streaming.streams and accelerator.has_own_memory(device):
         source = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
         target = torch.empty_like(source, device=device)
@@ -455,7 +459,7 @@ def time_step(plan: Plan, device: torch.device) -> dict[str, float]:
 
 
 def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
-    """What ``device`` does in a second.
+    """Return the amounts that ``device`` does in a second.
 
     ``products``: FLOPs of x Wᵀ and g W; ``low rank``: FLOPs of products one side of which is the rank;
     ``dequantization``: 4-bit weights; ``elementwise``: bytes read and written. An accelerator is timed on all linears
@@ -503,7 +507,7 @@ def _rates(run: PlannedRun, device: torch.device) -> dict[str, float]:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The fastest of a few runs; `torch.utils.benchmark` would do, but its import needs setuptools."""
+    """Return the seconds of the fastest of a few runs. `torch.utils.benchmark` would do, but needs setuptools."""
     run()
     accelerator.synchronize()
     best, spent = float("inf"), 0.0
@@ -517,7 +521,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _work(run: Plan) -> dict[str, tuple[str, float]]:
-    """Parts of one forward and backward pass: the rate of `_rates` that each goes by, and how much there is of it."""
+    """Return part → the rate of `_rates` that it goes by and its amount, for one forward and backward pass."""
     passes = 3 if run.checkpointing else 2  # forward, recompute, backward
     made = run.builds_per_pass if run.holds_weights else passes  # how often W + ΔW is made
     flops, low_rank, weights, passed = 0.0, 0.0, 0.0, 0.0
@@ -552,7 +556,7 @@ def _work(run: Plan) -> dict[str, tuple[str, float]]:
     task = task_of(run.recipe)
     more = 1 + task.passes_without_gradient / passes
     head *= (3 + task.passes_without_gradient) / 2 if task.loss_is_trl else 1  # TRL makes logits again
-    if run.recipe.model.resident is True:
+    if run.recipe.model.resident is True:  # nothing is dequantized
         weights = 0.0
     return {
         "frozen products": ("products", s.layers * flops * more),

@@ -1,4 +1,4 @@
-"""What a plan is made for: a model's shapes (read without its weights), a machine, its ranks, a batch and a recipe."""
+"""The inputs of a plan: a model's shapes (read without its weights), a machine, its ranks, a batch and a recipe."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qvera.training.plan.activations import Recurrence
     from qvera.training.plan.memory import Memory
 
+# the names that configs have for how many experts a token goes to
 _PER_TOKEN = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_top_k",
     "top_k",
@@ -50,9 +51,9 @@ class Linear(LinearSpec):
 
     layer: int | None = None
     quantizable: bool = True
-    """A quantized load converts it: every linear but the head, and those with a forward of their own."""
+    """Whether a quantized load converts it: all linears but the head and those with a forward of their own."""
     is_target: bool = True
-    """``all-linear`` means it (`beside_the_layers`)."""
+    """Whether ``adapter.targets: all-linear`` means it (`beside_the_layers`)."""
 
     @property
     def n(self) -> int:
@@ -78,14 +79,14 @@ class Tower:
 
     patch_numbers: int  # pixel values of a patch
     hidden: int
-    inner: int  # of its MLP
-    gated: bool  # the MLP
+    inner: int  # the width of its MLP
+    gated: bool  # whether the MLP is
     fp32_rotary: bool  # q and k are turned in fp32
     masked: bool  # a dense mask says which patches of an image are there
     tiled: bool  # an image is cut into tiles, which are copied on the way
 
     def size_bytes(self, pixels: int, images: int, itemsize: int) -> int:
-        """The most that exists at a time, counted on the types of `IMAGE_TYPES`; ``pixels``: values of all images."""
+        """Return the most bytes at a time, as counted on `IMAGE_TYPES`. ``pixels``: the pixel values of all images."""
         patches = pixels // self.patch_numbers
         mask = patches // images if self.masked else 0  # for each patch; a byte, and as it is added
         mlp = ((3 if self.gated else 2) * self.inner + 7 * self.hidden) * itemsize + mask
@@ -96,7 +97,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory and time depend on in a model. Counts are numbers, not bytes."""
+    """The sizes of a model that memory and time depend on. Counts are of numbers, not of bytes."""
 
     model_type: str
     hidden: int
@@ -111,29 +112,29 @@ class Shape:
     head_norms: bool  # q and k are normalized per head (Qwen3)
     linears: Sequence[Linear]
     dense_numbers: int  # embeddings, frozen head, norms, biases: all but quantizable weights; a tied head counts once
-    expert_numbers: int  # of those, experts that stay dense (`expert_weights`)
+    expert_numbers: int  # how many of the dense numbers are of experts that stay dense (`expert_weights`)
     attention: str  # the implementation that the model picks by itself
     head: tuple[tuple[str, tuple[int, ...]], ...] = ()  # name and shape of each tensor of a head that is trained whole
-    image_tokens: int = 0  # of an image, for a model that takes them
+    image_tokens: int = 0  # tokens of an image, for a model that takes images
     image_numbers: int = 0  # pixel values of an image
-    tower: Tower | None = None  # of a model that takes images among text
+    tower: Tower | None = None  # where the model takes images among text
     experts: Sequence[Linear] = ()  # not among the dense numbers
     experts_per_token: int = 0
     recurrences: Mapping[int, Recurrence] = field(default_factory=dict)  # by layer, of those that have one
-    grown_rows: int = 0  # that model.added_tokens need; embedding and head are then private copies, not mapped
+    grown_rows: int = 0  # rows that model.added_tokens need; with them embedding and head are private, not mapped
 
     @property
     def head_numbers(self) -> int:
-        """Parameters of a head that is trained whole."""
+        """The number of parameters of a head that is trained whole."""
         return sum(math.prod(shape) for _, shape in self.head)
 
     @property
     def parameters(self) -> int:
-        """Parameters of the base model."""
+        """The number of parameters of the base model."""
         return self.dense_numbers + sum(x.numbers for x in (*self.linears, *self.experts) if x.experts or x.quantizable)
 
     def adapted(self, targets: str | list[str], with_experts: bool = False) -> list[Linear]:
-        """What ``adapter.targets`` names (or InputError); ``all-linear``: all but heads and routers."""
+        """Return the linears that ``adapter.targets`` names (or InputError); ``all-linear``: no heads and routers."""
         if with_experts:
             require_experts(self.experts)
         everything = [*self.linears, *(self.experts if with_experts else ())]
@@ -154,7 +155,7 @@ class NotPlannable(InputError):
 
 
 def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
-    """Read the shapes off a model, which needs no weights. NotPlannable where it has no decoder layers that we know."""
+    """Read the shapes off a model without weights. NotPlannable where it has no decoder layers that we know."""
     config = widest_layer(model)
     stored = getattr(config, "quantization_config", None) or {}
     stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -165,6 +166,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     beside, dense_names = beside_the_layers(model), left_whole(model)
     own_heads = tuple(f"{name}." for name in model_class.head_modules(model))  # type: ignore[arg-type]
+    # linears, with their decoder layer
     linears: list[Linear] = []
     for name, module in model.named_modules():
         size = layer_shape(module)
@@ -188,6 +190,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
     output, table = embedding if head is None else head, getattr(embedding, "weight", None)
     weight = getattr(output, "weight", None)  # patches of images are in none
     tied = bool(getattr(model.config, "tie_word_embeddings", False)) or weight is table
+    # the numbers that no quantized load converts: here all, and below without the linears and experts that it does
     dense = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(own_heads))
     of_experts = getattr(config, "ffn_config", config)  # DBRX has its own
     experts = []
@@ -225,7 +228,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
 
 
 def _tower_of(model: nn.Module) -> Tower | None:
-    """None where the config does not say how large the tower is."""
+    """Return the sizes of an images' tower; None where the config does not say how large it is."""
     config: Any = getattr(model.config, "vision_config", None)
     sizes: list[Any] = [getattr(config, key, None) for key in ("patch_size", "hidden_size", "intermediate_size")]
     if not all(isinstance(each, int) for each in sizes):
@@ -249,7 +252,7 @@ CUBLAS_WORKSPACE_BYTES = 2 * 8_519_680  # `accelerator.product_workspace_bytes` 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run takes place, and how much memory there is."""
+    """The machine that a run takes place on, and the memory that it has."""
 
     name: str
     device_type: str  # cpu, cuda, xpu, ..
@@ -290,14 +293,14 @@ def parse_size(text: str) -> int:
 
 
 def gpu_machine(section: ModelSection, size_bytes: int) -> Machine:
-    """A GPU of that size that need not be here: 16-bit compute, an assumed CUDA context."""
+    """Return a GPU of that size, which need not be here: 16-bit compute, an assumed CUDA context."""
     dtype = torch.bfloat16 if section.compute_dtype == "auto" else getattr(torch, section.compute_dtype)
     name, held = f"a GPU with {size_bytes / 1e9:g} GB", (0, CUDA_CONTEXT_BYTES, CUBLAS_WORKSPACE_BYTES)
     return Machine(name, "cuda", dtype, False, size_bytes, *held)
 
 
 def this_machine(section: ModelSection, device: torch.device) -> Machine:
-    """The machine that this process runs on, with what the process holds right now."""
+    """Return the machine that this process runs on, with what the process holds right now."""
     name, dtype = memory.device_name(device), pick_compute_dtype(section.compute_dtype, device)
     if accelerator.is_accelerator(device):
         known = accelerator.free_and_total_bytes(device)
@@ -318,15 +321,15 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
 class Sharing:
     """How the ranks of a run share its model."""
 
-    stage: int = 0  # of ZeRO; 0: each rank has all of it, and gradients are added up
+    stage: int = 0  # the stage of ZeRO; 0: each rank has the whole model, and gradients are added up
     offload: str | None = None  # where a rank's share of the base lies in stage 3: None (the device), cpu or nvme
     nodes: int = 1
     per_node: int = 1  # ranks on each node (the most on one of them)
-    ranks: int | None = None  # in all, where not every node has as many
+    ranks: int | None = None  # how many in all, where nodes differ in their number
 
     @classmethod
     def of(cls, zero: ZeroConfig | None, nodes: int = 1, per_node: int = 1, ranks: int | None = None) -> Sharing:
-        """What a recipe's ``deepspeed`` key means on that many machines."""
+        """Return what a recipe's ``deepspeed`` key means on that many machines."""
         stage, offload = (0, None) if zero is None else (zero.stage, zero.offload_device)
         return cls(stage, offload, nodes, per_node, ranks)
 
@@ -336,11 +339,11 @@ class Sharing:
 
     @property
     def word(self) -> str:
-        """As the recipe's ``deepspeed`` key takes it; ``none`` where that is left out."""
+        """The value that the recipe's ``deepspeed`` key has for it; ``none`` where the key is left out."""
         return f"zero{self.stage}{f'-offload-{self.offload}' if self.offload else ''}" if self.stage else "none"
 
     def share(self, whole: int) -> int:
-        """The largest part of ``whole`` that a rank has where all ranks divide it."""
+        """Return the largest part that a rank has where all ranks divide ``whole``."""
         return -(-whole // self.world_size)
 
 
@@ -349,10 +352,10 @@ ALONE = Sharing()  # one process
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass."""
+    """The sizes of one forward pass."""
 
     rows: int  # B
-    tokens: int  # S, of each row, padding included; of the one sequence where the rows are joined
+    tokens: int  # S: tokens of each row, padding included, or of the one sequence where the rows are joined
     trained_tokens: int  # in all rows; only these reach the head
     padded: bool  # rows differ in length and the model needs a mask for it (`qvera.models.attention`)
     joined: bool  # the rows stand in one sequence (`qvera.data.rows`)
@@ -361,7 +364,7 @@ class Batch:
     packed_rows: int = 0  # rows of the data in it where they are packed (data.packing)
     token_counts: int = 1  # how many different numbers of tokens the run's forward passes have
     offsets: bool = False  # offsets tell joined rows apart, and not a dense mask
-    keys: int = 0  # of all rows together, where each has its own copy of the common prefix's; else 0
+    keys: int = 0  # keys of all rows together, where each row has its own copy of those of the common prefix; else 0
     groups: tuple[tuple[int, int], ...] = ()  # rows and length of each group that a CPU attends to (`models.attention`)
     pixels: int = 0  # pixel values of the images among its text
     images: int = 0  # how many these are
@@ -372,7 +375,7 @@ class Batch:
 
 
 def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with ``section.key`` values replaced."""
+    """Return the recipe with ``section.key`` values replaced."""
     for key, value in settings.items():
         section, _, name = key.partition(".")
         recipe = recipe.replace(**{section: getattr(recipe, section).replace(**{name: value})})
@@ -381,7 +384,7 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """What memory and time are a function of. ``batch`` is the longest forward pass."""
+    """The run that memory and time are computed for. ``batch`` is its longest forward pass."""
 
     shape: Shape
     recipe: Recipe
@@ -393,13 +396,13 @@ class PlannedRun:
     """How often a layer that goes through W + ΔW makes it in a pass, recomputation left out; see `hold_weights`."""
 
     def changed(self, settings: dict[str, Any]) -> PlannedRun:
-        """The same run with other values of ``section.key``, on which no batch depends."""
+        """Return the run with other values of ``section.key``. They must be keys on which no batch depends."""
         return replace(self, recipe=changed(self.recipe, settings))
 
     @cached_property
     def memory(self) -> Memory:
-        """Of one rank."""
-        from qvera.training.plan.memory import plan_rank
+        """The memory of one rank."""
+        from qvera.training.plan.memory import plan_rank  # that module imports this one
 
         return plan_rank(self)
 
@@ -418,7 +421,7 @@ class PlannedRun:
 
     @property
     def collective_bytes(self) -> int:
-        """What NCCL takes of this rank's GPU, at most."""
+        """The most bytes that NCCL takes of this rank's GPU."""
         return accelerator.collective_buffer_bytes(self.machine.device_type) if self.sharing.world_size > 1 else 0
 
     @property
@@ -446,11 +449,11 @@ class PlannedRun:
 
     @cached_property
     def adapted_names(self) -> frozenset[str]:
-        """Of both."""
+        """The names of the linears and experts with an adapter."""
         return frozenset(x.name for x in self._adapted)
 
     def _of_layer(self, among: Sequence[Linear]) -> list[Linear]:
-        """Those of the decoder layer that stands for all; the second one, where some first ones differ."""
+        """Choose those of the layer that stands for all: the second, since in some models the first one differs."""
         present = sorted({x.layer for x in self.shape.linears if x.layer is not None})
         return [x for x in among if x.layer == present[min(1, len(present) - 1)]]
 
@@ -463,7 +466,7 @@ class PlannedRun:
         return self._of_layer(self.shape.experts)
 
     def tensors(self, trained_only: bool = False) -> list[TensorSpec]:
-        """The tensors of the adapter's file, a head's included; ``trained_only``: those of them that are trained."""
+        """Return the tensors of the adapter's file, a head's included. ``trained_only``: without frozen ones."""
         section, method, specs = self.recipe.adapter, self.method, self._adapted
         shapes = {PREFIX + f"{s.name}.{name}": size for s in specs for name, size in method.tensors(section, s).items()}
         shared = method.shared_tensors(section, specs, self.shape.head_dim)
@@ -477,7 +480,7 @@ class PlannedRun:
 
     @property
     def checkpointing(self) -> Mode:
-        """What keeps activations for backward; ``auto`` is True until it is decided (`plan.decisions`)."""
+        """The mode of gradient checkpointing; ``auto`` counts as True until it is decided (`plan.decisions`)."""
         asked = self.recipe.training.gradient_checkpointing
         if asked == "auto" or (asked == "offload" and not accelerator.has_own_memory(self.machine.device_type)):
             return True
@@ -485,7 +488,7 @@ class PlannedRun:
 
     @property
     def passes(self) -> int:
-        """Forward passes of a rank in an optimizer step (`data.Batches.passes`), or of a round with many adapters."""
+        """The forward passes of a rank in an optimizer step (`data.Batches.passes`), or in a round of many adapters."""
         training = self.recipe.training
         rows = self.batch.packed_rows or training.per_device_train_batch_size
         step = training.step_rows
@@ -493,7 +496,7 @@ class PlannedRun:
 
     @property
     def attention(self) -> str:
-        """The attention implementation."""
+        """The name of the attention implementation."""
         chosen = self.recipe.model.attn_implementation
         return self.shape.attention if chosen == "auto" else chosen
 
@@ -509,7 +512,7 @@ class PlannedRun:
         return self.method.rank_at(self.recipe.adapter, x)
 
     def has_vectors(self, x: Linear) -> bool:
-        """Whether the path is VeRA's, with d and b (`Factors.vectors`)."""
+        """Whether the linear's adapter is VeRA's, with d and b (`Factors.vectors`)."""
         names = self.method.tensors(self.recipe.adapter, x).keys()
         return {"qvera_d", "qvera_b"} <= names and self.method.change is not Change.PER_TOKEN
 
