@@ -1,4 +1,4 @@
-"""The processes of a run as its code sees them. A process on its own needs no torch; `processes` has several.
+"""The processes of a run as its code sees them. A process on its own needs no torch; `processes` connects several.
 
 All ranks have to call the methods of a group in the same order.
 """

@@ -195,7 +195,7 @@ class BankAdamW:
             return []
         rows = torch.tensor(slots, device=self.bank.device)
         norms: list[float] = torch.linalg.vector_norm(self.bank.gradients, dim=1)[rows].tolist()
-        # a zero factor would not do for the others: it makes NaN of infinite gradients and still decays the moments
+        # the others are left out: clipped by a factor of 0, infinite gradients become NaN, and moments still decay
         finite = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
         for i in finite:
             self.steps[slots[i]] += 1

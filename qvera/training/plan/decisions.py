@@ -387,7 +387,7 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
         singles += [change for change in attempts if change is not None and change.fits][:1]
     if singles:
         return singles
-    # no single one is enough: each key goes to its extreme, in order, until the sum of them is
+    # no single one is enough: one key after the other goes to its extreme, until the run fits
     last: Change | None = None
     for key, values in steps.items():
         for value in values:

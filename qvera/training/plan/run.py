@@ -80,7 +80,7 @@ class Tower:
     patch_numbers: int  # pixel values of a patch
     hidden: int
     inner: int  # the width of its MLP
-    gated: bool  # whether the MLP is
+    gated: bool  # whether the MLP is gated
     fp32_rotary: bool  # q and k are turned in fp32
     masked: bool  # a dense mask says which patches of an image are there
     tiled: bool  # an image is cut into tiles, which are copied on the way
