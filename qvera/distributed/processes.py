@@ -130,7 +130,7 @@ BEAT_SECONDS = 2.0
 SILENT_SECONDS = 15.0
 """A peer that has sent no beat for so long counts as gone. With the beat and the grace that is noticed within 30 s."""
 GRACE_SECONDS = 3.0
-"""After a peer left with an error, the time that a process has to end with its own message."""
+"""The time that a process has to end with its own message, after a peer left with an error."""
 _GO_ON = "Checkpoints are kept; go on with --resume."
 _THREAD = "qvera-heartbeat"
 
@@ -187,7 +187,7 @@ class Heartbeat:
                 self._write(left=True, **reason)
 
     def find_the_dead(self) -> None:
-        """After a failed collective: wait until the beats show which rank is gone. That ends this process."""
+        """Wait after a failed collective until the beats show which rank is gone. That ends this process."""
         print(f"qvera: {self._me} lost a peer in the middle of a step; finding out which.", file=sys.stderr, flush=True)
         self._done.wait(self._silent_seconds + GRACE_SECONDS + 2 * self._beat_seconds)
 
@@ -285,9 +285,9 @@ def own_store() -> dist.TCPStore:
 _LOST = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|socket|broken pipe", re.IGNORECASE)
 """Messages of torch's collectives when a peer is gone. They do not say which one."""
 JOIN_TIMEOUT = datetime.timedelta(minutes=5)
-"""How long processes wait for the last of them to start."""
+"""The time that processes wait for the last of them to start."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)
-"""How far apart ranks may be, such as while one writes. `Heartbeat` notices a dead rank much sooner."""
+"""The time that ranks may be apart, such as while one writes. `Heartbeat` notices a dead rank much sooner."""
 
 
 @contextlib.contextmanager

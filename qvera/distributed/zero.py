@@ -146,7 +146,7 @@ class ZeroConfig(_DeepSpeedKeys):
 
     @property
     def offload_device(self) -> str | None:
-        """Where a rank keeps its shard of the base: ``cpu``, ``nvme``, or None for the device itself."""
+        """The place of a rank's shard of the base: ``cpu``, ``nvme``, or None for the device itself."""
         offload = self.zero_optimization.offload_param
         return None if offload is None or offload.device == "none" else offload.device
 

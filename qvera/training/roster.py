@@ -127,7 +127,7 @@ class AdapterRun:
         return bool(len(self.rows.eval)) and every > 0 and self.state.step % every == 0
 
     def add_score(self, why: Purpose, result: dict[str, Any], vectors: torch.Tensor) -> bool:
-        """Note a held-out loss of ``vectors`` [numbers]; False where it only repeats that of an earlier step.
+        """Note a held-out loss of ``vectors`` [numbers]. Returns False where it only repeats that of an earlier step.
 
         Keeps the vectors of the best step where the recipe asks for them, and puts them back after the last step. A
         last loss that is not finite becomes a ``reason`` not to save.

@@ -74,7 +74,7 @@ Done: TypeAlias = Callable[[Any], None]
 
 
 class ModelShape(NamedTuple):
-    """What the models of one bank have in common."""
+    """The traits that all models of one bank have."""
 
     method: str  # ``lora`` or ``vera``
     rank: int
@@ -128,7 +128,7 @@ class _Step:
 
 @dataclasses.dataclass(eq=False)
 class _Rows:
-    """A call of rows. ``left``: numbers of those that no pass has had yet, the next one last."""
+    """A call of rows. ``left``: the numbers of the rows that no pass has taken yet, the next one last."""
 
     done: Done
     rows: Sequence[TokenRow]

@@ -319,7 +319,7 @@ def this_machine(section: ModelSection, device: torch.device) -> Machine:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the ranks of a run share its model."""
+    """The way in which the ranks of a run share its model."""
 
     stage: int = 0  # the stage of ZeRO; 0: each rank has the whole model, and gradients are added up
     offload: str | None = None  # where a rank's share of the base lies in stage 3: None (the device), cpu or nvme
@@ -393,7 +393,7 @@ class PlannedRun:
     sharing: Sharing = field(default=ALONE, kw_only=True)  # the plan is that of one of its ranks
     slots: int = field(default=0, kw_only=True)  # adapters in flight together; 0: the run trains one adapter
     builds_per_pass: float = field(default=fused.BUILDS_UNHELD, kw_only=True)
-    """How often a layer that goes through W + ΔW makes it in a pass, recomputation left out; see `hold_weights`."""
+    """The times that a layer which goes through W + ΔW makes it in a pass, recomputation left out (`hold_weights`)."""
 
     def changed(self, settings: dict[str, Any]) -> PlannedRun:
         """Return the run with other values of ``section.key``. They must be keys on which no batch depends."""
