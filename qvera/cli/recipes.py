@@ -40,6 +40,9 @@ LEAST_STEPS, MOST_EPOCHS = 150, 10
 """A new recipe passes over few rows again until there are so many steps; more epochs than that repeat what is known."""
 MANY_ROWS = 2000  # from here on a step has the default number of rows, below it half as many
 FEW_ROWS, FEW_ROWS_OF_A_LABEL = 100, 10  # below these the command says that more would help
+SMALL_HIDDEN_SIZE, SMALL_RANK = 384, 64
+"""Up to this hidden size a new recipe has this rank: the default of 256 learns no better there, and takes 1.6 times as
+long (docs/methods/table.md)."""
 SHORT_ANSWER_TOKENS = 32  # on average: answers that can be compared with their references word by word
 MOST_LABELS, LONGEST_LABEL = 20, 40
 """So few and short answers (in characters), each in `FEW_ROWS_OF_A_LABEL` rows on average, are labels: a system prompt
@@ -219,6 +222,8 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
         keys.append(f"exact_match_rows: {min(50, held_out_rows)}         # held-out answers compared")
     if (objective := recipe.training.objective) != training.objective:
         keys.insert(0, f"objective: {objective}")
+    is_small = hidden_size is not None and hidden_size <= SMALL_HIDDEN_SIZE
+    rank = f"{SMALL_RANK}                     # for a hidden size of {hidden_size}" if is_small else f"{adapter.rank}"
     written = "\n  ".join(keys)
     return f"""\
 # yaml-language-server: $schema={Path(config.__file__).with_name("recipe.schema.json")}
@@ -233,7 +238,7 @@ data:
 {rows}
 
 adapter:
-  rank: {adapter.rank}
+  rank: {rank}
   targets: {yaml_text(adapter.targets)}
 
 training:

@@ -14,7 +14,11 @@ import pytest
 from qvera.adapters.methods import measured_rate
 from qvera.cli import doctor
 from qvera.cli.main import main
+from qvera.cli.recipes import recipe_text
 from qvera.config.schema import json_schema, load_recipe
+from qvera.config.sections import AdapterSection
+from qvera.data import build_datasets
+from qvera.models.tokenizer import load_tokenizer
 from qvera.utils import accelerator
 from tests.tasks.images import save_vit, write_folders
 
@@ -63,6 +67,9 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
     assert (recipe.model.path, recipe.data.path) == (str(tiny_model_dir), str(tiny_rows))
     assert (recipe.data.format, recipe.data.system) == ("prompt-completion", SYSTEM)
     assert (recipe.data.max_length, recipe.data.eval_fraction) == (64, 0.1)
+    assert recipe.adapter.rank == 64  # the hidden size is small
+    stats = build_datasets(recipe.data, load_tokenizer(recipe.model)).stats
+    assert f"\n  rank: {AdapterSection().rank}\n" in recipe_text(recipe, stats, 576)
     assert main(["preview", str(out)]) == 0
     text = out.read_text()
     assert text.startswith("# yaml-language-server: $schema=")
