@@ -145,7 +145,7 @@ def load(
     """
     path, given = Path(path), None if recipe is None else Path(recipe)
     if isinstance(adapter, str) or base or (root := adapters_root(path)) is None:
-        name = adapter if isinstance(adapter, str) else None
+        name = adapter if isinstance(adapter, str) or adapter is None else next(iter(adapter), None)
         return Model(find_target(path, given, name=name, needs_name=not base), base=base, console=console)
     names = list(dict.fromkeys(named_directories(root) if adapter is None else adapter))
     require_all_named(path, names)
@@ -211,7 +211,8 @@ class Model:
                 if name is not None and name not in self.names:
                     raise InputError(f"adapter: {name!r} is not loaded{did_you_mean(name, self.names)}")
         elif adapter is not None and (wrong := [name for name in names if name != self.target.name]):
-            raise InputError(f"adapter: {wrong[0]!r} is not loaded; name it in `load`.")
+            advice = f"{self.target.path} has one adapter" if self.target.name is None else "name it in `load`"
+            raise InputError(f"adapter: {wrong[0]!r} is not loaded; {advice}.")
         opened = self.opened
         writer = PromptWriter.of(opened)
         rows = [_conversation(prompt, number, writer.system) for number, prompt in enumerate(listed, start=1)]

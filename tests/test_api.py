@@ -105,6 +105,12 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     assert scored["scores"]["rows"] == 2
     assert scored["base_scores"]["loss"] != scored["scores"]["loss"]
     assert run.opened is opened  # loaded once
+    with pytest.raises(qvera.InputError, match="to: 'peftt' is no form of an export; did you mean 'peft'"):
+        run.export(tmp_path / "lora", to="peftt")  # type: ignore[arg-type]
+    with pytest.raises(qvera.InputError, match="'anna' is not loaded; .* has one adapter"):
+        run.generate("say red 1", adapter="anna")
+    with pytest.raises(qvera.InputError, match="anna: is for a run that trained many adapters"):
+        qvera.load(trained_run, ["anna"])
     certificate = run.export(tmp_path / "lora", to="lora", dtype="float32")
     assert certificate is not None
     assert certificate == json.loads((tmp_path / "lora" / "qvera_export.json").read_text(encoding="utf-8"))

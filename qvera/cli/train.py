@@ -190,6 +190,7 @@ def print_result(run_dir: Path, run: dict[str, Any]) -> None:
 
 
 HARDLY = 0.05  # a loss that fell by a smaller share has hardly fallen: the highest limit without needless advice
+NOTHING = 0.005  # below this share, shown as 0 %, more steps at the same rate are no advice
 FEW_STEPS = 50  # from here on another rate was what helped (both: bench/loss_line.py)
 
 
@@ -215,7 +216,7 @@ def loss_line(run: dict[str, Any], command: str) -> str:
     first, last = result.get("train_loss_first"), result.get("train_loss_last")
     if share < 0 and first and last and last < first * (1 - HARDLY):
         return f"{change}, while the training loss fell: the rows are learnt by heart. Add rows, or take fewer steps."
-    if "adapters" not in run and share > 0 and steps < FEW_STEPS:
+    if "adapters" not in run and share >= NOTHING and steps < FEW_STEPS:
         return f"{change} in {steps} steps, which are few. Go on: {longer}   Or look for a better rate: {find}"
     if share >= HARDLY:
         more = "no more held-out answers are right than if all were the commonest one"

@@ -226,12 +226,12 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
     if ":" in name:
         return "unknown key. Put a space after the colon."
     name = _SHORT_NAMES.get(name, name)
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
-        return f"unknown key. Did you mean `{near[0]}`?"
     for section, field in root.model_fields.items():
         model = _model_of(field.annotation)
         if model is not None and parents != [section] and name in model.model_fields:
             return f"unknown key. There is `{section}.{name}`: move it there."
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"unknown key. Did you mean `{near[0]}`?"
     return f"unknown key. Known here: {', '.join(known)}."
 
 

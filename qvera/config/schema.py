@@ -17,6 +17,7 @@ from qvera.config.fields import NonEmpty, OnlyWith, Section, describe, take_old_
 from qvera.config.plugins import extensible
 from qvera.config.sections import AdapterSection, DataSection, ExportSection, ModelSection, TrainingSection
 from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.files import RECIPE_FILE
 
 
 def _path_alone(value: object) -> object:
@@ -386,6 +387,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise InputError(f"{path}: no such recipe file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
+        if (path / RECIPE_FILE).is_file():
+            raise InputError(f"{path}: is the directory of a run. Its recipe is {path / RECIPE_FILE}.") from None
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML in UTF-8.") from None
     tree, lines = read_yaml(text, str(path))

@@ -31,7 +31,8 @@ def adapters_root(path: Path) -> Path | None:
     """The directory that holds the adapters; None where ``path`` is neither such a run nor such a directory."""
     if (path / RECIPE_FILE).is_file():
         return path / ADAPTERS if (path / ADAPTERS).is_dir() else None
-    if (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file() or not path.is_dir():
+    others = (ADAPTER_CONFIG, "config.json", "run.json")  # of an adapter, a checkpoint, and a run without its recipe
+    if any((path / file).is_file() for file in others) or not path.is_dir():
         return None
     with os.scandir(path) as entries:
         # stops at the first adapter that it finds

@@ -19,7 +19,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub ha
 
 from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
-from qvera.utils.errors import InputError, first_line, hub_hint
+from qvera.utils.errors import InputError, did_you_mean, first_line, hub_hint
 from qvera.utils.files import ADAPTER_CONFIG, resolve_path
 from qvera.utils.safetensors_io import INDEX, weight_map
 
@@ -146,10 +146,12 @@ def require_model_files(name: str) -> None:
     """Raise InputError for a local path that is no directory with a config and safetensors weights."""
     path = Path(name)
     if not path.is_dir():
-        if name.startswith((".", "/", "~")) or path.exists():
+        # runs/none is a path where runs/ is a directory; an id such as gpt2 has no parent
+        if name.startswith((".", "/", "~")) or path.exists() or ("/" in name and path.parent.is_dir()):
             fetch = " `qvera quickstart --fetch-only` fetches it." if path.parent.name == "quickstart" else ""
+            near = did_you_mean(name, map(str, path.parent.glob("*/")))
             raise InputError(
-                f"model.path: {name!r} is not a directory. Expected one with config.json and *.safetensors.{fetch}"
+                f"model.path: {name!r} is not a directory{near} Expected one with config.json and *.safetensors.{fetch}"
             )
         return
     if not (path / "config.json").is_file():

@@ -18,7 +18,7 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import TrainingSection
 from qvera.distributed.group import ALONE, Group
 from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.utils.errors import InputError, OwnCodeFailed, did_you_mean, one_line
+from qvera.utils.errors import InputError, OwnCodeFailed, did_you_mean, one_line, require_takes
 from qvera.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ class Task(ABC):
         for name, function in metrics.items():
             if name in (*self.scores, *_ABOUT_SCORES) or not callable(function):
                 raise InputError(f"metrics: {name!r} is no function, or has the name of another score.")
+            require_takes(function, 3, f"metrics: {name}")  # predictions, references, rows
         if loss is not None and (not self.takes_loss or training.label_smoothing or not callable(loss)):
             key = "training.label_smoothing" if self.takes_loss else f"training.objective {training.objective}"
             raise InputError(
@@ -149,6 +150,8 @@ class Task(ABC):
                 if callable(loss)
                 else f"loss: {loss!r} is no function."
             )
+        if loss is not None:
+            require_takes(loss, 2, "loss")
         if training.metric_for_best_model not in (known := [*self.scores, *metrics]):
             near = did_you_mean(training.metric_for_best_model, known)
             raise InputError(

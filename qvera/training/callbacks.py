@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.hooks import TrainingHook
 from qvera.utils import accelerator
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, first_line, require_takes
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
@@ -57,6 +57,7 @@ class Callbacks(TrainingHook):
                 _require_events(callback)
                 self.callbacks.append(callback)
             elif callable(callback):
+                require_takes(callback, 1, f"callbacks: {getattr(callback, '__name__', callback)}")  # a record
                 self.functions.append(callback)
             else:
                 raise InputError(f"callbacks: {one!r} is neither a transformers callback nor a function of a record.")

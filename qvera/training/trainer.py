@@ -162,8 +162,11 @@ def check_early(recipe: Recipe) -> None:
 
 def leave_silent_hub(*names: str) -> None:
     """Set HF_HUB_OFFLINE where one of ``names`` is an id and the hub gives no answer within `_HUB_SECONDS`."""
-    is_asked = not all(os.path.exists(name) or name.startswith(("/", ".", "~")) for name in names)
-    if not is_asked or "huggingface_hub" in sys.modules or "HF_HUB_OFFLINE" in os.environ:
+
+    def is_path(name: str) -> bool:
+        return name.startswith(("/", ".", "~")) or os.path.exists(name) or os.path.exists(os.path.dirname(name))
+
+    if all(map(is_path, names)) or "huggingface_hub" in sys.modules or "HF_HUB_OFFLINE" in os.environ:
         return
     address, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
 

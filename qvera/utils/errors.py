@@ -1,8 +1,9 @@
 """Errors for people, and the exit code that a script sees for each."""
 
 import difflib
+import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -60,6 +61,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """Write an error's message on one line without a full stop; or its type, if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= limit else text[: limit - 1] + "…").rstrip(".")
+
+
+def require_takes(function: Callable[..., object], arguments: int, where: str) -> None:
+    """Raise InputError where a caller's function can't be called with so many arguments; ``where`` names it."""
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError as error:
+        given = f"{arguments} argument{'s' if arguments > 1 else ''}"
+        raise InputError(f"{where}: is called with {given}, which it does not take ({error}).") from None
+    except ValueError:  # written in C, without a signature
+        pass
 
 
 def hub_hint() -> str:

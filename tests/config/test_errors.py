@@ -77,6 +77,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("training.learning_rates", "Did you mean `learning_rate`?"),
         ("export.dtypes", "Did you mean `dtype`?"),
         ("trainning", "Did you mean `training`?"),
+        ("rank", "There is `adapter.rank`: move it there."),
         ("model.rank", "There is `adapter.rank`: move it there."),
         ("max_steps", "There is `training.max_steps`: move it there."),
         ("training.lr", "Did you mean `learning_rate`?"),

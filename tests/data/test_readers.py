@@ -173,7 +173,7 @@ def test_a_hub_dataset_gets_every_key_and_its_failure_is_one_paragraph(
     load.assert_called_once_with("owner/name", name="en", split="validation", revision="v1")
     assert found == [RawRow({"text": t}, f"owner/name[validation] row {n}") for n, t in ((1, "one"), (2, "two"))]
     load.side_effect = ConnectionError("Couldn't reach\nthe hub")
-    with pytest.raises(InputError, match="owner/name: no file or .*Couldn't reach the hub\. .*Look at the network"):
+    with pytest.raises(InputError, match=r"owner/name: no file or .*Couldn't reach the hub\. .*Look at the network"):
         rows("owner/name")
     with pytest.raises(InputError, match=r"data\.revision: 'main' has a meaning for hub datasets only"):
         rows(write([ROW]), revision="main")

@@ -68,6 +68,7 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
+@router.head("/health", response_model=None, include_in_schema=False)
 @router.get("/health", response_model=None)
 async def health(request: Request) -> Response:
     """200 while the server takes calls; 503 once it stops, or where its engine has ended."""

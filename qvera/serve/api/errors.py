@@ -18,6 +18,8 @@ TINKER = "/api/v1/"
 DOWNLOADS = f"{TINKER}downloads/"
 """Paths that need no key: Tinker's client sends none there. The token in them is one."""
 _NAME_CHARACTERS = 200
+_PARTS_OF_PYDANTIC = ("function-", "[key]", "constrained-", "literal[")
+_DICTIONARY = "a valid dictionary or object to extract fields from"
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -95,15 +97,21 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
         first: dict[str, Any] = error.errors()[0]
         if first["type"] == "json_invalid":
-            return bad_request(f"The body is not JSON: {first['ctx']['error']}.")
+            place = f"at character {first['loc'][-1] + 1}"  # FastAPI gives no line
+            return bad_request(f"The body is not JSON: {first['ctx']['error'].removesuffix(' at')}, {place}.")
+        if first["loc"] == ("body",) and first["type"] == "missing":
+            return bad_request("The body is empty. Expected JSON.")
         if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
             return bad_request("The body is only read as JSON with the header Content-Type: application/json; send it.")
-        # pydantic names its own functions among the keys
-        where = [shortened(part) for part in map(str, first["loc"][1:]) if not part.startswith(("function-", "[key]"))]
-        return bad_request(f"{'.'.join(where) or 'The body'}: {first['msg']}.", where[0] if where else None)
+        # pydantic names its own functions and branches of unions among the keys
+        parts = [part for part in map(str, first["loc"][1:]) if not part.startswith(_PARTS_OF_PYDANTIC)]
+        where, said = [shortened(part) for part in parts], first["msg"].replace(_DICTIONARY, "an object")
+        return bad_request(f"{'.'.join(where) or 'The body'}: {said}.", where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
-            return ApiError(404, "There is no such path; this server has those of /openapi.json.")
+            with_version = f"/v1{request.url.path}"
+            near = f" Did you mean {with_version}?" if with_version in request.app.openapi()["paths"] else ""
+            return ApiError(404, f"There is no such path; this server has those of /openapi.json.{near}")
         detail, takes = str(error.detail), (error.headers or {}).get("Allow")
         if detail == "There was an error parsing the body":  # FastAPI's words
             detail = "The body can't be read. Expected JSON in UTF-8."

@@ -125,7 +125,7 @@ def call_of(body: bytes) -> tuple[str, int]:
     with contextlib.suppress(DecodeError):  # what came before the damage was read
         place.ParseFromString(body)
     if not place.model_id:
-        raise InputError("the body is no ForwardBackwardRequest: it names no model_id.")
+        raise InputError("the body is no ForwardBackwardRequest with a model_id.")
     return place.model_id, place.seq_id
 
 

@@ -248,6 +248,14 @@ def test_what_is_no_call_at_all_is_refused(served: Served) -> None:
             assert response.status_code == 400, (body[:20], response.text)
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
             assert ("send it" in response.text and "Content-Type: application/json" in response.text) == (kind != JSON)
+        empty, cut = (
+            client.post("/v1/chat/completions", content=body, headers={"Content-Type": JSON}) for body in (b"", b"{")
+        )
+        assert empty.json()["error"]["message"] == "The body is empty. Expected JSON."
+        assert cut.json()["error"]["message"].endswith("in double quotes, at character 2.")
+        assert "Did you mean /v1/chat/completions?" in client.post("/chat/completions", json={}).text
+        assert "response_format: Input should be an object." in served.chat(response_format="json").text
+        assert client.head("/health").status_code == 200
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
         other = client.get("/v1/chat/completions")
         assert (other.status_code, other.json()["error"]["message"]) == (405, "GET: this path takes POST.")

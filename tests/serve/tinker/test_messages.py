@@ -235,7 +235,7 @@ def test_a_body_names_its_call_also_where_the_rest_is_damaged() -> None:
     for broken in (whole[:-5], b'{"model_id": "s:train:0"}'):
         with pytest.raises(InputError, match="no ForwardBackwardRequest"):
             decode_forward_backward(broken, *LIMITS)
-    with pytest.raises(InputError, match="names no model_id"):
+    with pytest.raises(InputError, match="with a model_id"):
         call_of(b'{"model_id": "s:train:0"}')
 
 
