@@ -3,7 +3,8 @@
     python -m bench.quality_picture docs/methods
 
 A dot is the mean difference of the test loss from LoRA r=16's, over the same rows and seeds, and its line the 95 %
-bootstrap interval. Below zero a method is ahead. It reads results/quality.jsonl.
+bootstrap interval. Below zero a method is ahead. It reads results/quality.jsonl. A method whose search has not
+ended is in the table alone.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _STYLE = (
 
 def picture(found: list[Result]) -> str:
     """A standalone SVG for light and dark pages, of the tasks where a method has a difference."""
-    groups = [list(of) for _, of in itertools.groupby(found, lambda result: result.group)]
+    searched = [result for result in found if len(result.final) > 1]  # seeds come last: the search before has ended
+    groups = [list(of) for _, of in itertools.groupby(searched, lambda result: result.group)]
     groups = [of for of in groups if any(result.minus_reference for result in of)]
     width = _COLUMNS * (_LEFT + _WIDTH + 30)
     height = -(-len(groups) // _COLUMNS) * (_HEIGHT + _BETWEEN) + 30

@@ -160,10 +160,11 @@ class AdaptedForward:
             return None
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
-        # a joined node never calls the base layer, so its hooks would not run; without gradients it saves nothing
-        is_called = not grad or base._forward_hooks or base._forward_pre_hooks
+        # nor would its hooks run
+        if base._forward_hooks or base._forward_pre_hooks:
+            return None
         if trains_pair(method):
-            if is_called:
+            if not grad:  # there is nothing to keep less of
                 return None
             factors = self.parts(adapter)
             y = trained_linear(base, x.to(dtype), factors.A, factors.B, factors.scale, self.input_sampler)
@@ -178,7 +179,7 @@ class AdaptedForward:
         # evaluations go one way whether W + ΔW is held or not, and so give the same loss in every process
         if not fused.pays(*sizes, dtype, device_type, scaled, builds):
             # the low-rank path in one node, for accelerators only: there the host's time for a node shows
-            if is_called or scaled or x.dtype != dtype or not accelerator.is_accelerator(device_type):
+            if not grad or scaled or x.dtype != dtype or not accelerator.is_accelerator(device_type):
                 return None
             z = self.shared_z(adapter, x, dtype)
             return None if z is None else joined_linear(base, x, z, factors)

@@ -33,7 +33,6 @@ from qvera.utils.formatting import counted
 from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from qvera.config.schema import Recipe

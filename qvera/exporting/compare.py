@@ -175,7 +175,7 @@ def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, c
 
     def measure() -> dict[str, Any]:
         summary = None if target.run is None else try_read_json(target.run / "run.json")
-        trained_bytes = (summary or {}).get("model", {}).get("base_bytes", 0)
+        trained_bytes = ((summary or {}).get("model") or {}).get("base_bytes", 0)
         device = accelerator.current_device()
         needed, available = trained_bytes + exported_bytes(merged, device), memory.available_bytes(device)
         if needed > available:

@@ -187,6 +187,7 @@ def _losses(target: Artifact, texts: list[Text], reduced: Path | None) -> list[d
         measure(base, "base")
     if reduced is not None:
         opened.model = opened.base.model = None  # both need not be held
+        del base
         measure(open_target(dataclasses.replace(target, path=reduced, adapter=reduced)).model, "reduced")
     return tables
 

@@ -341,8 +341,6 @@ def place_stack(model: nn.Module, name: str, stack: ExpertStack) -> None:
     del module._parameters[key]
     setattr(module, key, stack)
     if type(module).__name__ in _OWN_CODE:
-        from qvera.models.experts import run_here  # it needs this module
-
         run_here(model, path)
         return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)

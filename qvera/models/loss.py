@@ -171,7 +171,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
         expected = ctx.expected_grad  # type: ignore[attr-defined]
         factor = g if expected is None else g / expected
-        return grad * factor.to(grad.dtype), None, None, None, None, None, None, None
+        return grad * factor.to(grad.dtype), None, None, None, None, None, None
 
 
 def states_at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

@@ -98,8 +98,8 @@ class AdapterStore:
         """Names of the adapters in a name or blend. Reads none. Raises as `resolve`; the base is unknown here."""
         return list(self._weights(model, self._directories()))
 
-    def add(self, name: str, directory: Path, replace: bool = False) -> None:
-        """Name an adapter directory; ``replace`` takes the name from another.
+    def add(self, name: str, directory: Path, replace: bool = False) -> Path | None:
+        """Name an adapter directory; ``replace`` takes the name from another. Returns the one that had it before.
 
         Raises InputError if it is no adapter directory, or another one has the name.
         """
@@ -120,6 +120,7 @@ class AdapterStore:
             elif is_other:
                 self._added[name] = directory
             self._visible = None
+        return other
 
     def remove(self, name: str) -> None:
         """Forget a name. Its files stay, and `add` brings it back."""

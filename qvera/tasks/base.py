@@ -22,7 +22,6 @@ from qvera.utils.errors import InputError, OwnCodeFailed, did_you_mean, one_line
 from qvera.utils.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 

@@ -179,5 +179,5 @@ def _what_failed(examples: Sequence[Example], rank: str | None) -> str:
 
 
 def _batch(examples: Sequence[Example]) -> str:
-    longest = max(max(example.row_tokens) for example in examples)
+    longest = max((max(example.row_tokens) for example in examples), default=0)  # a rank may have no rows
     return f"{counted(len(examples), 'row')}, the longest of {longest:,} tokens"

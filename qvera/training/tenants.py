@@ -247,7 +247,7 @@ class Tenants:
 
         def make(model: _Model) -> None:
             tensors, state = read_state(file, "Give another one.")
-            if "shape" not in state or state["base"] != self._base.facts.get("fingerprint"):
+            if "shape" not in state or state.get("base") != self._base.facts.get("fingerprint"):
                 raise InputError(f"{file}: is no model's state, or one of another base. Give another one.")
             pool = self._pool(ModelShape(*state["shape"]))
             sizes = {"vectors": pool.bank.numbers} | dict.fromkeys(pool.trained, pool.bank.trained_numbers)

@@ -288,3 +288,15 @@ def test_only_linears_can_be_adapted() -> None:
     for module in (nn.LayerNorm(4), nn.Embedding(4, 4), nn.Conv1d(1, 1, 1)):
         with pytest.raises(TypeError, match=type(module).__name__):
             QveraLinear(module, "default", projection, QveraConfig(rank=2))
+
+
+@pytest.mark.parametrize("tokens", [2, 2000])
+def test_hooks_of_the_base_layer_run_whatever_the_number_of_tokens(tokens: int) -> None:
+    layer = adapted("linear", rank=1)
+    perturb(layer)
+    x, _ = inputs(tokens)
+    expected, calls = layer(x), []
+    hook = layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    hook.remove()
+    assert len(calls) == 1

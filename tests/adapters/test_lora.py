@@ -228,3 +228,7 @@ def test_rows_of_a_batch_use_loras_and_vera_side_by_side(tmp_path: Path) -> None
 def test_orthogonal_wants_an_even_rank() -> None:
     with pytest.raises(InputError, match="init_lora_weights: orthogonal takes an even adapter.rank, got 3"):
         lora(rank=3, init_lora_weights="orthogonal")
+    config = QveraConfig(method="lora", rank=4, init_lora_weights="orthogonal", rank_pattern={"q_proj": 3})
+    spec, method = LinearSpec("model.layers.0.self_attn.q_proj", 40, 30), method_of(lora())
+    with pytest.raises(InputError, match="orthogonal takes even ranks, and model.layers.0.self_attn.q_proj has 3"):
+        method.start("qvera_A", method.tensors(config, spec)["qvera_A"], config, spec)

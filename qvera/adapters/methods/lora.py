@@ -53,6 +53,8 @@ class Lora(Method):
         generator = start_generator(adapter, spec.name)
         if adapter.init_lora_weights == "orthogonal":  # B A = 0 up to rounding, as in PEFT's `orthogonal_init`
             # A and B must come from the same Q: the calls for the two draw the same numbers, and each keeps one of them
+            if rank % 2:
+                raise InputError(f"adapter.init_lora_weights: orthogonal takes even ranks, and {spec.name} has {rank}.")
             each = []
             for _ in range(max(spec.experts, 1)):
                 Q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))

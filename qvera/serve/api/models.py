@@ -127,20 +127,23 @@ async def _load(request: Request, name: str, directory: str | None = None, repla
 
     def load() -> None:
         _require_adapter(service, name, access)
-        known = name in service.store.names()
+        before = None
         if directory is not None:
-            if known and not replace:
+            if name in service.store.names() and not replace:
                 raise bad_request(
                     f"The adapter {name!r} is there already. Replace it with load_inplace: true.", "lora_name"
                 )
-            service.store.add(name, _inside(service.store.root, directory, access), replace)
+            before = service.store.add(name, _inside(service.store.root, directory, access), replace)
         try:
             adapter = service.resolve(name, access)
             assert adapter is not None
             service.engine.load(adapter)
         except InputError:
-            if directory is not None and not known:
-                service.store.remove(name)  # as if it had never been named
+            # a damaged directory leaves the name as it was
+            if directory is not None and before is None:
+                service.store.remove(name)
+            elif directory is not None and before is not None:
+                service.store.add(name, before, replace=True)
             raise
 
     await service.in_thread(load)

@@ -6,11 +6,13 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import pytest
 
 from qvera.data import Turn
+from qvera.utils.errors import InputError
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Served, Start
 from tests.serve.scripted_training import write_files
@@ -304,6 +306,9 @@ def test_adapters_are_loaded_and_unloaded_by_name(start: Start, tmp_path: Path) 
     answers = [call("load_lora_adapter", **one) for one in (asked, asked, again, {**again, "lora_path": "dora"})]
     assert [answer.status_code for answer in answers] == [200, 400, 200, 200]
     assert served.store.facts("mine")["directory"] == root / "dora"
+    with mock.patch.object(served.engine, "load", side_effect=InputError("its file is cut off")):
+        assert call("load_lora_adapter", **again).status_code == 400
+    assert served.store.facts("mine")["directory"] == root / "dora"  # as before
     for path in ("../outside", str(outside), "link", "/etc", ".", "..", "a\0b", "x" * 5000):
         assert call("load_lora_adapter", lora_name="evil", lora_path=path).status_code == 403, path
     assert call("load_lora_adapter", lora_name="evil", lora_path="empty").status_code == 400
