@@ -199,8 +199,13 @@ class BankAdamW:
         finite = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
         for i in finite:
             self.steps[slots[i]] += 1
-        if finite:
-            self._step([slots[i] for i in finite], [settings[i] for i in finite], [norms[i] for i in finite])
+        try:
+            if finite:
+                self._step([slots[i] for i in finite], [settings[i] for i in finite], [norms[i] for i in finite])
+        except (RuntimeError, MemoryError):  # before the first block, so no adapter has taken its step
+            for i in finite:
+                self.steps[slots[i]] -= 1
+            raise
         self.bank.gradients.index_fill_(0, rows, 0.0)
         return norms
 
@@ -222,7 +227,8 @@ class BankAdamW:
             try:
                 self._step_block(rows, block, each)
             except (RuntimeError, MemoryError) as error:  # the block is as it was, so a narrower one may be tried
-                if not is_out_of_memory(error) or width <= _LEAST_NUMBERS:
+                # a step that has begun is taken to its end, however narrow its blocks become
+                if not is_out_of_memory(error) or width <= (_LEAST_NUMBERS if begin == 0 else 1):
                     raise
                 width //= 2
             else:

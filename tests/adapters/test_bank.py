@@ -195,6 +195,37 @@ def test_the_optimizer_of_a_bank_is_torchs_adamw_for_each_adapter(monkeypatch: p
     assert optimizer.steps == [6, 4, 4]
 
 
+def test_a_step_of_the_optimizer_is_taken_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out for all blocks above a width: in the first block nothing is taken, in a later one all is."""
+    bank = AdapterBank(_model(), 2)
+    settings, gradient = [AdamSettings(0.01, 0.9, 0.999, 1e-8, 0.0, 0.0)] * 2, torch.randn_like(bank.gradients)
+    real, widest, short_from = BankAdamW._step_block, 0, 0
+
+    def short(self: BankAdamW, rows: torch.Tensor, block: slice, each: torch.Tensor) -> None:
+        if block.start >= short_from and block.stop - block.start > widest:
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        real(self, rows, block, each)
+
+    def step() -> torch.Tensor:
+        bank.vectors.copy_(bank.initial.expand_as(bank.vectors))
+        bank.gradients.copy_(gradient)
+        optimizer.step([0, 1], settings)
+        return bank.vectors.clone()
+
+    monkeypatch.setattr(optim, "_LEAST_NUMBERS", 64)
+    monkeypatch.setattr(optim, "_BLOCK_NUMBERS", 2 * 256)
+    optimizer = BankAdamW(bank)
+    expected = step()
+    monkeypatch.setattr(BankAdamW, "_step_block", short)
+    optimizer = BankAdamW(bank)
+    with pytest.raises(torch.OutOfMemoryError):
+        step()
+    assert optimizer.steps == [0, 0] and torch.equal(bank.vectors, bank.initial.expand_as(bank.vectors))
+    widest, short_from = 5, 1  # below the width that a step may begin with
+    assert torch.equal(step(), expected)
+    assert optimizer.steps == [1, 1]
+
+
 def test_what_is_put_into_a_slot_comes_out_again() -> None:
     model = _model()
     vectors = _vectors(model, 4)

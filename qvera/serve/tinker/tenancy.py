@@ -196,7 +196,13 @@ class Tinker:
                 del self._models[model.id]
                 self.tenants.remove(model.id)
         self.on_session_end(session_id)
-        for target in [model.id for model in models]:
+        write = partial(self._write_end, session_id, [model.id for model in models])
+        if not self._do(write):  # the disk refused it
+            self._work.put(write)
+
+    def _write_end(self, session_id: str, models: list[str]) -> None:
+        """Write down that a session has ended with its models, and delete what only they need."""
+        for target in models:
             for promise in self.database.promises("target = ? AND state = 'pending'", target):
                 self.database.fail(promise["id"], "The session has ended.", "user")
             self.database.saved(target, 2**31)  # none of its calls is done again

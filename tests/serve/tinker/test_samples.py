@@ -23,6 +23,7 @@ from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import MESSAGES
 from qvera.serve.tinker.sampling import NewSampler, Samples
 from qvera.serve.tinker.tenancy import BaseFacts, Tinker, TinkerSettings
+from qvera.utils.errors import RunFailed
 from tests.conftest import small_tokenizer
 from tests.helpers import wait_until
 from tests.serve.api.doubles import ScriptedEngine
@@ -154,6 +155,24 @@ def test_the_end_of_a_session_and_a_failing_engine_end_its_samples(server: Serve
     assert server.wait("ben", refused) == b"the adapter is damaged" and server.state("ben", refused) == "user"
     server.engine.refuses = None
     server.wait("ben", server.ask("ben"))
+
+
+def test_the_end_of_a_session_is_written_down_once_the_disk_takes_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = server.sampler("anna").partition(":")[0]
+    rows, refusals = server.tinker.database.rows, iter(range(2))
+
+    def refusing(query: str, values: Any = ()) -> Any:
+        if query.startswith("UPDATE sessions") and next(refusals, None) is not None:
+            raise RunFailed("the disk is full")
+        return rows(query, values)
+
+    monkeypatch.setattr(server.tinker.database, "rows", refusing)
+    monkeypatch.setattr("qvera.serve.tinker.tenancy._RETRY_SECONDS", 0.01)
+    server.tinker.end_session(session, "anna")
+    wait_until(lambda: rows("SELECT ended FROM sessions WHERE id = ?", (session,))[0]["ended"] is not None)
+    assert next(refusals, None) is None  # it was refused twice
 
 
 def test_weights_that_are_saved_anew_while_they_are_read_are_looked_up_again(server: Server) -> None:
