@@ -215,6 +215,7 @@ class Generation:
         self._service, self._access, self._model, self._prompts = service, access, model, prompts
         self.sampling, self.streams, self._began = sampling, streams, began
         self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
+        self.cached_tokens = 0  # of prompts, summed over the answers
         self.fingerprint, self.texts = "fp_base", service.texts
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}  # index of an answer → the id of its request
@@ -320,6 +321,7 @@ class Generation:
                 if not self.new_tokens:
                     self._service.metrics.first_token_seconds.observe(time.monotonic() - self._began)
                 self.new_tokens += 1
+                self.cached_tokens += event.cached_tokens
                 waiting[index].append((event, stream.length))
                 text = stream.add(event.token)
             tokens = waiting[index]

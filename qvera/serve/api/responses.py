@@ -230,7 +230,8 @@ class _Writer:
             yield from self._close_message(self.status)
             given, made = self._answers.prompt_tokens, self._answers.new_tokens
             counts = {"input_tokens": given, "output_tokens": made, "total_tokens": given + made}
-            details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+            cached = {"cached_tokens": self._answers.cached_tokens}
+            details = {"input_tokens_details": cached, "output_tokens_details": {"reasoning_tokens": 0}}
             self._head["usage"] = {**counts, **details}
             if self.status == "incomplete":
                 self._head["incomplete_details"] = {"reason": "max_output_tokens"}

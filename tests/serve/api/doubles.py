@@ -111,5 +111,6 @@ class ScriptedEngine:
         self._tokens += 1
         wanted = request.sampling.top_logprobs
         top = tuple((token + k, -0.5 - k) for k in range(wanted or 0))
-        on_event(TokenEvent(token, None if wanted is None else -0.5, top))
+        cached = 3 if given == 1 else 0  # as if three tokens of each prompt had been in the cache
+        on_event(TokenEvent(token, None if wanted is None else -0.5, top, cached_tokens=cached))
         return EndEvent("length") if given == request.sampling.max_tokens else None

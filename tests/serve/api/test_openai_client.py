@@ -83,6 +83,7 @@ def test_responses_are_the_chats_answers_in_items_and_events(start: Start) -> No
         assert one.prompt == other.prompt
         assert found.usage is not None
         assert found.usage.input_tokens == len(one.prompt)
+        assert found.usage.input_tokens_details.cached_tokens == 3
         events = list(client.responses.create(**asked, stream=True))
         assert [event.sequence_number for event in events] == list(range(len(events)))
         kinds = [event.type for event in events]
