@@ -211,11 +211,12 @@ def head_recipe(trial: Trial, data: Path, bases: dict[str, str], to: Path) -> Re
     return parse_recipe(tree, "bench/quality.py")
 
 
-def hold_dense(model: nn.Module, dtype: torch.dtype) -> None:
+def hold_dense(model: nn.Module) -> None:
     """Replace each 4-bit linear by a dense one of the weights that its products are taken with."""
     for name, module in [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]:
         dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        dense.weight = nn.Parameter(dequantized_weight(module, dtype).clone(), requires_grad=False)
+        weight = dequantized_weight(module, module.compute_dtype or torch.float32)
+        dense.weight = nn.Parameter(weight.clone(), requires_grad=False)
         dense.bias = module.bias
         model.set_submodule(name, dense)
 
@@ -253,7 +254,7 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
         datasets = build_datasets(recipe.data, load_tokenizer(recipe.model))
         model_class = task.model_class(datasets)
         base = load_base(recipe.model, model_class=model_class)
-        hold_dense(base.model, base.model.dtype)
+        hold_dense(base.model)
         taken = taken_as(trial)
         model = trials.adapted(base, taken, recipe, model_class)
         facts = trials.train(model, taken, recipe, datasets)

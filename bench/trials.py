@@ -86,7 +86,7 @@ class Trial:
         """Of a trained parameter: ``b`` starts at zero (LoRA's B, VeRA's b), ``others`` of an adapter, or ``head``."""
         if any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b")):
             return "b"
-        is_head = self.head_rate is not None and name.endswith(("classifier.weight", "classifier.bias", "score.weight"))
+        is_head = self.head_rate is not None and any(part in name.split(".") for part in ("classifier", "score"))
         return "head" if is_head or "modules_to_save" in name else "others"
 
     def after(self, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -387,8 +387,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise InputError(f"{path}: no such recipe file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
-        if (path / RECIPE_FILE).is_file():
-            raise InputError(f"{path}: is the directory of a run. Its recipe is {path / RECIPE_FILE}.") from None
+        if (own := path / RECIPE_FILE).is_file():
+            raise InputError(
+                f"{path}: can't be read as a recipe: it is the directory of a run, whose recipe is {own}."
+            ) from None
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML in UTF-8.") from None
     tree, lines = read_yaml(text, str(path))
