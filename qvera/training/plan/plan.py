@@ -330,8 +330,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     others = {name: sum(c.bytes for c in memory.at(name)) for name in memory.moments if name != peak}
     others_text = ", ".join(f"{_MOMENTS[name]} {size(held)}" for name, held in others.items())
     console.print(f"The peak is in the {_MOMENTS[peak]}; {others_text}.")
-    kept = " The total has the adapted weights too: there is room to keep them between steps." * plan.holds_weights
-    console.print(f"{plan.decided}{kept}", markup=False)
+    console.print(str(plan.decided), markup=False)
+    if plan.holds_weights:
+        console.print("The total has the adapted weights too: there is room to keep them between steps.")
     if plan.streaming.streams:
         console.print(str(plan.streaming), markup=False)
     if pinned := offloaded_bytes(plan):
