@@ -21,7 +21,8 @@ from torch import nn
 
 BASIS_ROWS = 48
 OF_PEFT = ("uni-lora", "miss", "lokr", "ia3")
-OF_OURS = ("two-sided", "input-basis", "both-bases", "tied")
+ON_BASES = ("input-basis", "both-bases")
+OF_OURS = ("two-sided", *ON_BASES, "tied")
 
 
 def peft_config(method: str, rank: int, kind: Any) -> Any:
@@ -77,7 +78,7 @@ def adapt(model: Any, method: str, rank: int, seed: int, has_own_head: bool, row
     linears = dict(adapted_linears(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(has_own_head and name.split(".")[0] in ("classifier", "score"))
-    moments = second_moments(model, linears, list(rows())[:BASIS_ROWS]) if "bas" in method else {}
+    moments = second_moments(model, linears, list(rows())[:BASIS_ROWS]) if method in ON_BASES else {}
     pairs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     for name, linear in linears.items():
         n, m = linear.in_features, linear.out_features

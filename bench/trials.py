@@ -86,8 +86,9 @@ class Trial:
         """Of a trained parameter: ``b`` starts at zero (LoRA's B, VeRA's b), ``others`` of an adapter, or ``head``."""
         if any(part in name for part in ("lora_B", "vera_lambda_b", "qvera_b")):
             return "b"
-        is_head = self.head_rate is not None and any(part in name.split(".") for part in ("classifier", "score"))
-        return "head" if is_head or "modules_to_save" in name else "others"
+        parts = ("lora_", "vera_", "qvera_", "lokr_", "miss_", "ia3_")
+        is_adapter = self.head_rate is None or any(part in name for part in parts)
+        return "others" if is_adapter else "head"
 
     def after(self, step: int, model: Any, optimizer: torch.optim.Optimizer) -> None:
         """What is to be done between two steps."""

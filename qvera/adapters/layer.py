@@ -160,7 +160,7 @@ class AdaptedForward:
             return None
         if not isinstance(self.dropout_of(adapter), nn.Identity):
             return None
-        # nor would its hooks run
+        # its hooks too run only when it is called
         if base._forward_hooks or base._forward_pre_hooks:
             return None
         if trains_pair(method):

@@ -89,7 +89,7 @@ def _of_pattern(pattern: Mapping[str, float] | None, spec: LinearSpec, default: 
 
 def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:
     """Return the random stream that the adapter's seed gives to a name."""
-    # a stream for each name, so that a linear starts alike whatever else is adapted
+    # Each name has a stream of its own. So a linear starts the same, whichever other linears are adapted.
     seed = getattr(adapter, "projection_seed", None) or getattr(adapter, "seed", 0)
     key = f"{seed}/{name}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))

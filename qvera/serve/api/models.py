@@ -140,10 +140,10 @@ async def _load(request: Request, name: str, directory: str | None = None, repla
             service.engine.load(adapter)
         except InputError:
             # a damaged directory leaves the name as it was
-            if directory is not None and before is None:
-                service.store.remove(name)
-            elif directory is not None and before is not None:
+            if before is not None:
                 service.store.add(name, before, replace=True)
+            elif directory is not None:
+                service.store.remove(name)
             raise
 
     await service.in_thread(load)
