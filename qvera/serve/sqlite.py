@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,17 +20,31 @@ class SqliteFile:
     """An open database, until `close`."""
 
     def __init__(
-        self, path: Path, schema: str, version: int, what: str, synchronous: Literal["FULL", "NORMAL"] = "FULL"
+        self,
+        path: Path,
+        schema: str,
+        version: int,
+        what: str,
+        parts: Sequence[str],
+        synchronous: Literal["FULL", "NORMAL"] = "FULL",
     ) -> None:
         """Open the database, or make one.
 
-        Raises InputError if it is damaged, no database, from a newer qvera, or can't be written.
+        Raises InputError if it is damaged, no database, from a newer qvera, can't be written, or was lost.
 
         Args:
             schema: SQL that makes the tables.
             what: what the file holds, for a message.
+            parts: directories beside it, whose content it names. Other content is removed as remains of a crash, so
+                there may be none without the database.
             synchronous: with NORMAL a power cut may lose the last transactions; a killed process loses none.
         """
+        for part in () if path.exists() else map(path.with_name, parts):
+            if part.exists() and not (part.is_dir() and not any(part.iterdir())):
+                raise InputError(
+                    f"{part}: is of something else, or {path.name} beside it was lost. Put that back, or choose "
+                    "another --training-dir."
+                )
         self.path, self._lock, problem = path, threading.RLock(), ""
         self._connection = sqlite3.connect(path, isolation_level="IMMEDIATE", check_same_thread=False, timeout=10)
         self._connection.row_factory = sqlite3.Row

@@ -267,7 +267,7 @@ def test_rows_that_can_t_be_read_and_those_without_room_hold_up_no_other_job_and
     assert not full
 
 
-@pytest.mark.parametrize("full", ["save", "move", "succeeded", "add", "write_results"])
+@pytest.mark.parametrize("full", ["begin", "save", "move", "succeeded", "add", "write_results"])
 def test_a_full_disk_is_waited_for_and_loses_nothing(
     full: str, jobs: Jobs, trainer: ScriptedTrainer, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +370,25 @@ def test_files_of_something_else_are_not_removed_and_those_that_were_cut_off_are
     with TrainingDirectory.open(tmp_path / "training") as directory:
         assert [path.stem for path in directory.files.iterdir()] == [kept.training_file]
         assert list(directory.states.iterdir()) == []
+
+
+def test_a_model_whose_deletion_was_cut_off_is_gone_after_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with server(tmp_path) as jobs:
+        queued(jobs, "anna", "ben")
+        run_all(jobs)
+        removed: list[Path] = []
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            # once for what an earlier deletion may have left, then for the adapter
+            patched.setattr(jobs_module.shutil, "rmtree", lambda *a, **_: killed() if removed else removed.append(a[0]))
+            jobs.delete_model("anna", "me")
+        assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [".anna.deleted", "ben"]
+    with server(tmp_path):
+        assert [path.name for path in (tmp_path / "adapters").iterdir()] == ["ben"]
 
 
 def test_a_directory_is_for_one_server_and_a_database_that_can_t_be_read_is_named(tmp_path: Path) -> None:

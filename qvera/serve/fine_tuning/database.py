@@ -142,7 +142,7 @@ class Database(SqliteFile):
 
     def __init__(self, path: Path) -> None:
         """Raises as `SqliteFile`."""
-        super().__init__(path, _SCHEMA, VERSION, "fine-tuning jobs")
+        super().__init__(path, _SCHEMA, VERSION, "fine-tuning jobs", ("files", "states"))
 
     def _records(self, kind: type[R], rest: str, values: Iterable[object]) -> list[R]:
         """Return the records that ``SELECT * FROM`` their table and ``rest`` finds."""

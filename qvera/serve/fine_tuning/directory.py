@@ -5,14 +5,16 @@
     states/JOB_ID.safetensors       what a job continues from
     .qvera_run.lock                 held by the server that uses it
 
-A file enters the database once it is complete on disk. Other files are remains of a crash, and `open` removes them.
+A file enters the database once it is complete on disk. Other files are remains of a crash, and `open` removes them. So
+it is with the directories of Tinker's API beside them (`qvera.serve.tinker.tenancy`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from qvera.data.readers import EXTENSIONS
@@ -44,29 +46,19 @@ class TrainingDirectory:
         Raises InputError if another server uses it, it holds something else, or it can't be read and written.
         """
         path = path.absolute()  # `without_places` would take a short relative path for a word of a message
-        with run_lock(path, what="--training-dir"):
-            # files without a database would count as remains of a crash and be removed
-            for part in () if (path / DATABASE).exists() else (path / "files", path / "states"):
-                if part.exists() and not (part.is_dir() and not any(part.iterdir())):
-                    raise InputError(
-                        f"{part}: is of something else, or {DATABASE} beside it was lost. Put that back, or choose "
-                        "another --training-dir."
-                    )
-            with contextlib.closing(Database(path / DATABASE)) as database:
-                directory = cls(path, database)
-                known = {directory.place(file).name for file in database.all_files()}
-                states = {directory.state(job.id).name for job in database.open_jobs()}
-                try:
-                    for place, kept in ((directory.files, known), (directory.states, states)):
-                        place.mkdir(exist_ok=True)
-                        for file in place.iterdir():
-                            if file.name not in kept:
-                                file.unlink()
-                except OSError as error:
-                    raise InputError(
-                        f"{path}: can't be written ({error.strerror or error}). Choose another --training-dir."
-                    ) from None
-                yield directory
+        with run_lock(path, what="--training-dir"), contextlib.closing(Database(path / DATABASE)) as database:
+            directory = cls(path, database)
+            known = {directory.place(file) for file in database.all_files()}
+            states = {directory.state(job.id) for job in database.open_jobs()}
+            try:
+                for place, kept in ((directory.files, known), (directory.states, states)):
+                    place.mkdir(exist_ok=True)
+                    remove_remains(place.iterdir(), kept)
+            except OSError as error:
+                raise InputError(
+                    f"{path}: can't be written ({error.strerror or error}). Choose another --training-dir."
+                ) from None
+            yield directory
 
     def place(self, file: StoredFile) -> Path:
         """The path of a stored file."""
@@ -100,6 +92,15 @@ class TrainingDirectory:
         with disk_errors(name, _KEPT):
             replace_text(self.place(file), text)
         return file
+
+
+def remove_remains(found: Iterable[Path], kept: Collection[Path] = ()) -> None:
+    """Delete the files and directories that a killed server left unfinished: those ``found`` that are not ``kept``."""
+    for place in set(found) - set(kept):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            place.unlink()
 
 
 class Upload:

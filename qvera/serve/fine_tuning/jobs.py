@@ -29,7 +29,7 @@ from qvera.serve.fine_tuning.database import (
     UnknownRecord,
     now,
 )
-from qvera.serve.fine_tuning.directory import TrainingDirectory, shown
+from qvera.serve.fine_tuning.directory import TrainingDirectory, remove_remains, shown
 from qvera.serve.fine_tuning.preparing import Recipes, require_small_json
 from qvera.serve.fine_tuning.worker import Worker
 from qvera.training.online import OnlineTrainer
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 30.0
+_DELETED = ".{}.deleted"  # an adapter's directory until its files are gone; no list shows hidden ones
 _JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
 Change = Literal["cancel", "pause", "resume"]
 _CHANGES: dict[Change, tuple[tuple[Status, ...], Status, str]] = {
@@ -84,7 +85,9 @@ class Jobs:
         self._reader = threading.Thread(target=self._read_rows, name="qvera-rows", daemon=True)
 
     def __enter__(self) -> Self:
-        """Continue the jobs that the last server left unfinished; those that were running come first."""
+        """Continue what the last server left unfinished: deletions, then jobs, those that ran first."""
+        if self._store.root is not None:
+            remove_remains(self._store.root.glob(_DELETED.format("*")))
         found = [job for job in self.database.open_jobs() if job.status != "paused"]
         for job in sorted(found, key=lambda job: job.status in BEFORE):
             self._unread.put(job.id)
@@ -179,7 +182,7 @@ class Jobs:
             raise NotMade
         if (other := self.database.job_of_model(model, OPEN)) is not None:
             raise Refused(f"The job {other.id} makes this model anew; cancel it first.", "model")
-        gone = directory.with_name(f".{directory.name}.deleted")  # hidden, so that no list shows it
+        gone = directory.with_name(_DELETED.format(directory.name))
         shutil.rmtree(gone, ignore_errors=True)
         try:
             directory.rename(gone)  # at once: nobody finds half of it

@@ -144,7 +144,7 @@ class Worker:
                 job, run = self._ready.pop(ready[turns.index(min(turns))].id)
             try:
                 self._begin(job, run)
-            except RunFailed:  # the database can't be written now: the job waits with the others again
+            except RunFailed:  # the disk is full: the job waits with the others again
                 self.add(job, run)
                 raise
             self._write_events(at_once=True)
@@ -158,6 +158,8 @@ class Worker:
             return  # cancelled or paused meanwhile
         try:
             self._trainer.begin(run, saved)
+        except RunFailed:
+            raise
         except Exception as error:
             if not isinstance(error, InputError):
                 _logger.exception("%s can't begin", job.id)

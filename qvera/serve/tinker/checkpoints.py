@@ -5,7 +5,7 @@
     tinker://RUN/external_weights/NAME    runs/RUN/external_weights/NAME/     the same, to be downloaded
 
 RUN is a model's id, with ``_`` for ``:`` in a directory's name. A checkpoint enters the database once its files are on
-disk, and leaves it after they were deleted.
+disk, and leaves it after they were deleted. So a directory that it does not name is what a killed server has left.
 """
 
 from __future__ import annotations
@@ -142,10 +142,13 @@ class Checkpoints:
             # a file that is saved over is a new file, so the copy keeps the old one
             shutil.copytree(source.directory, place.directory, copy_function=os.link)
             about = source.about
-            self.add(place, owner, ttl_seconds, {**about, "copy_key": key, "download": None})
-            self.database.add_model(run, "", owner, about["base"], source.shape, 0, about["user_metadata"])
-            self.database.update("models", run, ended=now)
+            self.database.add_model(run, "", owner, about["base"], source.shape, 0, about["user_metadata"], ended=now)
+            self.add(place, owner, ttl_seconds, {**about, "copy_key": key, "download": None})  # found from here on
             return place
+
+    def directories(self) -> list[Path]:
+        """The directories of all checkpoints, of expired ones too."""
+        return [self._made(row).directory for row in self.database.rows("SELECT * FROM checkpoints")]
 
     def page(self, owner: str, run: str | None, limit: int, offset: int) -> tuple[list[Checkpoint], int]:
         """Some checkpoints of a key, of one run if it is named, the newest first; and how many there are."""

@@ -73,7 +73,8 @@ class Database(SqliteFile):
 
     def __init__(self, path: Path) -> None:
         """Raises as `SqliteFile`."""
-        super().__init__(path, _SCHEMA, VERSION, "Tinker's API", synchronous="NORMAL")
+        parts = "models", "sessions", "runs"
+        super().__init__(path, _SCHEMA, VERSION, "Tinker's API", parts, synchronous="NORMAL")
         self._waiting: defaultdict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
         """Promise or target → those who wait for its end, and the event loop of each."""
         (self._last_end,) = self.rows("SELECT IFNULL(MAX(done_at), 0) FROM promises")[0]
@@ -191,12 +192,20 @@ class Database(SqliteFile):
         return found[0]
 
     def add_model(
-        self, model: str, session: str, owner: str, base: str, shape: ModelShape, seed: int, metadata: Any
+        self,
+        model: str,
+        session: str,
+        owner: str,
+        base: str,
+        shape: ModelShape,
+        seed: int,
+        metadata: Any,
+        ended: float | None = None,
     ) -> None:
-        """Add a model; ``metadata`` are its user's."""
+        """Add a model; ``metadata`` are its user's. ``ended``: it was never live."""
         now, about = time.time(), json.dumps({"user_metadata": metadata})
         row = {"id": model, "session": session, "owner": owner, "base": base, "shape": json.dumps(shape)}
-        self.insert("models", **row, seed=str(seed), created=now, last_request=now, about=about)
+        self.insert("models", **row, seed=str(seed), created=now, last_request=now, about=about, ended=ended)
 
     def insert(self, table: str, **values: object) -> None:
         """Add a row to a table, in place of one with its key."""

@@ -454,8 +454,9 @@ def _moment(seconds: float) -> str:
 
 
 @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
-async def unknown(sender: Trainer, path: str) -> None:
+async def unknown(request: Request, path: str) -> None:
     """Refuse a path, which may have a place in a model's order all the same."""
-    with contextlib.suppress(InputError):
-        await _training(sender, path, is_known=False)
-    raise ApiError(404, f"This server does not know {sender.request.method} {path[:100]!r}.")
+    if "train" in request.state.access.may:  # or the sender has no models
+        with contextlib.suppress(InputError):
+            await _training(Sender(request, "train"), path, is_known=False)
+    raise ApiError(404, f"This server does not know {request.method} {path[:100]!r}.")

@@ -42,7 +42,7 @@ from qvera.serve.text import TextStream
 from qvera.serve.tinker.calls import parsed
 from qvera.serve.tinker.database import SAMPLE
 from qvera.serve.tinker.messages import FLOAT32, INT32, INT64, MESSAGES, dense_of, packed
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, RunFailed, first_line
 
 if TYPE_CHECKING:
     import sqlite3
@@ -330,15 +330,12 @@ class Samples:
 
     # The thread
 
-    def _put(self, work: Callable[[], object]) -> None:
-        def do() -> None:
-            work()
-            self._hand_over()
-
-        self._tinker.put(do)
+    def _put(self, work: Callable[[], None]) -> None:
+        self._tinker.put(work)
+        self._tinker.put(self._hand_over)  # apart: after an error of the database it is tried again, and the work not
 
     def _hand_over(self) -> None:
-        """Hand over as many samples as the engine should have."""
+        """Hand over as many samples as the engine should have. Raises RunFailed as the database."""
         # the next one is of the key that was given the fewest tokens
         while self._waiting and len(self._sent) < self._most_sent and not self._is_busy:
             call = self._waiting[min(self._waiting, key=self._given.__getitem__)][0]
@@ -353,6 +350,8 @@ class Samples:
                 return
             except (ApiError, InputError) as error:
                 self._end(call, "user", str(error).encode())
+            except RunFailed:
+                raise
             except Exception as error:
                 _logger.exception("samples of %s", call.promise)
                 self._end(call, "server", f"{type(error).__name__}: {first_line(error)}".encode())

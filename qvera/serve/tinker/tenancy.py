@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qvera.models.structure import position_limit
 from qvera.serve.api.errors import ApiError
+from qvera.serve.fine_tuning.directory import remove_remains
 from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
@@ -152,6 +153,7 @@ class Tinker:
 
     def __enter__(self) -> Self:
         """Go on where the last server ended."""
+        self._remove_remains()
         self._restore()
         self._thread.start()
         return self
@@ -459,6 +461,16 @@ class Tinker:
                 if other != file:
                     other.unlink(missing_ok=True)
         model.is_saving = False
+
+    def _remove_remains(self) -> None:
+        """Delete directories that the database does not name. What is done again writes its own anew."""
+        models, sessions = (
+            [row["id"] for row in self.database.rows(f"SELECT id FROM {table} WHERE ended IS NULL")]
+            for table in ("models", "sessions")
+        )
+        remove_remains(self.directory.glob("models/*"), [self._states(model) for model in models])
+        remove_remains(self.directory.glob("sessions/*"), [self.directory / "sessions" / one for one in sessions])
+        remove_remains(self.directory.glob("runs/*/*/*"), self.checkpoints.directories())
 
     def _restore(self) -> None:
         """Begin again the calls whose effect is in no state file, and those that were promised and not done."""

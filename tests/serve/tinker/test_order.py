@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from typing import Any
 
+import httpx
 import pytest
 import zstandard
 
+from qvera.serve.api.access import new_key
 from qvera.serve.tinker.calls import OptimStep, parsed
 from qvera.utils.errors import InputError
 from tests.serve.tinker.conftest import StartTinker, TinkerServer, rows_body, soon
@@ -91,8 +94,6 @@ def test_a_failed_call_tells_why_and_leaves_the_model_as_it_was(server: TinkerSe
 
 
 def test_bodies_may_come_compressed_and_bombs_are_refused(start_tinker: StartTinker) -> None:
-    import httpx
-
     server = start_tinker(body_bytes=1 << 16)
     model = server.model()
 
@@ -119,6 +120,19 @@ def test_foreign_and_unknown_models_look_the_same(start_tinker: StartTinker, pat
     assert answers[0] == answers[1]
     assert answers[0][0] == 404
     server.result(server.train(model, 1, key="anna"), "anna")  # and used nothing up
+
+
+@pytest.mark.parametrize("may", ["use", "load"])
+def test_a_key_that_trains_nothing_finds_no_path_that_is_not_there(start_tinker: StartTinker, may: Any) -> None:
+    server = start_tinker(names=("anna",))
+    server.keys["tom"] = new_key(server.directory.parent / "keys.json", "tom", ["*"], [may])
+    for path, method in (("nothing/here", "GET"), ("create_thing", "POST"), ("optim_step", "GET")):
+        body = {"model_id": server.model(key="anna"), "seq_id": 1}
+        answers = [server.call(path, body, key, method=method) for key in ("anna", "tom")]
+        assert [one.status_code for one in answers] == [404, 404], path
+        assert answers[1].json()["detail"].startswith(f"This server does not know {method}")
+    assert server.call("optim_step", {"model_id": "x", "seq_id": 1}, "tom").status_code == 403
+    assert httpx.get(f"{server.url}/api/v1/downloads/x").status_code == 404  # without a key
 
 
 def test_promises_and_sessions_of_others_are_unknown(start_tinker: StartTinker) -> None:
@@ -264,8 +278,6 @@ def test_unnamed_samplers_that_nobody_asks_for_go_but_the_newest(server: TinkerS
 
 
 def test_metrics_name_routes_and_no_paths_that_clients_invent(server: TinkerServer) -> None:
-    import httpx
-
     server.session()
     server.call("invented/1")
     text = httpx.get(f"{server.url}/metrics").text

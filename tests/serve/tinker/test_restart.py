@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from typing import Any
+
+import pytest
+
+from qvera.serve.tinker.checkpoints import Checkpoint
+from qvera.utils.errors import InputError
 from tests.serve.tinker.conftest import StartTinker, TinkerServer, soon
 
 
@@ -79,3 +86,53 @@ def test_a_session_that_had_ended_stays_ended(start_tinker: StartTinker) -> None
     assert second.call("session_heartbeat", {"session_id": session}).status_code == 410
     assert second.step(model, 1).status_code == 410
     assert not second.tenants.done_calls
+
+
+class Killed(BaseException):
+    """Where the process would end."""
+
+
+def test_what_a_killed_server_left_unfinished_goes_and_what_its_database_names_stays(
+    start_tinker: StartTinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(place: Any, *_: Any, **__: Any) -> None:
+        if isinstance(place, Checkpoint) or place.parent.name == "sessions":
+            raise Killed
+
+    def places() -> set[str]:
+        found = (path for pattern in ("models/*", "sessions/*", "runs/*/*/*") for path in first.directory.glob(pattern))
+        return {str(path.relative_to(first.directory)) for path in found}
+
+    first = start_tinker(save_seconds=0.0)
+    sessions = live, ended = first.session(), first.session()
+    models = [first.model(session) for session in sessions]
+    for model in models:
+        first.result(first.call("save_weights", {"model_id": model, "seq_id": 1, "path": "one"}))
+        unnamed = {"model_id": model, "seq_id": 2, "sampling_session_seq_id": 0}
+        first.result(first.call("save_weights_for_sampler", unnamed))
+    soon(lambda: len(places()) == 6)
+    checkpoints = first.tinker.checkpoints
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(checkpoints, "add", killed)
+        checkpoints.copy(f"tinker://{models[0]}/weights/one", "local", None, "key")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(shutil, "rmtree", killed)
+        first.tinker.end_session(ended, "local")
+    assert len(places()) == 7 and len(list(first.directory.glob("runs/copy-*"))) == 1
+
+    second = start_tinker()
+    names = [model.replace(":", "_") for model in models]
+    runs = {f"runs/{name}/weights/one" for name in names}  # a named checkpoint outlives its session
+    assert places() == {f"models/{names[0]}", f"sessions/{live}", *runs}
+    assert list(second.tinker._models) == [models[0]]  # a copy is no live model
+
+
+def test_without_its_database_nothing_is_taken_for_remains(start_tinker: StartTinker) -> None:
+    first = start_tinker()
+    model = first.model()
+    first.result(first.call("save_weights", {"model_id": model, "seq_id": 1, "path": "one"}))
+    lost = first.directory / "tinker.sqlite"
+    lost.rename(lost.with_name("elsewhere"))
+    with pytest.raises(InputError, match="runs: is of something else, or tinker.sqlite beside it was lost"):
+        start_tinker()
+    assert list(first.directory.glob("runs/*/weights/one"))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from tests.serve.api.doubles import ScriptedEngine
 from tests.serve.tinker.doubles import ScriptedTenants
 
 PLACES = 8
+THREAD = "qvera-tinker"  # waits for the disk
 
 
 class Server:
@@ -173,6 +175,26 @@ def test_the_end_of_a_session_is_written_down_once_the_disk_takes_it(
     server.tinker.end_session(session, "anna")
     wait_until(lambda: rows("SELECT ended FROM sessions WHERE id = ?", (session,))[0]["ended"] is not None)
     assert next(refusals, None) is None  # it was refused twice
+
+
+def test_a_database_that_can_not_be_read_for_a_while_ends_no_call(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, refusals = server.tinker.database.rows, iter(range(3))
+
+    def refusing(query: str, values: Any = ()) -> Any:
+        is_read = query.startswith(("SELECT body", "SELECT * FROM samplers"))
+        if is_read and threading.current_thread().name == THREAD and next(refusals, None) is not None:
+            raise RunFailed("the database is locked")
+        return rows(query, values)
+
+    monkeypatch.setattr(server.tinker.database, "rows", refusing)
+    monkeypatch.setattr("qvera.serve.tinker.tenancy._RETRY_SECONDS", 0.01)
+    promises = [server.ask("anna", 2) for _ in range(3)]
+    for promise in promises:
+        assert len(server.wait("anna", promise).sequences) == 2
+    assert next(refusals, None) is None
+    assert len(server.engine.requests) == 6  # and none of them twice
 
 
 def test_weights_that_are_saved_anew_while_they_are_read_are_looked_up_again(server: Server) -> None:
