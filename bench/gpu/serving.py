@@ -39,7 +39,7 @@ from bench.synthesise import SHAPES
 from qvera.config.sections import ModelSection
 from qvera.serve.batches import GatheringStep, KernelStep
 from qvera.serve.blocks import BLOCK_TOKENS
-from qvera.serve.paged import LayerShape, Rows, arrays_of, attend_in_blocks, choose_kernel
+from qvera.serve.paged import BlockTables, LayerShape, arrays_of, attend_in_blocks, choose_kernel
 from qvera.utils import accelerator
 
 DISTINCT = (1, 16, 256, 1000)
@@ -136,14 +136,14 @@ def blocks(args: argparse.Namespace, lines: Lines) -> None:
     held = accelerator.tensors_on(device, more)
     ways: dict[str, Any] = {"copied": GatheringStep(layers, held["write"], [(held["tables"], held["places"])])}
     if kernel is not None:
-        ways["blocks"] = KernelStep(layers, held["write"], kernel, Rows(**sent, longest=1))
+        ways["blocks"] = KernelStep(layers, held["write"], kernel, BlockTables(**sent, longest=1))
     wanted = None
     for name, step in ways.items():
         attend = functools.partial(step.attend, 0, q, k, v, causal_mask_function, None, None, None)
         found = attend()
         if wanted is None:  # of the same numbers, now that k and v of this step are written
             plain, cached = (
-                Rows(**accelerator.tensors_on("cpu", arrays), longest=1),
+                BlockTables(**accelerator.tensors_on("cpu", arrays), longest=1),
                 [x.cpu().float() for x in layers[0]],
             )
             wanted = attend_in_blocks(q.cpu().float(), cached[0], cached[1], plain, own[1] ** -0.5)

@@ -26,7 +26,7 @@ from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from qvera.utils.formatting import first_of
-from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, unreadable
+from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, unreadable_error
 
 LORA = "LORA"
 
@@ -41,7 +41,7 @@ def read_adapter(directory: Path, content: bytes | None = None) -> tuple[QveraCo
     try:
         tensors = load_file(weights_file) if content is None else load(content)
     except (SafetensorError, OSError) as error:
-        raise unreadable(weights_file, error) from None
+        raise unreadable_error(weights_file, error) from None
     method = method_of(config) if isinstance(config, QveraConfig) else None
     # a LoRA is stored under PEFT's keys and in PEFT's layout: from here on it has ours
     if method is not None and method.peft_type == "LORA":
@@ -234,7 +234,7 @@ def lora_config(config: QveraConfig) -> LoraConfig:
     return stock
 
 
-def write_lora(directory: Path, config: QveraConfig, tensors: dict[str, Tensor]) -> None:
+def write_for_peft(directory: Path, config: QveraConfig, tensors: dict[str, Tensor]) -> None:
     """Write both files of an adapter for stock PEFT; ``tensors`` have our keys."""
     stock = lora_config(config)
     stock.inference_mode = True

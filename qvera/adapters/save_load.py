@@ -23,7 +23,7 @@ from qvera.adapters.adapter_file import (
     require_base,
     require_places,
     require_tokens,
-    write_lora,
+    write_for_peft,
 )
 from qvera.adapters.config import LABELS_VERSION, SHARED_KEYS, QveraConfig
 from qvera.adapters.layer import QveraLinear, SharedTensors
@@ -294,7 +294,7 @@ def _write_files(
     if isinstance(config, QveraConfig) and method_of(config).peft_type == "LORA":
         directory.mkdir(parents=True)
         ours = vectors or get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-        write_lora(directory, config, ours)
+        write_for_peft(directory, config, ours)
     elif vectors is not None:
         directory.mkdir(parents=True)
         tensors = {name: vector.detach().cpu().contiguous() for name, vector in vectors.items()}

@@ -99,7 +99,7 @@ def evaluate(
         text_metrics(names)  # a missing package is named at once
     check_target(run, adapter)
 
-    from qvera.evaluation.load import find_target, require_base
+    from qvera.evaluation.load import find_target, require_comparable
     from qvera.tasks.evaluate import evaluate as evaluate_target
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
@@ -118,7 +118,7 @@ def evaluate(
                 )
     elif html is not None and not (base or with_base):  # the page has a column for the base, if there is one
         try:
-            require_base(target)
+            require_comparable(target)
             with_base = True
         except InputError as error:
             if target.merged is not None:
@@ -241,14 +241,14 @@ def harness(
 
     from qvera.evaluation.generate import PromptWriter
     from qvera.evaluation.lm_eval import find_tasks, run_harness
-    from qvera.evaluation.load import find_target, open_target, require_answers, require_base
+    from qvera.evaluation.load import find_target, open_target, require_answers, require_comparable
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     manager = find_tasks(names, include)
     target = find_target(run, recipe, name=adapter, needs_name=not base)
     require_answers(target, "qvera harness")
     if base:
-        require_base(target)
+        require_comparable(target)
     with progress(f"loading {run}"):
         opened = open_target(target, adapter=not base)
     system = None

@@ -117,7 +117,7 @@ def compare(
 
 
 def _print_runs(found: Comparison) -> None:
-    from qvera.evaluation.report.compare import COSTS, SCORES, score_columns, table, yaml_text
+    from qvera.evaluation.report.compare import COSTS, SCORES, plain_yaml, score_columns, table
 
     titles, rows = table([*SCORES, *COSTS], found.figures)
     print_table(["run", *(title.lower() for title in titles)], rows)
@@ -131,7 +131,7 @@ def _print_runs(found: Comparison) -> None:
     for key, values in found.differing.items():
         who: dict[str, list[str]] = {}
         for label, value in zip(found.runs, values, strict=True):
-            who.setdefault(yaml_text(value), []).append(label)
+            who.setdefault(plain_yaml(value), []).append(label)
         print(f"{key}: " + "; ".join(f"{text} ({', '.join(labels)})" for text, labels in who.items()))
     for gap in found.gaps:
         print(f"! {gap}")

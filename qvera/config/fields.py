@@ -70,7 +70,7 @@ class Section(BaseModel):
         try:
             super().__init__(**keys)
         except ValidationError as error:
-            raise InputError("\n".join(f"{key}: {text}" for key, text in describe(error, type(self)))) from None
+            raise InputError("\n".join(f"{key}: {text}" for key, text in key_problems(error, type(self)))) from None
 
     # pydantic calls an `__init__` without this mark for every section of a recipe; then the first bad section would
     # hide the problems of the others
@@ -157,7 +157,7 @@ def take_old_keys(tree: dict[object, object], source: str, drop_removed: bool) -
     return moved
 
 
-def describe(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
+def key_problems(error: ValidationError, root: type[BaseModel]) -> list[tuple[str, str]]:
     """(key, sentence) for each problem that pydantic found in a ``root``, in the order of the schema."""
     found: dict[str, list[str]] = {}
     for one in error.errors():

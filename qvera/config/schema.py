@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from qvera.config.fields import NonEmpty, OnlyWith, Section, describe, take_old_keys
+from qvera.config.fields import NonEmpty, OnlyWith, Section, key_problems, take_old_keys
 from qvera.config.plugins import extensible
 from qvera.config.sections import AdapterSection, DataSection, ExportSection, ModelSection, TrainingSection
 from qvera.utils.errors import InputError, did_you_mean
@@ -278,7 +278,7 @@ def parse_recipe(
         try:
             return Recipe.model_validate(tree)
         except ValidationError as error:
-            found = describe(error, Recipe)
+            found = key_problems(error, Recipe)
         idle = [key for key, sentence in found if sentence.startswith(_NO_EFFECT)] if drop_idle_keys else []
         tree = copy.deepcopy(tree)
         removed = [_remove(tree, key) for key in idle]

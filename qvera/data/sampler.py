@@ -47,7 +47,7 @@ _GROUPED_BATCHES = 50
 """Batches in a stretch that is sorted by length, as in transformers' LengthGroupedSampler."""
 
 
-def grouped(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+def grouped_by_length(chosen: np.ndarray, lengths: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """Reorder one epoch (int64 [n], from `order`) so that batches of ``size`` rows hold rows of similar length.
 
     Batches come in random order, so that no epoch goes from long rows to short ones. A batch that is not full stays
@@ -71,7 +71,7 @@ class Batches:
     pack_tokens: int | None = None  # instead of pass_rows: consecutive rows with up to this many tokens, or one row
     seed: int = 0
     shuffle: bool = True  # see `order`
-    by_length: bool = False  # see `grouped`
+    by_length: bool = False  # see `grouped_by_length`
     repeats: int = 1  # so many steps in a row have the same rows
     _last: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
 
@@ -85,7 +85,7 @@ class Batches:
         if self._last is None or self._last[0] != epoch:
             chosen = order(epoch, len(self.lengths), self.seed, self.shuffle)
             if self.by_length:
-                chosen = grouped(chosen, self.lengths, self.global_batch_size, self.seed, epoch)
+                chosen = grouped_by_length(chosen, self.lengths, self.global_batch_size, self.seed, epoch)
             self._last = epoch, chosen
         return self._last[1]
 

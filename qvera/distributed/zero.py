@@ -26,7 +26,7 @@ import torch.distributed as dist
 from pydantic import ConfigDict, Field, Strict, ValidationError
 from torch import nn
 
-from qvera.config.fields import Section, describe
+from qvera.config.fields import Section, key_problems
 from qvera.config.schema import Recipe
 from qvera.config.sections import TrainingSection
 from qvera.utils import accelerator
@@ -238,7 +238,7 @@ def load_zero_config(key: str) -> ZeroConfig:
     try:
         config = ZeroConfig.model_validate(tree)
     except ValidationError as error:
-        found = " ".join(f"{name}: {sentence}" for name, sentence in describe(error, ZeroConfig))
+        found = " ".join(f"{name}: {sentence}" for name, sentence in key_problems(error, ZeroConfig))
         hint = "Without ZeRO leave the recipe's deepspeed key out." if "zero_optimization.stage" in found else ""
         raise InputError(f"deepspeed: {path}: {found} {hint}".rstrip()) from None
     if config.offload_device == "nvme":

@@ -19,7 +19,7 @@ from qvera.adapters import AdaptedForward
 from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_template
 from qvera.data.images import StoredImage
 from qvera.distributed.zero import any_sharded, is_sharded
-from qvera.evaluation.load import template_of
+from qvera.evaluation.load import template_name
 from qvera.models import linear, quantization
 from qvera.models.attention import needs_equal_lengths, rows_joined
 from qvera.models.forward import image_inputs
@@ -268,7 +268,7 @@ class PromptWriter:
     def of(cls, opened: OpenRun) -> PromptWriter:
         """Make a writer with the chat template of a run. InputError: it does not go with the tokenizer."""
         recipe = opened.target.recipe
-        name = template_of(recipe, opened.target.run) if recipe is not None else "auto"
+        name = template_name(recipe, opened.target.run) if recipe is not None else "auto"
         template = resolve_template(name, opened.base.tokenizer)
         return cls(template, Encoder(opened.base.tokenizer), recipe.data.system if recipe is not None else None)
 

@@ -212,7 +212,7 @@ def adapter_sha256(target: Artifact) -> str | None:
     return file_sha256(weights) if weights.is_file() else None
 
 
-def template_of(recipe: Recipe, run: Path | None) -> str:
+def template_name(recipe: Recipe, run: Path | None) -> str:
     """Name the template that a run trained with; run.json resolves ``auto``. A mixture has its first source's."""
     name, used = recipe.data.template, None
     if name == "auto" and run is not None:
@@ -328,7 +328,7 @@ def _load_merged_base(target: Artifact) -> loader.Base:
     return loader.load_base(section.replace(**changes))
 
 
-def require_base(target: Artifact) -> None:
+def require_comparable(target: Artifact) -> None:
     """Raise InputError where there is no base to compare with, as far as files say it."""
     if target.adapter is None:
         _base_of_export(target)

@@ -175,7 +175,7 @@ def own_scores(
     return found
 
 
-def require_packages(task: str) -> None:
+def require_scorers(task: str) -> None:
     """Raise InputError where scikit-learn or scipy is missing."""
     for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
         if find_spec(module) is None:

@@ -23,7 +23,7 @@ from qvera.utils.files import (
     read_json,
     try_read_json,
 )
-from qvera.utils.safetensors_io import own_facts, unreadable
+from qvera.utils.safetensors_io import own_facts, unreadable_error
 
 _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", "qvera_places"})
 """Last parts of the names of tensors that are not trained."""
@@ -110,7 +110,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
                 if part.get_dtype() in ("F32", "F16") and not np.isfinite(tensors.get_tensor(name)).all():
                     raise InputError(f"{weights}: {name} has NaN or Inf in it.")
     except (SafetensorError, OSError) as error:
-        raise unreadable(weights, error) from None
+        raise unreadable_error(weights, error) from None
     trained = {name: count for name, count in counts.items() if name.rpartition(".")[2] not in _UNTRAINED}
     heads = tuple(f"base_model.model.{name}." for name in config.get("modules_to_save") or ())
     head = {name: trained.pop(name) for name in list(trained) if name.startswith(heads)}

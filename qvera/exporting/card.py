@@ -20,7 +20,7 @@ from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import NAMED_TEMPLATES
-from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_of
+from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_name
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.compare import rows_name
 from qvera.exporting.gguf_metadata import FAMILIES
@@ -137,7 +137,7 @@ def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | No
     # An evaluation of the base, or of an earlier state of the adapter, is not about what is shared.
     if not isinstance(about, dict) or (about.get("column"), about.get("adapter_sha256")) != ("Adapter", sha256):
         found = {}
-    return summary, found, NAMED_TEMPLATES.get(template_of(target.recipe, target.run))
+    return summary, found, NAMED_TEMPLATES.get(template_name(target.recipe, target.run))
 
 
 def model_card(subject: CardSubject, repo: str | None = None) -> str:

@@ -14,7 +14,7 @@ from rich.console import Console
 from qvera.adapters.adapter_file import read_config, require_base
 from qvera.config.sections import ExportSection
 from qvera.data import resolve_template
-from qvera.evaluation.load import Artifact, require_adapter, require_answers, template_beside, template_of
+from qvera.evaluation.load import Artifact, require_adapter, require_answers, template_beside, template_name
 from qvera.exporting import lora
 from qvera.exporting.compare import compare_lora, compare_merged, difference_text
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
@@ -69,7 +69,7 @@ def export(
     # A merge has its own way: it can be continued, quantized and compared later. It returns here.
     if to == "merged":
         if compare_only:
-            certificate = _finished_merge(target, adapter_dir, out, limit)
+            certificate = _merge_to_compare(target, adapter_dir, out, limit)
         else:
             certificate = _merge(target, adapter_dir, out, options, quantize, chat, console, say)
         if recipe is not None and limit and (compare or compare_only):
@@ -180,7 +180,7 @@ def chat_of(target: Artifact) -> Chat:
     if not task_of(recipe).has_answers:
         return Chat(None, None, None)
     tokenizer = load_tokenizer(target.section)
-    template = resolve_template(template_of(recipe, target.run), tokenizer).jinja
+    template = resolve_template(template_name(recipe, target.run), tokenizer).jinja
     own = tokenizer.get_chat_template() if tokenizer.chat_template else None
     return Chat(template, recipe.data.system, None if template == own else template)
 
@@ -232,7 +232,7 @@ def _merge(
     return certificate
 
 
-def _finished_merge(target: Artifact, adapter_dir: Path, out: Path, limit: int) -> dict[str, Any]:
+def _merge_to_compare(target: Artifact, adapter_dir: Path, out: Path, limit: int) -> dict[str, Any]:
     """The certificate of the finished merge in ``out``. InputError: it can't be compared."""
     path, file = target.path, out / CERTIFICATE
     if not limit:

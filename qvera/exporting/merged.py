@@ -436,7 +436,7 @@ def export_quantized(
         quant_storage=section.quant_storage,
         trust_remote_code=section.trust_remote_code,
     )
-    certificate, record = _finished_merge(merged, adapter_dir, section, options), None
+    certificate, record = _merge_to_quantize(merged, adapter_dir, section, options), None
     if certificate is not None:  # a quantized copy that is whole, but was not measured
         record = read_record(out)
         if record is not None and not (out / CERTIFICATE).exists() and not any(out.glob(".qvera_quantize*")):
@@ -480,7 +480,7 @@ def export_quantized(
     return certificate
 
 
-def _finished_merge(
+def _merge_to_quantize(
     merged: Path, adapter_dir: Path, section: ModelSection, options: ExportSection
 ) -> dict[str, Any] | None:
     """Return the certificate of a merge that an interrupted call finished; None if there is none."""

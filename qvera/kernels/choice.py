@@ -87,7 +87,7 @@ def _kernels() -> Any:
     return triton_kernels
 
 
-def register(
+def register_operator(
     name: str,
     empty: Callable[..., Any],
     launch: Callable[..., Any] | None = None,

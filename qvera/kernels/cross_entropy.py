@@ -10,7 +10,7 @@ Liger's kernel has neither weights nor several targets; its loss comes in the dt
 
 import torch
 
-from qvera.kernels.choice import register, use_kernels
+from qvera.kernels.choice import register_operator, use_kernels
 from qvera.utils import accelerator
 
 CACHED_ELEMENTS = 2**20
@@ -32,8 +32,8 @@ def _write_logit_gradient(
     return None
 
 
-_logit_sums = register("logit_sums", _empty_logit_sums)
-_logit_gradient = register("logit_gradient", _write_logit_gradient, mutates="x")
+_logit_sums = register_operator("logit_sums", _empty_logit_sums)
+_logit_gradient = register_operator("logit_gradient", _write_logit_gradient, mutates="x")
 
 
 def rows_at_a_time(x: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qvera.kernels.choice import register, use_kernels
+from qvera.kernels.choice import register_operator, use_kernels
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -34,7 +34,7 @@ def _empty(
     return packed.new_empty(shape, dtype=dtype)
 
 
-_dequantize_4bit = register("dequantize_4bit", _empty)
+_dequantize_4bit = register_operator("dequantize_4bit", _empty)
 
 
 def dequantize_4bit(packed: torch.Tensor, state: QuantState) -> torch.Tensor | None:

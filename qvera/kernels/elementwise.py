@@ -10,7 +10,7 @@ No function has a derivative: call it inside a `torch.autograd.Function`, or wit
 import torch
 import torch.nn.functional as F
 
-from qvera.kernels.choice import register, use_kernels
+from qvera.kernels.choice import register_operator, use_kernels
 
 
 def _empty_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,11 +39,11 @@ def _empty_rope(
     return q_out, k_out
 
 
-_rms_norm = register("rms_norm", _empty_rms_norm)
-_rms_norm_backward = register("rms_norm_backward", _empty_rms_norm_backward)
-_swiglu = register("swiglu", _empty_swiglu)
-_swiglu_backward = register("swiglu_backward", _empty_swiglu_backward)
-_rope = register("rope", _empty_rope)
+_rms_norm = register_operator("rms_norm", _empty_rms_norm)
+_rms_norm_backward = register_operator("rms_norm_backward", _empty_rms_norm_backward)
+_swiglu = register_operator("swiglu", _empty_swiglu)
+_swiglu_backward = register_operator("swiglu_backward", _empty_swiglu_backward)
+_rope = register_operator("rope", _empty_rope)
 
 
 def _one_dtype(*tensors: torch.Tensor) -> bool:

@@ -7,28 +7,28 @@ import functools
 
 import torch
 
-from qvera.kernels.choice import register, use_kernels
+from qvera.kernels.choice import register_operator, use_kernels
 
-BLOCK_ELEMENTS = 2**19
+B_BLOCK_ELEMENTS = 2**19
 """Elements of [m, r] in one pass on a CPU: 2 MB in fp32, which stay in its cache."""
 # at 11008 x 1024 that takes a tenth of the time: temporaries of 45 MB need fresh pages each time
 
 
 def row_blocks(B: torch.Tensor) -> list[slice]:
-    """Blocks of rows of B [m, r]: `BLOCK_ELEMENTS` each on a CPU, one elsewhere."""
+    """Blocks of rows of B [m, r]: `B_BLOCK_ELEMENTS` each on a CPU, one elsewhere."""
     out_features, rank = B.shape
-    step = max(1, BLOCK_ELEMENTS // rank) if B.device.type == "cpu" else out_features
+    step = max(1, B_BLOCK_ELEMENTS // rank) if B.device.type == "cpu" else out_features
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
 
 
-def grouped(b: torch.Tensor) -> torch.Tensor:
+def as_groups(b: torch.Tensor) -> torch.Tensor:
     """b as [G, m], also if it is [m]."""
     return b.unsqueeze(0) if b.dim() == 1 else b
 
 
 def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """diag(b) B [m, r], each group of B's columns with its own b."""
-    b = grouped(b)
+    b = as_groups(b)
     return (b.t().unsqueeze(2) * B.unflatten(1, (len(b), -1))).flatten(1)
 
 
@@ -55,7 +55,7 @@ def vector_gradients(
     """
     if use_kernels(M, B, d, b):
         return _by_kernel(M, B, d, b, scale, 0.0, None)[:2]
-    b_groups = grouped(b)
+    b_groups = as_groups(b)
     d_groups = d.view(len(b_groups), -1)
     grad_d = torch.zeros_like(d_groups) if need_d else None
     grad_b = torch.empty_like(b_groups) if need_b else None
@@ -142,9 +142,9 @@ def _torch_wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor
     return left.float() @ right.float()  # slower; torch has no such product for this device
 
 
-_combined = register("combined", _empty_combined)
-_gradients = register("vector_gradients", _empty_gradients, launches=2)
-_wide_product = register("wide_product", _empty_wide_product, _torch_wide_product)
+_combined = register_operator("combined", _empty_combined)
+_gradients = register_operator("vector_gradients", _empty_gradients, launches=2)
+_wide_product = register_operator("wide_product", _empty_wide_product, _torch_wide_product)
 
 
 def scaled_columns(
@@ -205,5 +205,5 @@ def _empty_backward(g: torch.Tensor, x: torch.Tensor, vector: torch.Tensor) -> t
     return torch.empty(g.shape, dtype=g.dtype, device=g.device), vector.new_empty(vector.shape, dtype=torch.float32)
 
 
-_scaled_columns = register("scaled_columns", _empty)
-_backward = register("scaled_columns_backward", _empty_backward, launches=2)
+_scaled_columns = register_operator("scaled_columns", _empty)
+_backward = register_operator("scaled_columns_backward", _empty_backward, launches=2)

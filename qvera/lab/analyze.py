@@ -142,7 +142,7 @@ Text: TypeAlias = "tuple[str, Rows, int]"
 def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
     from qvera.config.sections import DataSection
     from qvera.data import build_datasets
-    from qvera.evaluation.load import template_beside, template_of
+    from qvera.evaluation.load import template_beside, template_name
     from qvera.evaluation.named_adapters import held_out_rows
     from qvera.models.tokenizer import load_tokenizer
 
@@ -151,7 +151,7 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
         tokenizer.chat_template = template
     about: dict[str, Any] = {"limit": limit}
     if recipe is not None:
-        about |= {"template": template_of(recipe, target.run), "max_length": recipe.data.max_length}
+        about |= {"template": template_name(recipe, target.run), "max_length": recipe.data.max_length}
     with _rows_file(text) as path:
         datasets = build_datasets(DataSection(path=str(path), **about), tokenizer, console)
     found = [(str(text), datasets.train[:limit], datasets.pad_id)]

@@ -17,7 +17,7 @@ SHA256 = "sha256"
 """The key of the hash in a file's metadata."""
 
 
-def data_sha256(content: bytes | memoryview) -> str:
+def tensors_sha256(content: bytes | memoryview) -> str:
     """Hash what follows the header in a safetensors file."""
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
@@ -27,7 +27,7 @@ def is_whole(file: Path) -> bool:
     try:
         content = file.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return bool(header["__metadata__"][SHA256] == data_sha256(content))
+        return bool(header["__metadata__"][SHA256] == tensors_sha256(content))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

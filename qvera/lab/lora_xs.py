@@ -26,7 +26,7 @@ from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, pair_number, same_pair
 from qvera.distributed.zero import gathered
 from qvera.lab import svd
-from qvera.lab.factor_record import FACTORS, PREFIX, RECORD, SHA256, data_sha256, is_whole
+from qvera.lab.factor_record import FACTORS, PREFIX, RECORD, SHA256, is_whole, tensors_sha256
 from qvera.lab.keys import Settings
 from qvera.models import quantization
 from qvera.utils.errors import InputError
@@ -186,6 +186,6 @@ def _read(file: Path) -> dict[str, Tensor] | None:
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(tensors, {SHA256: data_sha256(save(tensors))})
+    content = save(tensors, {SHA256: tensors_sha256(save(tensors))})
     with replacing(file) as partial:
         partial.write_bytes(content)

@@ -165,7 +165,7 @@ _TRIAL_ERROR = 0.02
 """Relative error, by norm, of a kernel in 16 bits that is right; one that sees a wrong key is off by 0.1 and more."""
 
 
-def problem_of(run: Callable[[], list[torch.Tensor]], wanted: list[torch.Tensor]) -> str | None:
+def kernel_problem(run: Callable[[], list[torch.Tensor]], wanted: list[torch.Tensor]) -> str | None:
     """Say what is wrong with a kernel; None: nothing. ``run`` gives its tensors, ``wanted`` the right ones.
 
     All are fp32 on the CPU.
@@ -202,7 +202,7 @@ def varlen_runs(device: torch.device, dtype: torch.dtype, groups: int, head_dim:
             found = [out.detach(), *torch.autograd.grad(out.sum() + out.square().sum(), inputs)]
         return [x.to("cpu", torch.float32) for x in found]
 
-    problem = problem_of(lambda: tried(device, dtype), tried(torch.device("cpu"), torch.float32))
+    problem = kernel_problem(lambda: tried(device, dtype), tried(torch.device("cpu"), torch.float32))
     if problem is not None:
         _logger.warning(
             "torch's variable-length attention %s on %s in %s with %d x %d: rows of one sequence get a dense mask, and "

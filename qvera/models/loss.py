@@ -26,7 +26,7 @@ from qvera.utils.memory import is_out_of_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BLOCK_ELEMENTS = 2**25
+HEAD_BLOCK_ELEMENTS = 2**25
 """Weights that are cast at a time, of a head that is stored in another dtype than the product's: 134 MB in fp32."""
 Weigh: TypeAlias = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """Log-probabilities [k, K] of the targets at some places → the loss of each [k, K], and w = -∂loss/∂logprob [k, K]."""
@@ -128,7 +128,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         smoothing: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # every chunk goes over the weight twice, so a quantized head is dequantized once for all
-        blocks = WeightBlocks(head.module, hidden.dtype, BLOCK_ELEMENTS, reused=True)
+        blocks = WeightBlocks(head.module, hidden.dtype, HEAD_BLOCK_ELEMENTS, reused=True)
         bias = getattr(head.module, "bias", None)
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         tokens = len(labels)

@@ -23,7 +23,7 @@ from qvera.utils.errors import RunFailed
 from qvera.utils.files import file_stamp, read_at, replace_text
 from qvera.utils.safetensors_io import INDEX, TensorEntry, TensorSpec, torch_dtypes
 
-BLOCK_ELEMENTS = 1 << 20
+FILE_BLOCK_ELEMENTS = 1 << 20
 """Elements of a block of rows: its fp32 temporaries stay in the processor's cache."""
 _SYNC_BYTES = 1 << 27
 _ALIGNMENT = 64
@@ -45,7 +45,7 @@ class Block(NamedTuple):
 def rows_per_block(columns: int, blocksize: int = 64) -> int:
     """Rows of ``columns`` elements in a block: whole quantization blocks of ``blocksize`` elements."""
     unit = blocksize // math.gcd(blocksize, columns)
-    return max(1, BLOCK_ELEMENTS // columns // unit) * unit
+    return max(1, FILE_BLOCK_ELEMENTS // columns // unit) * unit
 
 
 class CheckpointReader:

@@ -1,4 +1,4 @@
-"""Work that an engine does between steps of answers, and when its next part may begin."""
+"""Work that an engine does between steps of answers, and when its next slice may begin."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class InTurn:
 class Background:
     """An engine's background work and its share of the time.
 
-    A part begins at once if nobody was answered for ``answering_seconds``. Otherwise a part of t seconds is followed by
-    at least t · (1 - share) / share seconds of answers. That time counts as answering because a client that sends one
-    request after the other leaves milliseconds between them, and would wait for a whole part each time. Work that
+    A slice begins at once if nobody was answered for ``answering_seconds``. Otherwise a slice of t seconds is followed
+    by at least t · (1 - share) / share seconds of answers. That time counts as answering because a client that sends
+    one request after the other leaves milliseconds between them, and would wait for a whole slice each time. Work that
     raises is parked until ``failure`` is None again.
     """
 
@@ -58,8 +58,8 @@ class Background:
     ) -> None:
         """``share`` of the time while answers run, from 0 (none) to 1."""
         self.clock, self._answering_seconds = clock, answering_seconds
-        self.seconds, self.parts = 0.0, 0  # since the engine's start
-        self.failure: str | None = None  # why the last part failed; None: it went well
+        self.seconds, self.slices = 0.0, 0  # since the engine's start
+        self.failure: str | None = None  # why the last slice failed; None: it went well
         self._pause = math.inf if share <= 0 else (1 - share) / share
         self._next_at = self._answered_at = -math.inf
         self._work: BackgroundWork | None = None
@@ -73,13 +73,13 @@ class Background:
         self._answered_at = self.clock()
 
     def seconds_to_wait(self, answering: bool) -> float:
-        """Seconds until a part may begin. ``answering``: requests run or wait."""
+        """Seconds until a slice may begin. ``answering``: requests run or wait."""
         now = self.clock()
         free_at = self._next_at if answering else min(self._next_at, self._answered_at + self._answering_seconds)
         return max(free_at - now, 0.0)
 
-    def has_part(self, answering: bool) -> bool:
-        """Whether a part may begin now. ``answering``: requests run or wait."""
+    def has_slice(self, answering: bool) -> bool:
+        """Whether a slice may begin now. ``answering``: requests run or wait."""
         work = self._work
         if work is None or self.failure is not None or self.seconds_to_wait(answering):
             return False
@@ -90,7 +90,7 @@ class Background:
             return False
 
     def run_slice(self) -> bool:
-        """Do the part that `has_part` has found.
+        """Do the slice that `has_slice` has found.
 
         Returns False if it failed. Then what it left behind in the model must be dropped.
         """
@@ -103,8 +103,8 @@ class Background:
             self._park(work, error)
             went_well = False
         ended = self.clock()
-        self.seconds, self.parts = self.seconds + ended - began, self.parts + 1
-        # the pause is infinite if training gets no time beside answers, and a part may take none: inf · 0 is nan
+        self.seconds, self.slices = self.seconds + ended - began, self.slices + 1
+        # the pause is infinite if training gets no time beside answers, and a slice may take none: inf · 0 is nan
         self._next_at = ended + (self._pause * (ended - began) if ended > began else 0.0)
         return went_well
 

@@ -35,8 +35,8 @@ from qvera.models.loss import Head
 from qvera.models.quantization import is_streamed
 from qvera.models.structure import causal_model, decoder_of, image_model
 from qvera.serve.blocks import BLOCK_TOKENS, Blocks, CachedTokens, T
-from qvera.serve.invariance import ROWS_ON_CARD, ROWS_ON_CPU, computes_rows_alike, why_refused
-from qvera.serve.paged import LayerShape, PagedKernel, Rows, StepGraphs, arrays_of, choose_kernel, power_of_two
+from qvera.serve.invariance import PASS_TOKENS_ON_CARD, PASS_TOKENS_ON_CPU, computes_rows_alike, why_refused
+from qvera.serve.paged import BlockTables, LayerShape, PagedKernel, StepGraphs, arrays_of, choose_kernel, power_of_two
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.memory import is_out_of_memory
@@ -74,7 +74,7 @@ class KernelStep(_Step):
     """A step whose attention takes the blocks as they are."""
 
     kernel: PagedKernel
-    rows: Rows
+    rows: BlockTables
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, scale: float | None, *_: object
@@ -278,9 +278,9 @@ class PagedBatches:
     def schedule(self, running: Collection[T]) -> list[tuple[T, int]]:
         """The next step: requests and their numbers of tokens, in the order of the batch."""
         batch = self._blocks.schedule(running, self._step_tokens)
-        return sorted(batch, key=lambda share: (share[1], len(share[0].blocks)))  # like ones beside each other
+        return sorted(batch, key=lambda each: (each[1], len(each[0].blocks)))  # like ones beside each other
 
-    def fix_rows(self) -> None:
+    def fix_pass_tokens(self) -> None:
         """Let each pass compute the same number of tokens from now on (`qvera.serve.invariance`).
 
         Call it in the layout of answers. Raises RunFailed if a token's logits depend on its place with every number.
@@ -289,7 +289,7 @@ class PagedBatches:
         widths = sorted({size for linear in linears for size in (linear.in_features, linear.out_features)})
         dtype, on_card = next(iter(self._layers.values()))[0].dtype, accelerator.is_accelerator(self._model.device)
         tokens = [self._model.config.get_text_config().vocab_size // n for n in (7, 5, 3)]
-        for self.pass_tokens in ROWS_ON_CARD if on_card else ROWS_ON_CPU:
+        for self.pass_tokens in PASS_TOKENS_ON_CARD if on_card else PASS_TOKENS_ON_CPU:
             is_alike = on_card or computes_rows_alike(self.pass_tokens, widths, dtype)
             if is_alike and all(map(self._is_same_in_all_places, tokens)):
                 return
@@ -320,10 +320,10 @@ class PagedBatches:
                 count, room = count - taken, room - taken
         return parts
 
-    def held_rows(self, batch: Sequence[tuple[T, int]]) -> int | None:
+    def filled_tokens(self, batch: Sequence[tuple[T, int]]) -> int | None:
         """The number of tokens that a pass is filled up to; None: it is not filled up.
 
-        Every pass is after `fix_rows`. Before, steps that can be a graph are filled up to a power of two.
+        Every pass is after `fix_pass_tokens`. Before, steps that can be a graph are filled up to a power of two.
         """
         if self.pass_tokens:
             return self.pass_tokens
@@ -331,14 +331,14 @@ class PagedBatches:
         return power_of_two(len(batch)) if is_repeated else None
 
     def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:
-        """Run one pass. ``adapters`` is what `ServingBank.use` returned: not None where the pass has `held_rows`."""
-        shares: list[tuple[CachedTokens, int]] = list(batch)
-        filled = self.pass_tokens or (power_of_two(len(batch)) if adapters is not None else 0)
-        shares += [(self._filler, 1)] * (filled - sum(count for _, count in batch))
-        size, counts = self._blocks.tokens, [count for _, count in shares]
-        positions = [np.arange(request.computed, request.computed + count) for request, count in shares]
-        blocks = [np.array(request.blocks)[of // size] for (request, _), of in zip(shares, positions, strict=True)]
-        drawing = [i for i, (request, count) in enumerate(shares) if request.computed + count == len(request.tokens)]
+        """Run one pass. ``adapters`` is what `ServingBank.use` returned: not None where there are `filled_tokens`."""
+        filled: list[tuple[CachedTokens, int]] = list(batch)
+        tokens = self.pass_tokens or (power_of_two(len(batch)) if adapters is not None else 0)
+        filled += [(self._filler, 1)] * (tokens - sum(count for _, count in batch))
+        size, counts = self._blocks.tokens, [count for _, count in filled]
+        positions = [np.arange(request.computed, request.computed + count) for request, count in filled]
+        blocks = [np.array(request.blocks)[of // size] for (request, _), of in zip(filled, positions, strict=True)]
+        drawing = [i for i, (request, count) in enumerate(filled) if request.computed + count == len(request.tokens)]
         ends = np.cumsum(counts)
         scored = [(request, request.take_unscored(count)) for request, count in batch]
         # places to be scored, as indices of the tokens of this pass
@@ -348,7 +348,7 @@ class PagedBatches:
             if asked
         ]
         arrays = {
-            "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in shares]),
+            "ids": np.concatenate([request.tokens[request.computed :][:count] for request, count in filled]),
             "positions": np.concatenate(positions),
             "write": np.concatenate(blocks) * size + np.concatenate(positions) % size,
             "kept": np.arange(self.pass_tokens) if self.pass_tokens else ends[drawing or [-1]] - 1,
@@ -356,10 +356,10 @@ class PagedBatches:
         if places:
             arrays["scored"] = np.concatenate(places)
         # blocks, keys and queries of those that attend by themselves: requests, or tokens
-        attending = [(request.blocks, request.computed + count, count) for request, count in shares]
+        attending = [(request.blocks, request.computed + count, count) for request, count in filled]
         width, groups = None, list[int]()
         if self.pass_tokens:  # one by one: with other company a prompt comes in other pieces
-            owners = [request.blocks for request, count in shares for _ in range(count)]
+            owners = [request.blocks for request, count in filled for _ in range(count)]
             keys = [place + 1 for place in arrays["positions"].tolist()]
             attending = [(own[: -(-used // size)], used, 1) for own, used in zip(owners, keys, strict=True)]
             width = -(-self.longest_tokens // size)
@@ -376,7 +376,7 @@ class PagedBatches:
             for tensor in itertools.chain.from_iterable(self._layers.values()):
                 tensor.index_fill_(0, zeroed, 0)
         if adapters is not None and self._graphs is not None and not places:
-            key = len(shares), arrays["table"].shape[1], adapters.key
+            key = len(filled), arrays["table"].shape[1], adapters.key
             logits, hidden = self._graphs.logits(key, adapters.layers, arrays), None
         else:
             longest = 1 if self.pass_tokens else max(counts)
@@ -410,7 +410,7 @@ class PagedBatches:
         """Run `_forward` on a pass's tensors. ``longest``: the most queries that attend to one row of blocks."""
         step: KernelStep | GatheringStep
         if self._kernel is not None:
-            rows = Rows(sent["table"], sent["used"], sent["ends"], sent["ends_k"], longest)
+            rows = BlockTables(sent["table"], sent["used"], sent["ends"], sent["ends_k"], longest)
             step = KernelStep(self._layers, sent["write"], self._kernel, rows)
         else:
             tables = [sent[f"table {number}"] for number in range(len(groups))]
@@ -540,7 +540,7 @@ class StaticBatches:
         """A step is one pass."""
         return [batch]
 
-    def held_rows(self, batch: Sequence[tuple[T, int]]) -> None:
+    def filled_tokens(self, batch: Sequence[tuple[T, int]]) -> None:
         """No step is a graph: keys and values grow."""
 
     def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:

@@ -93,7 +93,7 @@ class Engine:
             if not isinstance(batches, PagedBatches):
                 raise RunFailed(f"--batch-invariant needs continuous batches. {self.why_static or ''}".rstrip())
             with generating(self.model, base_only=True, fixed=True):
-                batches.fix_rows()
+                batches.fix_pass_tokens()
         self._batches = batches or StaticBatches(self.model)
         self.longest_tokens = self._batches.longest_tokens  # of a prompt and its answer together
         self.bank = ServingBank(base, settings.slots, settings.batch_invariant)
@@ -210,7 +210,7 @@ class Engine:
                 generated_tokens=self._generated,
                 finished=self._finished,
                 background_seconds=self.background.seconds,
-                background_parts=self.background.parts,
+                background_slices=self.background.slices,
                 background_failure=self.background.failure,
             )
 
@@ -267,7 +267,7 @@ class Engine:
                         self._try_step()
                     with self._wake:
                         answering, closing = bool(self.running or self._waiting), self._closing
-                    if not closing and self.background.has_part(answering):
+                    if not closing and self.background.has_slice(answering):
                         with self._batches.paused():
                             went_well = self.background.run_slice()
                         if not went_well:  # it may have ended in the middle of a forward pass
@@ -296,7 +296,7 @@ class Engine:
             # Without the lock, because the work may wait for it. Work that comes from here on sets the flag.
             # The seconds come first: if the pause ended between the two calls, the wait below would never end.
             seconds = self.background.seconds_to_wait(answering=False)
-            if not seconds and self.background.has_part(answering=False):
+            if not seconds and self.background.has_slice(answering=False):
                 return True
             with self._wake:
                 if not (self._woken or self._is_asked()):
@@ -350,12 +350,12 @@ class Engine:
         got, apart = list[tuple[ActiveRequest, TokenEvent | None]](), self.settings.batch_invariant
         for batch in self._batches.passes(self._batches.schedule(self.running.values())):
             users = [(request.vectors, request.slot, tokens) for request, tokens in batch]
-            held_rows = self._batches.held_rows(batch)
-            found = self._batches.run(batch, self.bank.use(users, self._batches.by_rows, held_rows))
+            filled_tokens = self._batches.filled_tokens(batch)
+            found = self._batches.run(batch, self.bank.use(users, self._batches.by_rows, filled_tokens))
             if found.hidden is not None:
                 prompts = [request.scored for request in found.scored]
                 # as many logits at a time as a step of answers may have
-                most_rows = held_rows if apart and held_rows else self.settings.max_running
+                most_rows = filled_tokens if apart and filled_tokens else self.settings.max_running
                 add_scores(Head.of(self.model), prompts, found.hidden, most_rows, apart)
             # each running request has a chooser; the condition tells the type checker
             choosers = [chooser for request in found.drawing if (chooser := request.chooser) is not None]

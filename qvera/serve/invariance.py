@@ -22,7 +22,7 @@ import torch
 
 from qvera.models.structure import expert_weights
 
-ROWS_ON_CPU, ROWS_ON_CARD = (16, 32, 64), (64, 128)
+PASS_TOKENS_ON_CPU, PASS_TOKENS_ON_CARD = (16, 32, 64), (64, 128)
 """Tokens of a pass: the first number that works. On a card 64 should take about as long as one, as both read all
 weights."""
 

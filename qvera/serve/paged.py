@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from qvera.models.attention import problem_of, varlen_attention, varlen_kernel
+from qvera.models.attention import kernel_problem, varlen_attention, varlen_kernel
 from qvera.utils import accelerator
 from qvera.utils.errors import first_line
 
@@ -37,7 +37,7 @@ class LayerShape(NamedTuple):
 
 
 @dataclass
-class Rows:
+class BlockTables:
     """The requests of a step, in the order of its tokens; all tensors are int32."""
 
     table: torch.Tensor  # [requests, blocks]; what is behind a request's own blocks is not read
@@ -55,7 +55,7 @@ def arrays_of(
     unused: int,
     width: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """The tensors of `Rows` by name; ``unused`` is a block that fills the table up, to a width of a power of two."""
+    """`BlockTables`' tensors by name; ``unused`` is a block that fills the table up, to a width of a power of two."""
     table = np.full((len(tables), width or power_of_two(max(map(len, tables)))), unused, np.int32)
     for row, blocks in zip(table, tables, strict=True):
         row[: len(blocks)] = blocks
@@ -80,7 +80,7 @@ class PagedKernel:
     is_flash: bool
 
     def attend(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Rows, scale: float | None
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: BlockTables, scale: float | None
     ) -> torch.Tensor:
         """Causal attention of queries [tokens, heads, size] over [blocks, block_tokens, kv heads, size]."""
         kernel = varlen_kernel()
@@ -97,7 +97,7 @@ class PagedKernel:
 
 
 def attend_in_blocks(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: Rows, scale: float
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: BlockTables, scale: float
 ) -> torch.Tensor:
     """Compute what `PagedKernel.attend` does, on a CPU and in plain code."""
     used = rows.used.tolist()
@@ -125,7 +125,7 @@ def choose_kernel(device: torch.device, layers: Iterable[LayerShape]) -> PagedKe
         problem = f"takes no blocks in torch {torch.__version__}"
     if problem is None:
         for way in _KERNELS:
-            found = [_problem_of(way, device, shape) for shape in shapes]
+            found = [_paged_kernel_problem(way, device, shape) for shape in shapes]
             if not any(found):
                 return way
             problem = " or ".join(filter(None, [problem, *dict.fromkeys(filter(None, found))]))
@@ -137,7 +137,7 @@ def choose_kernel(device: torch.device, layers: Iterable[LayerShape]) -> PagedKe
     return None
 
 
-def _problem_of(way: PagedKernel, device: torch.device, shape: LayerShape) -> str | None:
+def _paged_kernel_problem(way: PagedKernel, device: torch.device, shape: LayerShape) -> str | None:
     """Say what is wrong with a way in a step of prompts beside answers, or of answers alone; None: nothing is."""
     size, generator = way.block_tokens, torch.Generator().manual_seed(0)
     scale, problem = shape.key[1] ** -0.5, None
@@ -150,12 +150,12 @@ def _problem_of(way: PagedKernel, device: torch.device, shape: LayerShape) -> st
         drawn = [torch.randn(*each, generator=generator).to(shape.dtype) for each in sizes]
 
         def run(where: torch.device, kind: torch.dtype, attend: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
-            rows = Rows(**accelerator.tensors_on(where, arrays), longest=max(counts))  # noqa: B023  # called below
+            rows = BlockTables(**accelerator.tensors_on(where, arrays), longest=max(counts))  # noqa: B023  # called below
             q, keys, values = (x.to(where, kind) for x in drawn)  # noqa: B023
             return [attend(q, keys, values, rows, scale).to("cpu", torch.float32)]
 
         wanted = run(torch.device("cpu"), torch.float32, attend_in_blocks)
-        problem = problem or problem_of(lambda: run(device, shape.dtype, way.attend), wanted)
+        problem = problem or kernel_problem(lambda: run(device, shape.dtype, way.attend), wanted)
     return problem
 
 

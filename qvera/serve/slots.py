@@ -27,7 +27,7 @@ from qvera.adapters.methods import method_of
 from qvera.adapters.products.slots import PATHS
 from qvera.adapters.shared_model import add_adapter, give_to_answers, require_shareable
 from qvera.serve.requests import AdapterChanged, AdapterPart, ResolvedAdapter
-from qvera.serve.store import read_content, read_file
+from qvera.serve.store import read_adapter_file, read_content
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_CONFIG
 
@@ -196,7 +196,7 @@ class ServingBank:
         content = read_content(part.directory)
         found, vectors = read_adapter(part.directory, content.vectors)
         # the config was read by its path: it has to be the one of the content
-        if content.sha256 != part.sha256 or read_file(part.directory / ADAPTER_CONFIG) != content.config:
+        if content.sha256 != part.sha256 or read_adapter_file(part.directory / ADAPTER_CONFIG) != content.config:
             raise AdapterChanged(f"{part.directory}: was replaced while it was read; ask again.")
         config = require_served(found, part.directory)
         require_base(config, part.directory, str(self._base.facts.get("path")), self._base.facts.get("fingerprint"))
@@ -240,20 +240,23 @@ class ServingBank:
         return sum(slots.bank.vectors.nbytes for slots in list(self._slots.values()))
 
     def use(
-        self, users: Sequence[tuple[HostVectors | None, int, int]], by_rows: bool = False, held_rows: int | None = None
+        self,
+        users: Sequence[tuple[HostVectors | None, int, int]],
+        by_rows: bool = False,
+        filled_tokens: int | None = None,
     ) -> AdaptersInUse | None:
         """Set the adapters of the next forward pass.
 
         Args:
             users: adapter (None: the base), slot and number of tokens of each run of neighbouring tokens in the
                 flattened batch; with ``by_rows``, of each row, whatever its number of tokens.
-            held_rows: tokens of a pass of fixed shapes, which is filled up to them. Then what a graph of the pass
+            filled_tokens: tokens of a pass of fixed shapes, which is filled up to them. Then what a graph of the pass
                 depends on is returned.
         """
         slots = [None if vectors is None else (self._slots[vectors.shape].bank, slot) for vectors, slot, _ in users]
         tokens = [tokens for *_, tokens in users]
-        if held_rows is not None:
-            more = held_rows - sum(tokens)  # tokens that fill the pass up; they run on the base
+        if filled_tokens is not None:
+            more = filled_tokens - sum(tokens)  # tokens that fill the pass up; they run on the base
             key = self._mixed.use([*slots, *[None] * more], [*tokens, *[1] * more], held=True)
             # a new adapter of PEFT's, one of a training too, may change the layers or make A and B anew
             return AdaptersInUse(key, tuple(self._base.adapted.peft_config) if self._base.adapted else ())

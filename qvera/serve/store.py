@@ -295,13 +295,13 @@ class Content(NamedTuple):
 
 
 def read_content(directory: Path) -> Content:
-    """Read both files of an adapter. Raises InputError as `read_file`."""
-    config, vectors = read_file(directory / ADAPTER_CONFIG), read_file(directory / ADAPTER_WEIGHTS)
+    """Read both files of an adapter. Raises InputError as `read_adapter_file`."""
+    config, vectors = read_adapter_file(directory / ADAPTER_CONFIG), read_adapter_file(directory / ADAPTER_WEIGHTS)
     both = hashlib.sha256(config).digest() + hashlib.sha256(vectors).digest()
     return Content(config, vectors, hashlib.sha256(both).hexdigest())
 
 
-def read_file(path: Path) -> bytes:
+def read_adapter_file(path: Path) -> bytes:
     """A file's bytes. Raises InputError if it is missing or can't be read."""
     try:
         return path.read_bytes()

@@ -22,7 +22,7 @@ from qvera.data.labelled import VALUE, Labels, labelled_arrays
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
-from qvera.evaluation.metrics import class_scores, own_scores, require_packages, value_scores
+from qvera.evaluation.metrics import class_scores, own_scores, require_scorers, value_scores
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask
 from qvera.models.model_class import ModelClass, classification_class, image_class
@@ -48,7 +48,7 @@ class Classification(Task):
     """The advice if a single row does not fit into memory."""
 
     def check(self) -> None:
-        require_packages(self.name)  # scikit-learn and scipy, for the scores
+        require_scorers(self.name)  # scikit-learn and scipy, for the scores
 
     @abstractmethod
     def row_logits(

@@ -16,8 +16,16 @@ from qvera.data import build_datasets, lengths_of
 from qvera.data.images import thumbnail_uris
 from qvera.data.source import survey
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
-from qvera.evaluation.load import Artifact, OpenRun, adapter_sha256, base_of, open_target, require_base, template_of
-from qvera.evaluation.metrics import require_packages, text_metrics
+from qvera.evaluation.load import (
+    Artifact,
+    OpenRun,
+    adapter_sha256,
+    base_of,
+    open_target,
+    require_comparable,
+    template_name,
+)
+from qvera.evaluation.metrics import require_scorers, text_metrics
 from qvera.evaluation.named_adapters import require_held_out_rows
 from qvera.evaluation.report.pages import MAX_ROWS
 from qvera.evaluation.report.read import inputs_sha256
@@ -81,7 +89,7 @@ def evaluate(
         return _evaluate_labels(target, rows, limit, opened, console)
     chosen = text_metrics(metrics) if answers else []
     if base_alone or with_base:
-        require_base(target)
+        require_comparable(target)
     task = CausalLM() if target.recipe is None else task_of(target.recipe)
     if task.has_reference and (base_alone or target.adapter is None):
         alone = "the base alone (--base)" if base_alone else target.what
@@ -178,7 +186,7 @@ def _evaluate_labels(
 ) -> dict[str, Any]:
     """Score a classifier. The document's ``answers`` are its predictions."""
     task = classification_of(target.model_class)
-    require_packages(task.name)
+    require_scorers(task.name)
     section = _data_section(target, rows, limit, {"format": task.row_format})
     about = _subject(target, section, False, rows)
     sha256 = adapter_sha256(target)
@@ -231,7 +239,7 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
             )
         if not recipe.data.has_held_out_rows:
             raise InputError(f"{target.path}: its recipe holds out no rows; name a file with --data.")
-        return recipe.data.replace(template=template_of(recipe, target.run))
+        return recipe.data.replace(template=template_name(recipe, target.run))
     if recipe is None:
         section = DataSection(path=data, limit=rows, **without_recipe)
     else:
@@ -239,7 +247,7 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
             path=data,
             config_name=None,  # of the recipe's own source, like its revision
             revision=None,
-            template=template_of(recipe, target.run),
+            template=template_name(recipe, target.run),
             adapter_column=None,
             adapter_files=False,
             mixture=[],

@@ -1,8 +1,8 @@
-"""Banks that are trained on a base which answers requests meanwhile: they are lent the model for parts of the work.
+"""Banks that are trained on a base which answers requests meanwhile: they are lent the model for slices of the work.
 
-**The model in a part.** It stays in the layout of answers (`qvera.evaluation.generate.generating`), whose copies of
-weights a part neither reads nor drops (`qvera.adapters.shared_model.training_layout`). To make them anew would
-dequantize or pack every weight for each request. A part has attention that joins whole rows, and its own random
+**The model in a slice.** It stays in the layout of answers (`qvera.evaluation.generate.generating`), whose copies of
+weights a slice neither reads nor drops (`qvera.adapters.shared_model.training_layout`). To make them anew would
+dequantize or pack every weight for each request. A slice has attention that joins whole rows, and its own random
 generators. All of it is put back, and layers that only trained adapters have compute as the bare base does
 (`leave_to_training`). So an answer is to the bit what it is without training.
 
@@ -77,17 +77,17 @@ class LentBank:
 
     @property
     def joins_rows(self) -> bool:
-        """Whether the rows of a part stand in one sequence, without padding."""
+        """Whether the rows of a slice stand in one sequence, without padding."""
         model = self._base.model
         return joining_of(model.config, _implementation(model), False, False, whole_rows=True) is not None
 
     @contextlib.contextmanager
     def training(self, mode: bool = True) -> Iterator[None]:
-        """Lend the model for a part of the work, inside the block. ``mode`` False: without dropout and checkpoints."""
+        """Lend the model for a slice of the work, inside the block. ``mode`` False: without dropout and checkpoints."""
         model = self._base.model
         answering, was_training = model.config._attn_implementation, model.training
         with accelerator.forked_random_state(), training_layout(self.model, self.adapter):
-            # generators of its own, which go on where the last part ended: answers in between draw from others
+            # generators of its own, which go on where the last slice ended: answers in between draw from others
             if self._random is None:
                 torch.manual_seed(self._seed)
             else:
@@ -96,7 +96,7 @@ class LentBank:
                 model.set_attn_implementation(_implementation(model))
                 self.model.train(mode)
                 yield
-                accelerator.synchronize()  # a part has ended when its kernels have
+                accelerator.synchronize()  # a slice has ended when its kernels have
             finally:
                 self.model.train(was_training)
                 model.set_attn_implementation(answering)
@@ -104,7 +104,7 @@ class LentBank:
 
 
 def _implementation(model: Any) -> str:
-    """Return the attention of a part: one that joins whole rows where the model can, whatever answers take."""
+    """Return the attention of a slice: one that joins whole rows where the model can, whatever answers take."""
     name = (model.config._attn_implementation or "").removeprefix("paged|")
     if name != "sdpa":
         return name

@@ -1,8 +1,8 @@
 """Adapters that come and go, trained together on a base that answers requests meanwhile.
 
 Unlike in `many.ManyTrainer`, each adapter has a recipe and rows of its own, and may begin, end, be saved or go on at
-any time. The loop is the same (`bank_loop.BankLoop`). `run_slice` takes one part of it: a forward and backward pass, an
-optimizer step, or a pass over held-out rows, for which the model is lent (`lent_bank.LentBank`). Between two parts it
+any time. The loop is the same (`bank_loop.BankLoop`). `run_slice` does one slice of it: a forward and backward pass, an
+optimizer step, or a pass over held-out rows, for which the model is lent (`lent_bank.LentBank`). Between two slices it
 belongs to whoever answers.
 
 **Memory.** ``gradient_checkpointing: auto`` is true here. Where memory runs out, the round begins again with half as
@@ -122,7 +122,7 @@ class OnlineTrainer:
             raise
 
     def run_slice(self) -> list[dict[str, Any]]:
-        """Do the next part of the work: one pass, or the step of a round.
+        """Do the next slice of the work: one pass, or the step of a round.
 
         Returns records (mostly none) of kind ``train`` and ``eval``, with ``adapter`` (the job's id), ``step``,
         ``loss`` and more. The evaluation before training has step 0.

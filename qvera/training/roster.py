@@ -40,7 +40,7 @@ class AdapterRun:
         number: the adapter's place in the order of the data.
         directory: its directory's name under ``adapters/``.
         step_rows: rows of an optimizer step; the last step of an epoch may have fewer.
-        slot, batches, shares: set while it is in flight. ``shares`` gives a step's share of the learning rate.
+        slot, batches, lr_lambda: set while it is in flight. ``lr_lambda`` gives a step's factor of the learning rate.
         best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
         after: the scores of the vectors that are saved.
         reason: why the adapter is not saved: something was not finite, or memory ran out.
@@ -57,7 +57,7 @@ class AdapterRun:
     state: TrainState = dataclasses.field(default_factory=TrainState)
     slot: int | None = None
     batches: Batches | None = None
-    shares: Callable[[int], float] | None = None
+    lr_lambda: Callable[[int], float] | None = None
     best: torch.Tensor | None = None
     after: dict[str, Any] | None = None
     reason: str | None = None
@@ -107,7 +107,7 @@ class AdapterRun:
     def begin(self) -> None:
         """Make its batches and learning rates, once it has a slot."""
         self.batches = adapter_batches(self.recipe, self.datasets, self.rows)
-        self.shares = lr_lambda(self.recipe.training, self.steps)
+        self.lr_lambda = lr_lambda(self.recipe.training, self.steps)
 
     def next_rows(self) -> list[int]:
         """The numbers of the training rows of its next step, the same as if it were trained alone."""
@@ -117,8 +117,8 @@ class AdapterRun:
     @property
     def rate(self) -> float:
         """The learning rate of its next step."""
-        assert self.shares is not None
-        return self.recipe.training.learning_rate * self.shares(self.state.step)
+        assert self.lr_lambda is not None
+        return self.recipe.training.learning_rate * self.lr_lambda(self.state.step)
 
     @property
     def evaluation_is_due(self) -> bool:
@@ -238,7 +238,7 @@ class Roster:
         heapq.heappush(self._free, run.slot)
         self.left += 1
         self.steps_behind += run.steps_left
-        run.slot, run.status, run.batches, run.shares, run.best = None, status, None, None, None
+        run.slot, run.status, run.batches, run.lr_lambda, run.best = None, status, None, None, None
 
 
 def longest_pass(runs: Sequence[AdapterRun], lengths: np.ndarray, slots: int, pass_rows: int) -> list[int]:

@@ -46,7 +46,7 @@ from qvera.models.structure import beside_the_layers
 from qvera.training.checkpoint import read_state, write_state
 from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.optim import AdamSettings, BankAdamW
-from qvera.training.token_rows import PassRow, Settings, TokenRow, run_pass
+from qvera.training.token_rows import LossSettings, PassRow, TokenRow, run_pass
 from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.files import disk_errors
 from qvera.utils.memory import Shortage, or_shortage
@@ -133,7 +133,7 @@ class _Rows:
     done: Done
     rows: Sequence[TokenRow]
     loss: str
-    settings: Settings
+    settings: LossSettings
     forward_only: bool
     number: int
 

@@ -31,7 +31,7 @@ class TokenRow(NamedTuple):
     inputs: Mapping[str, np.ndarray]  # fp32 [N, K], by the names of `TOKEN_LOSSES`
 
 
-Settings: TypeAlias = tuple[tuple[str, float], ...]
+LossSettings: TypeAlias = tuple[tuple[str, float], ...]
 """The settings of a loss, by name."""
 
 
@@ -41,7 +41,7 @@ class PassRow(NamedTuple):
     slot: int
     row: TokenRow
     loss: str
-    settings: Settings
+    settings: LossSettings
 
 
 def run_pass(

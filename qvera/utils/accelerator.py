@@ -148,7 +148,7 @@ def reset_peak(device: torch.device) -> bool:
     return reset is not None
 
 
-def device_name(device: torch.device) -> str:
+def card_name(device: torch.device) -> str:
     """Return a device's name, such as ``cuda: NVIDIA H100``, or its type alone."""
     ask = _function(device, "get_device_name")
     return device.type if ask is None else f"{device.type}: {ask(device)}"

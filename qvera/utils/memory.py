@@ -167,7 +167,7 @@ def device_name(device: torch.device) -> str:
     import torch
 
     if accelerator.is_accelerator(device):
-        return accelerator.device_name(device)
+        return accelerator.card_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as handle:
         name = next(line.split(":", 1)[1].strip() for line in handle if line.startswith("model name"))

@@ -87,7 +87,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path, metadata: dict
     file.chmod(permissions)
 
 
-def unreadable(file: Path, error: Exception) -> InputError:
+def unreadable_error(file: Path, error: Exception) -> InputError:
     """Make the error to raise for a safetensors file that could not be read."""
     if file.exists() and not os.access(file, os.R_OK):  # the library calls such a file missing
         return InputError(f"{file}: this user may not read it. Have its owner run `chmod a+r` on it.")
@@ -114,7 +114,7 @@ def read_header(file: Path) -> list[TensorEntry]:
             start, stop = (8 + length + int(offset) for offset in value["data_offsets"])
             entries.append(TensorEntry(name, torch_dtypes()[value["dtype"]], tuple(value["shape"]), file, start, stop))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise unreadable(file, error) from None
+        raise unreadable_error(file, error) from None
     return sorted(entries, key=lambda entry: entry.start)
 
 
@@ -124,7 +124,7 @@ def own_facts(weights: Path) -> dict[str, Any]:
         with safe_open(weights, framework="numpy") as file:
             found = json.loads((file.metadata() or {}).get(FACTS, "{}"))
     except (SafetensorError, OSError) as error:
-        raise unreadable(weights, error) from None
+        raise unreadable_error(weights, error) from None
     except ValueError as error:
         raise InputError(f"{weights}: the entry {FACTS!r} of its header is not JSON ({error}).") from None
     if not isinstance(found, dict):

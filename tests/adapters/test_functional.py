@@ -92,7 +92,7 @@ def test_it_is_the_vera_of_other_peoples_code(read: Callable[[], tuple[dict[str,
 
 @pytest.mark.parametrize(("T", "groups"), [(1, 1), (1, 4), (6, 1), (6, 4)])
 def test_gradcheck(T: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_rank, "BLOCK_ELEMENTS", 12)  # four rows at a time: the last block is short
+    monkeypatch.setattr(low_rank, "B_BLOCK_ELEMENTS", 12)  # four rows at a time: the last block is short
     p = parts(T, 3, 5, 16, groups=groups, scaled=True)
     assert few_tokens(T, p["B"]) is (T == 1)
     leaves = [p[k].requires_grad_() for k in "xWdba"]

@@ -21,7 +21,7 @@ from qvera.config.schema import parse_recipe
 from qvera.config.sections import DataSection, DataSource
 from qvera.data import Datasets, build_datasets, data_warnings, print_preflight
 from qvera.data.dataset import length_histogram
-from qvera.evaluation.load import template_of
+from qvera.evaluation.load import template_name
 from qvera.utils.errors import InputError
 from tests.data.conftest import MakeTokenizer, Read, Write
 from tests.data.rows import messages_of
@@ -307,4 +307,4 @@ def test_auto_is_what_the_first_source_was_trained_with(
     assert (stats.format, stats.template) == ("prompt-completion, alpaca", "plain, chatml")
     (tmp_path / "run.json").write_text(json.dumps({"data": stats.to_dict()}))
     recipe = parse_recipe({"model": "m", "data": {"path": mixed.path}}, "x.yaml")
-    assert template_of(recipe, tmp_path) == "plain"
+    assert template_name(recipe, tmp_path) == "plain"

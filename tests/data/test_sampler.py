@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvera.data import Batches, microbatches, steps_per_epoch
-from qvera.data.sampler import grouped, order
+from qvera.data.sampler import grouped_by_length, order
 
 SIZES = {"n": st.integers(1, 60), "size": st.integers(1, 20), "seed": st.integers(0, 2**65), "shuffle": st.booleans()}
 
@@ -68,7 +68,7 @@ def test_order_is_pinned() -> None:
     assert order(0, 8, 0, True).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
     assert order(0, 8, 0, False).tolist() == order(5, 8, 7, False).tolist() == list(range(8))
     lengths = np.array([3, 9, 4, 8, 5, 7, 6])
-    assert grouped(order(0, 7, 0, True), lengths, 2, 0, 0).tolist() == [1, 3, 5, 6, 4, 2, 0]
+    assert grouped_by_length(order(0, 7, 0, True), lengths, 2, 0, 0).tolist() == [1, 3, 5, 6, 4, 2, 0]
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -37,7 +37,7 @@ def test_rows_equal_the_whole(
     entries = checkpoint_tensors(tmp_path)
     model: Any = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0]))
     model.get_output_embeddings = lambda: None
-    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 3 * 64)
+    monkeypatch.setattr(safetensors_stream, "FILE_BLOCK_ELEMENTS", 3 * 64)
     reader = TrainedBaseReader(entries, file_stamps(entries), {}, section, dtype, model, {"0.weight": "0.weight"})
     parts = list(reader.blocks(()))
     found = torch.cat([reader.as_trained(block, block.rows) for block in parts])

@@ -265,7 +265,7 @@ def test_a_base_without_index_and_small_blocks_give_the_same_weights(
 ) -> None:
     options = OPTIONS.replace(base=weights, dtype="float32")
     whole = own.export(tmp_path / "whole", options)
-    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(safetensors_stream, "FILE_BLOCK_ELEMENTS", 700)
     (own.base / "model.safetensors.index.json").unlink()
     pieces = own.export(tmp_path / "pieces", options)
     assert pieces["base"] == whole["base"]

@@ -49,7 +49,7 @@ def saved_by_transformers(base: Path, out: Path) -> ModelSection:
 def test_every_weight_is_what_the_stored_base_dequantizes_to_plus_delta(
     store: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 5 * 64)
+    monkeypatch.setattr(safetensors_stream, "FILE_BLOCK_ELEMENTS", 5 * 64)
     section = store(tiny_model_dir, tmp_path / "stored")
     loaded = load_base(section)
     expected = {name: tensor.float() for name, tensor in load_file(tiny_model_dir / "model.safetensors").items()}

@@ -177,7 +177,7 @@ def test_huge_logits_stay_finite() -> None:
 def test_a_head_that_is_stored_otherwise(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in 16 bits is cast block by block."""
     layer = base_layer("linear").bfloat16() if kind == "stored in 16 bits" else base_layer(kind)
-    monkeypatch.setattr(loss_module, "BLOCK_ELEMENTS", 10 * layer.in_features)
+    monkeypatch.setattr(loss_module, "HEAD_BLOCK_ELEMENTS", 10 * layer.in_features)
     hidden = torch.randn(2, 9, layer.in_features, requires_grad=True)
     labels, stored = torch.randint(0, layer.out_features, (2, 9)), Head(layer, None, 1.0)
     loss, grad, _ = fused(hidden, labels, stored, 4)

@@ -136,7 +136,7 @@ def test_threads_chunk_sizes_and_whole_weights_on_a_device_change_no_byte(
 ) -> None:
     """The path of a GPU, with the CPU as the device that gets whole weights."""
     quantized(tiny_model_dir, tmp_path / "one")
-    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", 64 * 3)
+    monkeypatch.setattr(safetensors_stream, "FILE_BLOCK_ELEMENTS", 64 * 3)
     torch.set_num_threads(2)
     try:
         quantized(tiny_model_dir, tmp_path / "two")

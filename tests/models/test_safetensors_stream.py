@@ -43,7 +43,7 @@ def test_safetensors_reads_what_was_written_in_parts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("elements", [1, 64, 1 << 20])
 def test_a_file_is_read_once_and_hashed_whole(tmp_path: Path, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_stream, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(safetensors_stream, "FILE_BLOCK_ELEMENTS", elements)
     tensors = mixed()
     file = tmp_path / "x.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})

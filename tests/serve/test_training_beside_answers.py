@@ -27,11 +27,11 @@ from tests.training.tenant_calls import STEP, some_rows
 LENGTH = EndEvent("length")
 
 
-class Parts:
+class Slices:
     """Background work, for as long as it has any."""
 
     def __init__(self, do: Callable[[], object] = lambda: None, has: Callable[[], object] = lambda: True) -> None:
-        self.do, self.has, self.asked, self.parts = do, has, 0, 0
+        self.do, self.has, self.asked, self.slices = do, has, 0, 0
 
     def has_work(self) -> bool:
         self.asked += 1
@@ -39,11 +39,11 @@ class Parts:
 
     def run_slice(self) -> None:
         self.do()
-        self.parts += 1
+        self.slices += 1
 
     def wait_for_more(self, count: int = 10) -> None:
-        parts = self.parts
-        wait_until(lambda: self.parts > parts + count)
+        slices = self.slices
+        wait_until(lambda: self.slices > slices + count)
 
 
 def _answers(engine: Engine, asked: list[GenerationRequest], before: Callable[[], object] = lambda: None) -> list[Any]:
@@ -91,12 +91,12 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
     runs = [trainer.prepare(name, one, datasets_of(one)) for name, one in own.items()]
     queue: deque[AdapterRun] = deque()
 
-    def part() -> None:
+    def do_slice() -> None:
         while queue:  # jobs begin in the engine's thread
             trainer.begin(queue.popleft())
         trainer.run_slice()
 
-    work = Parts(part, lambda: queue or trainer.has_work)
+    work = Slices(do_slice, lambda: queue or trainer.has_work)
     with engine_of(tiny_model_dir, kind, base=base, training_share=0.5) as engine:
         first = _answers(engine, asked[:1])
         queue.extend(runs)
@@ -104,7 +104,7 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
         rest = _answers(engine, asked[1:], lambda: work.wait_for_more(0))
         assert trainer.has_work
         wait_until(lambda: not work.has_work())
-        assert engine.stats().background_parts == work.parts > 0
+        assert engine.stats().background_slices == work.slices > 0
         assert engine.stats().background_seconds > 0
         last = _answers(engine, again)
     assert [*first, *rest, *last] == without
@@ -146,13 +146,13 @@ def test_jobs_and_tenants_train_on_one_base_that_answers_as_without_them(
     run = trainer.prepare("anna", own, datasets_of(own))
     tenants, beside = begin(base, "beside")
 
-    def part() -> None:
+    def do_slice() -> None:
         if run.slot is None:
             trainer.begin(run)
         trainer.run_slice()
         tenants.run_slice()
 
-    work = Parts(part, lambda: trainer.has_work or tenants.has_work())
+    work = Slices(do_slice, lambda: trainer.has_work or tenants.has_work())
     with engine_of(tiny_model_dir, base=base, training_share=0.5) as engine:
         first = _answers(engine, asked[:1])
         engine.set_background(work)
@@ -182,7 +182,7 @@ class Clock:
 def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_them(
     kind: str, share: float, tiny_model_dir: Path
 ) -> None:
-    """A step and a part take a second each."""
+    """A step and a slice take a second each."""
     clock, beside, steps = Clock(), 0, 0
     with engine_of(tiny_model_dir, kind, training_share=share, max_running=1) as engine:
         engine.background.clock = clock
@@ -194,13 +194,13 @@ def test_work_takes_its_share_of_the_time_beside_answers_and_all_of_it_without_t
             steps += 1
             return step()
 
-        def part() -> None:
+        def do_slice() -> None:
             nonlocal beside
             clock.take(1)
             beside += bool(engine.running)
 
         engine.step = counted  # type: ignore[method-assign]
-        work = Parts(part)
+        work = Slices(do_slice)
         engine.set_background(work)
         work.wait_for_more()
         answers = [submit(engine, request([3], max_tokens=40)) for _ in range(2)]
@@ -216,18 +216,18 @@ def test_a_client_that_asks_again_and_again_waits_for_few_parts() -> None:
     """The moments between its requests are no time without answers; a second without any is."""
     clock = Clock()
     background = Background(0.1, clock)
-    background.set(Parts(lambda: clock.take(5)))
+    background.set(Slices(lambda: clock.take(5)))
     assert background.run_slice()
     for _ in range(440):  # steps of a tenth of a second, and as long between two requests
         clock.take(0.1)
         background.answered()
         clock.take(0.1)
-        if background.has_part(answering=False):
+        if background.has_slice(answering=False):
             background.run_slice()
-    assert background.parts == 2  # the second 45 s after the first one, and the next one would be after 95 s
+    assert background.slices == 2  # the second 45 s after the first one, and the next one would be after 95 s
     assert background.seconds_to_wait(answering=False) == pytest.approx(0.9)
     clock.take(1)
-    assert background.has_part(answering=False)
+    assert background.has_slice(answering=False)
 
 
 def test_several_works_share_the_time_in_turn_and_one_that_fails_stops_no_other() -> None:
@@ -237,12 +237,12 @@ def test_several_works_share_the_time_in_turn_and_one_that_fails_stops_no_other(
         done.append("b")
         raise ValueError
 
-    works = [Parts(lambda: done.append("a")), Parts(fail), Parts(lambda: done.append("c"), lambda: len(done) < 5)]
+    works = [Slices(lambda: done.append("a")), Slices(fail), Slices(lambda: done.append("c"), lambda: len(done) < 5)]
     background = Background(0.1, Clock())
     background.set(InTurn(*works))
     for _ in range(7):
         background.failure = None  # as `Engine.wake` does
-        assert background.has_part(answering=False)
+        assert background.has_slice(answering=False)
         background.run_slice()
     assert done == ["a", "b", "c", "a", "b", "a", "b"]
 
@@ -250,11 +250,11 @@ def test_several_works_share_the_time_in_turn_and_one_that_fails_stops_no_other(
 def test_a_part_may_begin_at_once_after_the_last_answer_where_the_settings_say_so() -> None:
     clock = Clock()
     background = Background(0.0, clock, answering_seconds=0.0)
-    background.set(Parts(lambda: clock.take(1)))
+    background.set(Slices(lambda: clock.take(1)))
     background.run_slice()
     background.answered()
-    assert background.has_part(answering=False)
-    assert not background.has_part(answering=True)
+    assert background.has_slice(answering=False)
+    assert not background.has_slice(answering=True)
 
 
 @pytest.mark.parametrize("tick", [0.4, 0.21])
@@ -262,7 +262,7 @@ def test_a_part_whose_time_comes_while_the_engine_looks_is_done(tick: float, tin
     """With these ticks the second without answers ends between two looks at the clock."""
     with engine_of(tiny_model_dir, training_share=0.0) as engine:
         engine.background.clock = Clock(tick)
-        work = Parts()
+        work = Slices()
         engine.set_background(work)
         work.wait_for_more(0)
         assert submit(engine, request([3], max_tokens=3)).end() == LENGTH
@@ -271,12 +271,12 @@ def test_a_part_whose_time_comes_while_the_engine_looks_is_done(tick: float, tin
 
 def test_an_engine_sleeps_until_it_is_woken_and_an_error_parks_the_work_until_then(tiny_model_dir: Path) -> None:
     with engine_of(tiny_model_dir) as engine:
-        work = Parts(lambda: 1 / 0)
+        work = Slices(lambda: 1 / 0)
         engine.set_background(work)
         wait_until(lambda: engine.stats().background_failure)
         assert engine.stats().background_failure == "ZeroDivisionError: division by zero."
         assert submit(engine, request([3], max_tokens=20)).end() == LENGTH
-        assert (engine.stats().background_parts, engine.stats().dead) == (1, None)
+        assert (engine.stats().background_slices, engine.stats().dead) == (1, None)
         work.do = lambda: None
         engine.wake()
         work.wait_for_more()
@@ -297,19 +297,19 @@ def test_an_engine_sleeps_until_it_is_woken_and_an_error_parks_the_work_until_th
 def test_requests_tasks_and_the_end_wait_for_one_part_at_most(
     kind: str, tiny_model_dir: Path, adapters_dir: Path
 ) -> None:
-    """Parts begin and end when the test says so."""
+    """Slices begin and end when the test says so."""
     may_end, began = threading.Semaphore(0), threading.Semaphore(0)
 
-    def part() -> None:
+    def do_slice() -> None:
         began.release()
         assert may_end.acquire(timeout=SECONDS)
 
     with engine_of(tiny_model_dir, kind, training_share=0.0) as engine:
-        engine.set_background(Parts(part))
+        engine.set_background(Slices(do_slice))
         assert began.acquire(timeout=SECONDS)
         answer = submit(engine, request([3], store_of(adapters_dir).resolve("a1"), 5))
         assert not answer.events
-        may_end.release()  # with no share of its own, no other part begins before the answer has ended
+        may_end.release()  # with no share of its own, no other slice begins before the answer has ended
         assert answer.end() == LENGTH
         assert began.acquire(timeout=SECONDS)
         waits = submit(engine, request([3], max_tokens=5))

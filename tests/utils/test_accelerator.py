@@ -74,7 +74,7 @@ def test_memory_where_no_peak_and_no_free_bytes_are_counted(monkeypatch: pytest.
     assert accelerator.free_and_total_bytes(MPS) is None
     assert accelerator.counted_bytes(MPS, "allocated", peak=True) is None
     assert memory.available_bytes(MPS) > 10**6  # of the RAM
-    assert accelerator.counted_bytes(MPS, "reserved") == 8 and accelerator.device_name(MPS) == "mps"
+    assert accelerator.counted_bytes(MPS, "reserved") == 8 and accelerator.card_name(MPS) == "mps"
     with memory.PeakWatch(MPS) as watch:
         held[0] = 9
         assert (watch.peak_bytes, watch.peak_tensor_bytes) == (9, None)

@@ -31,9 +31,9 @@ from torch import Tensor
 from qvera.kernels import once_differentiable
 from qvera.kernels.choice import use_kernels
 from qvera.kernels.low_rank import (
+    as_groups,
     combined,
     gradients_and_combined,
-    grouped,
     scaled_columns,
     scaled_columns_backward,
     vector_gradients,
@@ -172,7 +172,7 @@ def add_product(base: Tensor, inner: Tensor, B: Tensor, scale: float, overwrite:
 
 def outward(inner: Tensor, B: Tensor, b: Tensor, base: Tensor) -> Tensor:
     """base + b ⊙ (inner Bᵀ), group by group, without C: [T, r] to [T, m] in base's dtype."""
-    each, B = grouped(b), B.to(inner.dtype)
+    each, B = as_groups(b), B.to(inner.dtype)
     if len(each) == 1:
         return scaled_columns(inner @ B.t(), each[0], base=base)
     total: Tensor | None = None
@@ -184,7 +184,7 @@ def outward(inner: Tensor, B: Tensor, b: Tensor, base: Tensor) -> Tensor:
 
 def inward(g: Tensor, B: Tensor, b: Tensor) -> Tensor:
     """(g ⊙ b) B, group by group: the transpose of `outward`, [T, m] to [T, r]."""
-    each, B = grouped(b).to(g.dtype), B.to(g.dtype)
+    each, B = as_groups(b).to(g.dtype), B.to(g.dtype)
     return torch.cat([(g * own) @ columns for own, columns in zip(each, B.chunk(len(each), dim=1), strict=True)], dim=1)
 
 

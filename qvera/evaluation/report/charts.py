@@ -197,7 +197,7 @@ def line_chart(
     }
 
 
-def length_histogram(edges: Sequence[float], counts: Sequence[float]) -> Chart | None:
+def length_chart(edges: Sequence[float], counts: Sequence[float]) -> Chart | None:
     """[n] ``counts`` of rows between [n + 1] lengths in tokens; None where these do not fit or all bars are empty."""
     rising = all(left < right for left, right in pairwise(edges))
     if len(edges) != len(counts) + 1 or not counts or not rising or max(counts) <= 0 or min(counts) < 0:

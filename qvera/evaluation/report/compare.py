@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qvera.evaluation.report.read import Run, get, get_number, read_adapter, read_run, trained_many
+from qvera.evaluation.report.read import RunFiles, get, get_number, read_adapter_of_run, read_run, trained_many
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
@@ -61,7 +61,7 @@ COSTS = (
 class Comparison:
     """Several runs side by side, by unique short names."""
 
-    runs: dict[str, Run]
+    runs: dict[str, RunFiles]
     figures: dict[str, Figures]  # for each run the keys of `SCORES` and `COSTS`
     differing: dict[str, list[object]]  # setting → its value in each run; only settings that differ
     gaps: list[str]  # sentences on what is missing or can't be compared
@@ -116,12 +116,12 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
     parts = 1
     while len({place.parts[-parts:] for place in places}) < len(places):
         parts += 1
-    runs: dict[str, Run] = {}
+    runs: dict[str, RunFiles] = {}
     for place, path in zip(places, paths, strict=True):
         label = "/".join(place.parts[-parts:])  # the shortest ends of the paths that tell them apart
         for name in adapters:
             both = label if len(adapters) == 1 else f"{label}: {name}"
-            runs[name if len(paths) == 1 else both] = read_adapter(path, name)
+            runs[name if len(paths) == 1 else both] = read_adapter_of_run(path, name)
         if not adapters:
             runs[label] = read_run(path, evaluation=True)
             if trained_many(runs[label].info, runs[label].recipe):
@@ -129,7 +129,7 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
     return compare(runs)
 
 
-def compare(runs: dict[str, Run]) -> Comparison:
+def compare(runs: dict[str, RunFiles]) -> Comparison:
     """Compare runs that are read already; the keys are their names."""
     figures = {label: run_figures(run) for label, run in runs.items()}
     trees = [run.settings for run in runs.values()]
@@ -156,7 +156,7 @@ def compare(runs: dict[str, Run]) -> Comparison:
     return Comparison(runs, figures, differing, gaps + _gaps_between_scores(runs))
 
 
-def run_figures(run: Run) -> Figures:
+def run_figures(run: RunFiles) -> Figures:
     """The figures of one run, under the keys of `SCORES` and `COSTS`."""
     curve = [(loss, step) for step, loss in run.held_out() if loss is not None]
     loss_lowest, lowest_step = min(curve, default=(None, None))
@@ -180,13 +180,13 @@ def run_figures(run: Run) -> Figures:
     }
 
 
-def tokens_by_step(run: Run) -> list[tuple[float, float]]:
+def tokens_by_step(run: RunFiles) -> list[tuple[float, float]]:
     """(step, input tokens up to it) for every recorded step."""
     seen = accumulate(get_number(row, "input_tokens") or 0.0 for row in run.train)
     return [(float(row["step"]), tokens) for row, tokens in zip(run.train, seen, strict=True)]
 
 
-def score_columns(runs: dict[str, Run]) -> list[Column]:
+def score_columns(runs: dict[str, RunFiles]) -> list[Column]:
     """The number of rows, and each metric by which ``qvera eval`` scored any of the runs."""
     labels: dict[str, str] = {}
     for run in runs.values():
@@ -195,18 +195,18 @@ def score_columns(runs: dict[str, Run]) -> list[Column]:
     return [Column("scored_rows", "Rows", count), *metrics] if metrics else []
 
 
-def yaml_text(value: object) -> str:
+def plain_yaml(value: object) -> str:
     """A value as YAML, on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _base(run: Run) -> str:
+def _base(run: RunFiles) -> str:
     name, quantization = run.setting("model", "path"), run.setting("model", "quantization")
     return f"{name} in {quantization}" if name else ""
 
 
-def _last_evaluation(run: Run, key: str) -> str:
+def _last_evaluation(run: RunFiles, key: str) -> str:
     """How many rows or tokens were evaluated, from run.json, else from metrics.jsonl."""
     last = get(run.info, "result", "eval_after") or get(run.info, "result", "eval_before")
     last = last if isinstance(last, dict) else (run.evals[-1] if run.evals else None)
@@ -214,7 +214,7 @@ def _last_evaluation(run: Run, key: str) -> str:
     return f"{found:,.0f} {key.removeprefix('trained_')}" if found else ""
 
 
-_QUESTIONS: dict[str, Callable[[Run], str]] = {
+_QUESTIONS: dict[str, Callable[[RunFiles], str]] = {
     "The runs are not on the same base model ({}): their losses are not of one model.": _base,
     "The runs are not scored on the same held-out rows ({}): their scores are not of one set.": (
         lambda run: _last_evaluation(run, "rows")
@@ -236,7 +236,7 @@ def _differs(answers: dict[str, str]) -> str:
     return "; ".join(f"{label}: {answer}" for label, answer in known.items()) if len(set(known.values())) > 1 else ""
 
 
-def _gaps_between_scores(runs: dict[str, Run]) -> list[str]:
+def _gaps_between_scores(runs: dict[str, RunFiles]) -> list[str]:
     """Says where the eval.json files are of other inputs, or made in other ways."""
     known = {label: run.evaluation for label, run in runs.items() if run.evaluation is not None}
     gaps = []

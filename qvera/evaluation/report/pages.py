@@ -18,16 +18,16 @@ from markupsafe import Markup, escape
 
 from qvera.data.images import thumbnail_uris
 from qvera.evaluation.metrics import exact_match
-from qvera.evaluation.report.charts import Chart, Line, length_histogram, line_chart, loss_curves
+from qvera.evaluation.report.charts import Chart, Line, length_chart, line_chart, loss_curves
 from qvera.evaluation.report.compare import (
     COSTS,
     SCORES,
     Comparison,
+    plain_yaml,
     score_columns,
     score_format,
     table,
     tokens_by_step,
-    yaml_text,
 )
 from qvera.evaluation.report.read import get, get_number, get_text, score_key, series
 from qvera.utils.formatting import count, duration, moment, percent, significant, size, text_or_dash
@@ -68,7 +68,7 @@ def environment() -> Environment:
     formats: tuple[Callable[..., str], ...] = (count, duration, percent, significant, size)
     for text in formats:  # "" for a value that is not known
         templates.filters[text.__name__] = lambda value, *more, text=text: "" if value is None else text(value, *more)
-    templates.filters |= {"moment": moment, "yaml": yaml_text}
+    templates.filters |= {"moment": moment, "yaml": plain_yaml}
     templates.filters["code_spans"] = lambda text: Markup(
         re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))  # text between backticks is code
     )
@@ -196,7 +196,7 @@ def preview_page(
         stats=stats,
         mixture=mixture if len(mixture) > 1 else [],
         warnings=warnings,
-        lengths=length_histogram(stats.histogram_edges, stats.histogram_counts),
+        lengths=length_chart(stats.histogram_edges, stats.histogram_counts),
         rows=[shown(word, row) for one in rows for word, row in one.shown()],
     )
 

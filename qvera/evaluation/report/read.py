@@ -100,7 +100,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """The files of a run directory; {} or "" for a missing one."""
 
     name: str
@@ -227,7 +227,7 @@ def inputs_sha256(answers: Sequence[object]) -> str:
     return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
 
 
-def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = True) -> Run:
+def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = True) -> RunFiles:
     """Read what ``qvera train`` has written so far; eval.json, which can be large, only where asked for.
 
     InputError: the directory does not exist, or holds no run.
@@ -252,13 +252,13 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
         notes.append("recipe.yaml is not valid YAML: it is shown as it is.")
     # A resumed run may write a step again. The later line is the one that led to the adapter.
     kinds: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
-    for row in read_rows(root / "metrics.jsonl", ("step",), notes) if metrics else ():
+    for row in read_metrics(root / "metrics.jsonl", ("step",), notes) if metrics else ():
         if (kind := get_text(row, "kind")) in kinds:
             kinds[kind][int(row["step"])] = row
     train, evals = ([steps[key] for key in sorted(steps)] for steps in kinds.values())
     notes += not_finite_notes(train)
     weights = root / "adapter" / ADAPTER_WEIGHTS
-    return Run(
+    return RunFiles(
         name=root.resolve().name,
         info=info,
         recipe_text=recipe_text,
@@ -324,7 +324,7 @@ def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation |
     )
 
 
-def parse_row(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None:
+def parse_metrics(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None where it is broken, or has no number under any of ``places`` (such as ``step``)."""
     try:
         row = json.loads(line)
@@ -334,7 +334,7 @@ def parse_row(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | None
     return row if known else None
 
 
-def read_rows(path: Path, places: Sequence[str], notes: list[str], containing: str = "") -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path, places: Sequence[str], notes: list[str], containing: str = "") -> Iterator[dict[str, Any]]:
     """The readable lines of metrics.jsonl that contain ``containing``. Then ``notes`` says what was not readable."""
     unreadable: list[int] = []
     number, line = 0, "\n"
@@ -343,7 +343,7 @@ def read_rows(path: Path, places: Sequence[str], notes: list[str], containing: s
             for number, line in enumerate(lines, start=1):
                 if containing not in line or not line.strip():
                     continue
-                row = parse_row(line, places)
+                row = parse_metrics(line, places)
                 if row is not None:
                     yield row
                 else:
@@ -462,11 +462,11 @@ class AdapterCurve:
 class ManyRun:
     """A run that trained several adapters, with their curves by name."""
 
-    run: Run  # the run as a whole; its steps are the rounds of the first process
+    run: RunFiles  # the run as a whole; its steps are the rounds of the first process
     entries: list[AdapterEntry]  # in the order of the data. Of a killed run, the adapters that have begun
     curves: dict[str, AdapterCurve]
 
-    def adapter_run(self, entry: AdapterEntry) -> Run:
+    def adapter_run(self, entry: AdapterEntry) -> RunFiles:
         """One adapter as a run of its own, for its page and for comparisons."""
         curve = self.curves.get(entry.name, AdapterCurve())
         info = {key: self.run.info.get(key) for key in ("model", "adapter", "device", "versions", "processes")}
@@ -495,7 +495,7 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
     rounds: dict[int, dict[str, Any]] = {}
     curves: dict[str, AdapterCurve] = {}
     written = "" if only is None else json.dumps(only)  # as the trainer writes it
-    for row in read_rows(root / "metrics.jsonl", ("step", "round"), run.notes, containing=written):
+    for row in read_metrics(root / "metrics.jsonl", ("step", "round"), run.notes, containing=written):
         if row.get("kind") == "round":
             if not row.get("rank"):
                 rounds[int(get_number(row, "round") or 0)] = row
@@ -509,7 +509,7 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
     return ManyRun(dataclasses.replace(run, adapter_file_bytes=size, train=train), entries, curves)
 
 
-def read_adapter(run_dir: Path, name: str) -> Run:
+def read_adapter_of_run(run_dir: Path, name: str) -> RunFiles:
     """One adapter of a run as a run of its own, with the scores of its eval.json.
 
     InputError: the run does not exist, or has no adapter of this name.
@@ -527,7 +527,7 @@ def read_adapter(run_dir: Path, name: str) -> Run:
 
 
 def round_as_step(row: dict[str, Any]) -> dict[str, Any]:
-    """A line of a round, with the keys of a step that `Run.totals` needs."""
+    """A line of a round, with the keys of a step that `RunFiles.totals` needs."""
     seconds, speed = get_number(row, "step_seconds"), get_number(row, "tokens_per_second")
     tokens = None if seconds is None or speed is None else seconds * speed
     return {**row, "step": row["round"], "input_tokens": tokens}

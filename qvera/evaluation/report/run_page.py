@@ -14,7 +14,7 @@ from qvera.evaluation.report.charts import (
     MAX_POINTS,
     Chart,
     Line,
-    length_histogram,
+    length_chart,
     line_chart,
     loss_curves,
     stacked_bars,
@@ -24,7 +24,7 @@ from qvera.evaluation.report.pages import make_sample, render
 from qvera.evaluation.report.read import (
     AdapterEntry,
     ManyRun,
-    Run,
+    RunFiles,
     changed_settings,
     get,
     get_number,
@@ -150,14 +150,14 @@ def write_report(run_dir: str | Path) -> Path:
     return target
 
 
-def run_page(run: Run, **more: object) -> str:
+def run_page(run: RunFiles, **more: object) -> str:
     """The page of a run as HTML. ``more`` is for the template."""
     thinned = _thinned(run)
     charts = _charts(run, _REWARDS, from_zero=False) + _charts(run, _RATE_AND_NORM + _SPEED_AND_MEMORY, thinned)
     return render("run.html", score=_score(run), loss_chart=_loss_chart(run), charts=charts, **_context(run), **more)
 
 
-def _context(run: Run) -> dict[str, Any]:
+def _context(run: RunFiles) -> dict[str, Any]:
     # the peak of the tile and the mapped weights, which the plan counts too: the page has one measured peak only
     planned = run.number("plan", "measured", "total_bytes") is not None
     peak_bytes = run.totals["peak_bytes"]
@@ -187,13 +187,13 @@ def _context(run: Run) -> dict[str, Any]:
         "samples": samples,
         "method": run.text("adapter", "title") or run.text("adapter", "method") or "VeRA",  # older runs name none
         "targets": ", ".join(map(str, targets)) if isinstance(targets, list) else run.text("adapter", "targets"),
-        "lengths": length_histogram(*histogram),
+        "lengths": length_chart(*histogram),
         "settings": changed_settings(run.recipe).items(),
         "versions": list(versions.items()) if isinstance(versions, dict) else [],
     }
 
 
-def _score(run: Run) -> tuple[str, str, str] | None:
+def _score(run: RunFiles) -> tuple[str, str, str] | None:
     """The headline: what is measured, before and after; "" for a side that is not known."""
     before, after = get(run.info, "result", "eval_before"), get(run.info, "result", "eval_after")
     for key, name, text in _HEADLINES:
@@ -220,7 +220,7 @@ def _score(run: Run) -> tuple[str, str, str] | None:
     return ("Held-out loss before training", "", significant(points[0][1])) if points else None
 
 
-def _loss_chart(run: Run) -> Chart | None:
+def _loss_chart(run: RunFiles) -> Chart | None:
     raw, smoothed = loss_curves(series(run.train, "loss"))
     lines = [Line("training loss" + _thinned(run), raw, "main" if smoothed is raw else "faint")]
     if smoothed is not raw:
@@ -239,14 +239,14 @@ def _loss_chart(run: Run) -> Chart | None:
     return line_chart("Loss", lines, note=note, legend=legend, height=300, may_be_log=True, best=best)
 
 
-def _thinned(run: Run) -> str:
+def _thinned(run: RunFiles) -> str:
     """Added to the label of a curve whose points are means."""
     steps = -(-len(run.train) // MAX_POINTS)
     return f", means of {steps} steps" if steps > 1 else ""
 
 
 def _charts(
-    run: Run, specs: Sequence[_Spec], thinned: str = "", *, x_name: str = "step", from_zero: bool = True
+    run: RunFiles, specs: Sequence[_Spec], thinned: str = "", *, x_name: str = "step", from_zero: bool = True
 ) -> list[Chart]:
     charts = []
     for title, note, curves, kind in specs:
@@ -260,7 +260,7 @@ def _charts(
     return [chart for chart in charts if chart is not None]
 
 
-def _memory_chart(run: Run, measured_bytes: float | None) -> Chart | None:
+def _memory_chart(run: RunFiles, measured_bytes: float | None) -> Chart | None:
     moments = get(run.info, "plan", "memory", "moments")
     rows: dict[str, list[tuple[str, str, float]]] = {}
     for name, parts in moments.items() if isinstance(moments, dict) else ():

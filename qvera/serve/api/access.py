@@ -181,7 +181,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def name_of(host: str) -> str:
+def host_name(host: str) -> str:
     """The name or address in a Host header, without its port and brackets."""
     name = host.rsplit(":", 1)[0] if host.count(":") == 1 or "]:" in host else host
     return name.strip("[]")
@@ -198,7 +198,7 @@ def is_own_name(host: str, listens_on: str) -> bool:
     DNS rebinding makes another site's name point to this machine; the header then has that name. An address can't be
     rebound, so a server that others can reach takes any address.
     """
-    name = name_of(host)
+    name = host_name(host)
     if is_loopback(name):
         return True
     if is_loopback(listens_on):

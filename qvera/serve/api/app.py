@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 
 import qvera
 from qvera.serve.api import completions, errors, files, fine_tuning, models, responses
-from qvera.serve.api.access import LOCAL, Access, is_loopback, is_of_other_site, name_of
+from qvera.serve.api.access import LOCAL, Access, host_name, is_loopback, is_of_other_site
 from qvera.serve.api.errors import DOWNLOADS, TINKER, ApiError
 from qvera.serve.api.server import ClientGone
 from qvera.serve.api.service import Service, require, service_of
@@ -145,7 +145,7 @@ class Guard:
         if keys is None:
             # only the loopback address protects this server, and a browser here lets any site's page call it
             host, origin = headers.get("host", ""), headers.get("origin")
-            if not is_loopback(name_of(host)):
+            if not is_loopback(host_name(host)):
                 raise ApiError(
                     403,
                     f"The host {host!r} is not this machine's own name. Use localhost, or start the server with "

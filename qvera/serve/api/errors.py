@@ -67,7 +67,7 @@ class ApiError(Exception):
         return Response(text, self.status, headers=self.headers, media_type="application/json")
 
 
-def shortened(name: str) -> str:
+def shortened_name(name: str) -> str:
     """A client's name for a model, cut for a message if it is longer than any real one."""
     return name if len(name) <= _NAME_CHARACTERS else f"{name[:_NAME_CHARACTERS]}…"
 
@@ -105,7 +105,7 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
             return bad_request("The body is only read as JSON with the header Content-Type: application/json; send it.")
         # pydantic names its own functions and branches of unions among the keys
         parts = [part for part in map(str, first["loc"][1:]) if not part.startswith(_PARTS_OF_PYDANTIC)]
-        where, said = [shortened(part) for part in parts], first["msg"].replace(_DICTIONARY, "an object")
+        where, said = [shortened_name(part) for part in parts], first["msg"].replace(_DICTIONARY, "an object")
         return bad_request(f"{'.'.join(where) or 'The body'}: {said}.", where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:

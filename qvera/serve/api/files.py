@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 
-from qvera.serve.api.errors import ApiError, bad_request, shortened
+from qvera.serve.api.errors import ApiError, bad_request, shortened_name
 from qvera.serve.api.fine_tuning import api_errors, ask, page, too_many, training_of
 from qvera.serve.api.server import ClientGone
 from qvera.serve.fine_tuning.database import TRAINING, StoredFile, UnknownRecord
@@ -223,7 +223,7 @@ class _Form:
             raise bad_request("file: is missing.", "file")
         purpose = self._purpose.decode("utf-8", "replace")
         if purpose != TRAINING:
-            raise bad_request(f"purpose: expected {TRAINING!r}, got {shortened(purpose)!r}.", "purpose")
+            raise bad_request(f"purpose: expected {TRAINING!r}, got {shortened_name(purpose)!r}.", "purpose")
         return self.upload.finish(purpose)
 
     def _begin_part(self) -> None:
@@ -256,7 +256,7 @@ class _Form:
         elif name.partition("[")[0] == "expires_after":
             raise bad_request("expires_after: is not supported here; files stay until they are deleted.", name)
         else:
-            raise bad_request(f"Unknown key {shortened(name)!r}.", shortened(name), "unknown_parameter")
+            raise bad_request(f"Unknown key {shortened_name(name)!r}.", shortened_name(name), "unknown_parameter")
 
     def _add_content(self, data: bytes) -> None:
         if not self._is_file:

@@ -11,14 +11,14 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from qvera.serve.api.access import Access
-from qvera.serve.api.errors import ApiError, bad_request, shortened
+from qvera.serve.api.errors import ApiError, bad_request, shortened_name
 from qvera.serve.api.schemas import JobBody
 from qvera.serve.api.service import Service, require, service_of
 from qvera.serve.fine_tuning.database import Event, Job, Refused, TooMany, UnknownRecord
 from qvera.utils.errors import RunFailed, did_you_mean
 
 if TYPE_CHECKING:
-    from qvera.serve.fine_tuning.jobs import Change, Jobs
+    from qvera.serve.fine_tuning.jobs import JobAction, Jobs
 
 T = TypeVar("T")
 _logger = logging.getLogger("qvera.serve")
@@ -42,7 +42,7 @@ def api_errors(service: Service, unknown: str = "There is no") -> Iterator[None]
     try:
         yield
     except UnknownRecord as error:
-        raise ApiError(404, f"{unknown} {shortened(str(error.args[0]))!r}.", "id") from None
+        raise ApiError(404, f"{unknown} {shortened_name(str(error.args[0]))!r}.", "id") from None
     except Refused as error:
         raise bad_request(str(error), error.param, error.code) from None
     except TooMany:
@@ -90,7 +90,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
 
     def create(jobs: Jobs, owner: str) -> dict[str, Any]:
         if body.model not in service.store.base_names:
-            hint = did_you_mean(shortened(body.model), [service.base_name])
+            hint = did_you_mean(shortened_name(body.model), [service.base_name])
             raise bad_request(
                 f"model: expected the base, {service.base_name!r}{hint} A job starts with a fresh adapter; going on "
                 "from one that was trained before is not supported.",
@@ -154,7 +154,7 @@ async def resume_job(request: Request, job_id: str) -> Response:
     return await _change(request, job_id, "resume")
 
 
-async def _change(request: Request, job_id: str, how: Change) -> Response:
+async def _change(request: Request, job_id: str, how: JobAction) -> Response:
     return JSONResponse(await ask(request, lambda jobs, owner: _card(jobs.change(job_id, owner, how)), _UNKNOWN))
 
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from qvera.data import Turn
 from qvera.data.conversations import read_messages
-from qvera.serve.api.errors import bad_request, shortened
+from qvera.serve.api.errors import bad_request, shortened_name
 from qvera.utils.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ class Body(BaseModel):
         for key, value in (self.model_extra or {}).items():
             if key in self.ignored or value is None:
                 continue
-            where = inside + shortened(key)
+            where = inside + shortened_name(key)
             if key not in self.neutral:
-                hint = did_you_mean(shortened(key), type(self).model_fields)
+                hint = did_you_mean(shortened_name(key), type(self).model_fields)
                 raise bad_request(f"Unknown key {where!r}{hint}", where, "unknown_parameter")
             if value not in self.neutral[key]:
                 raise bad_request(

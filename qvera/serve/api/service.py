@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from fastapi import Request
 
 from qvera.serve.api.access import DEFAULTS, Access, Action, KeyFile, Limits
-from qvera.serve.api.errors import ApiError, shortened
+from qvera.serve.api.errors import ApiError, shortened_name
 from qvera.serve.api.metrics import Metrics
 from qvera.serve.grammars import Grammars
 from qvera.serve.requests import EngineDead, ResolvedAdapter, UnknownAdapter
@@ -181,7 +181,7 @@ class Service:
 
     def unknown(self, model: str, access: Access) -> ApiError:
         """404 with the nearest name that the sender may use. It reveals nothing of other keys' models."""
-        shown = shortened(model)
+        shown = shortened_name(model)
         hint = did_you_mean(shown, self.names(access)[:_COMPARED_NAMES])
         message = f"The model {shown!r} does not exist, or this key may not use it{hint}"
         return ApiError(404, message, "model", "model_not_found")

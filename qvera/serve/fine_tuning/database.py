@@ -19,11 +19,11 @@ from qvera.serve.sqlite import SqliteFile
 from qvera.utils.errors import InputError
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of a file
-Status = Literal["validating_files", "queued", "running", "finishing", "paused", "succeeded", "failed", "cancelled"]
-BEFORE: tuple[Status, ...] = ("validating_files", "queued")
-TRAINED: tuple[Status, ...] = ("running", "finishing")
+JobStatus = Literal["validating_files", "queued", "running", "finishing", "paused", "succeeded", "failed", "cancelled"]
+BEFORE: tuple[JobStatus, ...] = ("validating_files", "queued")
+TRAINED: tuple[JobStatus, ...] = ("running", "finishing")
 """``finishing``: its adapter is being saved, so it can't be cancelled any more. The API shows "running"."""
-OPEN: tuple[Status, ...] = (*BEFORE, *TRAINED, "paused")  # all other statuses are final
+OPEN: tuple[JobStatus, ...] = (*BEFORE, *TRAINED, "paused")  # all other statuses are final
 
 
 def new_id(kind: str) -> str:
@@ -64,7 +64,7 @@ class Job:
     metadata: dict[str, str]
     recipe: dict[str, Any] = field(default_factory=dict)  # `Recipe.to_dict` of the recipe in use
     id: str = field(default_factory=lambda: new_id("ftjob"))
-    status: Status = "validating_files"
+    status: JobStatus = "validating_files"
     created: int = field(default_factory=now)
     started: int | None = None
     finished: int | None = None
@@ -237,7 +237,7 @@ class Database(SqliteFile):
         """Unfinished jobs, paused ones too, oldest first."""
         return self._records(Job, f"WHERE status IN ({_marks(OPEN)}) ORDER BY number", OPEN)
 
-    def job_of_model(self, model: str, statuses: Sequence[Status]) -> Job | None:
+    def job_of_model(self, model: str, statuses: Sequence[JobStatus]) -> Job | None:
         """The newest job with one of these statuses whose adapter has this name, unless the adapter was deleted."""
         where = f"WHERE model = ? AND status IN ({_marks(statuses)}) AND NOT deleted ORDER BY number DESC LIMIT 1"
         return next(iter(self._records(Job, where, (model, *statuses))), None)
@@ -247,7 +247,12 @@ class Database(SqliteFile):
         return dict(map(tuple, self.rows("SELECT status, COUNT(*) FROM jobs GROUP BY status")))
 
     def move(
-        self, job_id: str, expected: Sequence[Status], status: Status, *records: Event | StoredFile, **changes: object
+        self,
+        job_id: str,
+        expected: Sequence[JobStatus],
+        status: JobStatus,
+        *records: Event | StoredFile,
+        **changes: object,
     ) -> bool:
         """Set a job's status and the columns in ``changes``, and add events and files.
 

@@ -21,9 +21,9 @@ from qvera.serve.fine_tuning.database import (
     TRAINING,
     Event,
     Job,
+    JobStatus,
     NotMade,
     Refused,
-    Status,
     StoredFile,
     TooMany,
     UnknownRecord,
@@ -50,13 +50,13 @@ _logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 30.0
 _DELETED = ".{}.deleted"  # an adapter's directory until its files are gone; no list shows hidden ones
 _JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
-Change = Literal["cancel", "pause", "resume"]
-_CHANGES: dict[Change, tuple[tuple[Status, ...], Status, str]] = {
+JobAction = Literal["cancel", "pause", "resume"]
+_ACTIONS: dict[JobAction, tuple[tuple[JobStatus, ...], JobStatus, str]] = {
     "cancel": ((*BEFORE, "running", "paused"), "cancelled", "Fine-tuning job cancelled"),
     "pause": ((*BEFORE, "running"), "paused", "Fine-tuning job paused"),
     "resume": (("paused",), "validating_files", "Fine-tuning job resumed"),
 }
-"""Change → the statuses that allow it, the new status, and the message of its event."""
+"""Action → the statuses that allow it, the new status, and the message of its event."""
 
 
 class Jobs:
@@ -154,13 +154,13 @@ class Jobs:
             text = f'suffix: there is a model {name} already. Use another name, or send "replace": true.'
             raise Refused(text, "suffix", "name_taken")
 
-    def change(self, job_id: str, owner: str, how: Change) -> Job:
+    def change(self, job_id: str, owner: str, how: JobAction) -> Job:
         """Cancel a job (only its events are kept), save it and free its slot, or let a paused one go on.
 
         Raises Refused if its status does not allow it.
         """
         self.database.job(job_id, owner)
-        expected, status, text = _CHANGES[how]
+        expected, status, text = _ACTIONS[how]
         ended = {"finished": now()} if how == "cancel" else {}
         # first in the database, which holds after a crash: the worker only takes out what is stopped there
         with self._changing:

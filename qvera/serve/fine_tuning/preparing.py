@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.config.schema import Recipe, parse_recipe
-from qvera.evaluation.load import template_of
+from qvera.evaluation.load import template_name
 from qvera.serve.fine_tuning.database import Job
 from qvera.utils.errors import InputError
 
@@ -42,7 +42,7 @@ class Recipes:
         self._source = "--training-dir" if target.run is None else f"--training-dir: the recipe of {target.run}"
         self._data = {key: data[key] for key in _OF_ROWS if key in data}
         if given is not None:
-            self._data["template"] = template_of(given, target.run)
+            self._data["template"] = template_name(given, target.run)
         self._training = {key: value for key, value in training.items() if key not in _NOT_OF_A_JOB}
         self._common = {"model": target.section.to_dict(), "adapter": tree.get("adapter", {})}
         shared = {key: value for key, value in self._training.items() if key not in _EVALUATIONS}

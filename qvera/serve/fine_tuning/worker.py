@@ -1,4 +1,4 @@
-"""Trains jobs in the engine's thread, part by part, between answers.
+"""Trains jobs in the engine's thread, slice by slice, between answers.
 
 After any end of the server a job goes on from its last saved state. The state is saved first, and the database marks
 the job as done last. A process killed in between repeats the last things, with the same result.

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from qvera.serve.tinker.checkpoints import Kind, Ttl, encrypt, recipients_of
+from qvera.serve.tinker.checkpoints import CheckpointKind, Ttl, encrypt, recipients_of
 from qvera.serve.tinker.messages import call_of, decode_forward_backward, encode_forward_backward
 from qvera.training.optim import AdamSettings
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from qvera.serve.tinker.tenancy import Model, Tinker
+    from qvera.serve.tinker.tenancy import Tinker, TrainedModel
     from qvera.training.tenants import Done
 
 M = TypeVar("M", bound=BaseModel)
 STATE = "state.safetensors"
 """In the directory of a saved state."""
 Seq = Annotated[int, Field(ge=0, lt=2**31)]
-Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
@@ -34,7 +34,7 @@ class OfModel(BaseModel):
     seq_id: int
 
 
-class Lora(BaseModel):
+class LoraSettings(BaseModel):
     """Settings of a new adapter, as the client's ``LoraConfig``."""
 
     rank: int = 32
@@ -52,7 +52,7 @@ class CreateModel(BaseModel):
     session_id: str
     model_seq_id: Seq
     base_model: str
-    lora_config: Lora = Lora()
+    lora_config: LoraSettings = LoraSettings()
     optimizer_config: Optimizer = Optimizer()
     user_metadata: dict[str, Any] | None = None
 
@@ -70,11 +70,11 @@ class LoadWeights(BaseModel):
 
 
 class Adam(BaseModel):
-    learning_rate: Number = 1e-4
+    learning_rate: NonNegative = 1e-4
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     eps: Annotated[float, Field(ge=1e-30, allow_inf_nan=False)] = 1e-12
-    weight_decay: Number = 0.0
+    weight_decay: NonNegative = 0.0
     grad_clip_norm: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
@@ -129,14 +129,14 @@ def place_of(kind: str, body: bytes) -> tuple[str, int]:
     return asked.model_id, asked.seq_id
 
 
-def _create(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
+def _create(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
     def start(promise: str, done: Done) -> None:
         tinker.tenants.create(model.id, model.owner, model.shape, model.seed, done)
 
     return Call(kind, start, lambda promise, _: {"model_id": model.id, "type": kind})
 
 
-def _load(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
+def _load(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
     asked = parsed(LoadWeights, body)
     found = tinker.checkpoints.find(asked.path, model.owner, "weights")
     if seq > 1:
@@ -151,7 +151,7 @@ def _load(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Cal
     return Call(kind, start, lambda promise, _: {"path": asked.path, "model_id": model.id, "type": kind})
 
 
-def _forward_backward(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
+def _forward_backward(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
     asked = decode_forward_backward(body, tinker.base.most_tokens, tinker.base.vocabulary)
     if (tokens := sum(len(row.tokens) for row in asked.rows)) > (most := tinker.settings.call_tokens):
         raise InputError(f"data: has {tokens:,} tokens, and a call at most {most:,}; send fewer rows.")
@@ -165,7 +165,7 @@ def _forward_backward(tinker: Tinker, model: Model, seq: int, kind: str, body: b
     return Call(kind, start, finish, is_kept=not asked.forward_only)
 
 
-def _optim_step(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
+def _optim_step(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
     asked = parsed(OptimStep, body)
     adam = asked.adam_params or Adam()
     norm = max(adam.grad_clip_norm, 0.0)
@@ -177,7 +177,7 @@ def _optim_step(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) 
     )
 
 
-def _save(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Call:
+def _save(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
     """A call that saves a checkpoint. It is written down once its files are on disk."""
     asked, checkpoints = parsed(Save, body), tinker.checkpoints
     if kind == "save_weights_for_sampler" and asked.path is None and asked.sampling_session_seq_id is not None:
@@ -202,7 +202,7 @@ def _save(tinker: Tinker, model: Model, seq: int, kind: str, body: bytes) -> Cal
     return Call(kind, start, finish, is_kept=False)
 
 
-def _save_unnamed(tinker: Tinker, model: Model, kind: str, asked: Save, seq: int) -> Call:
+def _save_unnamed(tinker: Tinker, model: TrainedModel, kind: str, asked: Save, seq: int) -> Call:
     """A call that saves an adapter for one sampling session. All ``inflight`` ones of a model move on to the newest."""
     sampler, number = f"{model.session}:sample:{seq}", model.id.rpartition(":")[2]
     prefix = f"sessions/{model.session}/{number}-{asked.kind}-"
@@ -222,19 +222,19 @@ def _save_unnamed(tinker: Tinker, model: Model, kind: str, asked: Save, seq: int
     return Call(kind, start, finish, is_kept=False)
 
 
-SAVES: dict[str, Kind] = {
+SAVES: dict[str, CheckpointKind] = {
     "save_weights": "weights",
     "save_weights_for_sampler": "sampler_weights",
     "save_weights_external": "external_weights",
 }
-READERS: dict[str, Callable[[Tinker, Model, int, str, bytes], Call]] = {
+READERS: dict[str, Callable[[Tinker, TrainedModel, int, str, bytes], Call]] = {
     "create_model": _create,
     "load_weights": _load,
     "forward_backward": _forward_backward,
     "optim_step": _optim_step,
     **dict.fromkeys(SAVES, _save),
 }
-"""Kind → a function that reads a call from its model, seq, kind and body.
+"""CheckpointKind → a function that reads a call from its model, seq, kind and body.
 
 It raises InputError, or ApiError 404, for a body that can't be used.
 """

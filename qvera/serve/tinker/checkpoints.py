@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from qvera.serve.api.errors import ApiError, shortened
+from qvera.serve.api.errors import ApiError, shortened_name
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import ModelShape
 from qvera.utils.errors import InputError
@@ -33,7 +33,7 @@ from qvera.utils.formatting import size
 if TYPE_CHECKING:
     import sqlite3
 
-Kind = Literal["weights", "sampler_weights", "external_weights"]
+CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 Ttl = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)] | None
 """Seconds until a checkpoint goes; None: it stays."""
 _DOWNLOAD_SECONDS = 3600.0
@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
 
     path: str
     run: str
-    kind: Kind
+    kind: CheckpointKind
     name: str
     directory: Path
     created: float = 0.0
@@ -69,7 +69,7 @@ class Checkpoints:
         self.database, self._runs, self._most_bytes = database, root / "runs", most_bytes
         self._lock = threading.Lock()
 
-    def place(self, run: str, kind: Kind, name: str) -> Checkpoint:
+    def place(self, run: str, kind: CheckpointKind, name: str) -> Checkpoint:
         """The place of a checkpoint. Raises InputError for a name that is no part of a path."""
         if not _NAME.fullmatch(name):
             raise InputError(
@@ -108,11 +108,11 @@ class Checkpoints:
             about=json.dumps(about),
         )
 
-    def find(self, path: str, owner: str, kind: Kind | None = None) -> Checkpoint:
+    def find(self, path: str, owner: str, kind: CheckpointKind | None = None) -> Checkpoint:
         """Return a checkpoint that a key may read. Raises ApiError 404, or InputError if it is of another ``kind``."""
         found = self._select("path = ? AND (owner = ? OR public)", path, owner)
         if not found:
-            raise ApiError(404, f"There is no checkpoint {shortened(path)!r}.")
+            raise ApiError(404, f"There is no checkpoint {shortened_name(path)!r}.")
         if kind is not None and found[0].kind != kind:
             raise InputError(f"{path}: expected {kind}, found {found[0].kind}.")
         return found[0]
@@ -121,7 +121,7 @@ class Checkpoints:
         """Change a checkpoint of a key. Raises ApiError 404."""
         query = f"UPDATE checkpoints SET {column} = ? WHERE path = ? AND owner = ? AND {_LIVE} RETURNING path"
         if not self.database.rows(query, (value, path, owner, time.time())):
-            raise ApiError(404, f"There is no checkpoint {shortened(path)!r}.")
+            raise ApiError(404, f"There is no checkpoint {shortened_name(path)!r}.")
         self.remove_expired()
 
     def remove_expired(self) -> None:
@@ -157,7 +157,7 @@ class Checkpoints:
         count = f"SELECT COUNT(*) FROM checkpoints WHERE {_LIVE} AND {where}"
         return self._select(rest, *values), self.database.rows(count, (time.time(), *values))[0][0]
 
-    def newest(self, run: str, kind: Kind) -> Checkpoint | None:
+    def newest(self, run: str, kind: CheckpointKind) -> Checkpoint | None:
         """The newest checkpoint of a run and kind."""
         return next(iter(self._select("run = ? AND kind = ? ORDER BY created DESC LIMIT 1", run, kind)), None)
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from qvera.serve.api.errors import ApiError, shortened
+from qvera.serve.api.errors import ApiError, shortened_name
 from qvera.serve.sqlite import SqliteFile
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Database(SqliteFile):
             found = connection.execute("SELECT id FROM promises WHERE target = ? AND seq = ?", (target, seq)).fetchone()
             if found is not None:
                 return found["id"], False
-            done_at = None if state == "pending" else self._moment()
+            done_at = None if state == "pending" else self._end_microseconds()
             size = len(body or b"") if size is None else size
             values = (promise, owner, target, seq, kind, body, size, state, moment, done_at)
             columns = "id, owner, target, seq, kind, body, size, state, created, done_at"
@@ -122,7 +122,7 @@ class Database(SqliteFile):
         """
         query = "UPDATE promises SET state = ?, payload = ?, done_at = ?, body = IIF(?, body, NULL) WHERE id = ?"
         with self.transaction() as connection:
-            values = (state, payload, self._moment(), keep_body, promise)
+            values = (state, payload, self._end_microseconds(), keep_body, promise)
             found = connection.execute(f"{query} AND state = 'pending' RETURNING target", values).fetchall()
         # after the transaction, so that those who are woken find the result
         with self._lock:
@@ -137,7 +137,7 @@ class Database(SqliteFile):
         """End a pending promise without a result."""
         self.end(promise, category, message.encode())
 
-    def _moment(self) -> int:
+    def _end_microseconds(self) -> int:
         """Return microseconds since 1970, but always more than the last time: clients ask for ends since a moment."""
         self._last_end = max(self._last_end + 1, int(time.time() * 1e6))
         return self._last_end
@@ -188,7 +188,7 @@ class Database(SqliteFile):
         """Return a row that belongs to a key. Raises ApiError 404: unknown and foreign ones look the same."""
         found = self.rows(f"SELECT * FROM {table} WHERE id = ? AND owner = ?", (key, owner))
         if not found:
-            raise ApiError(404, f"There is no {table.removesuffix('s')} {shortened(key)!r}.")
+            raise ApiError(404, f"There is no {table.removesuffix('s')} {shortened_name(key)!r}.")
         return found[0]
 
     def add_model(

@@ -367,7 +367,10 @@ def external_weights_urls(sender: Reader, run: str, checkpoint: str) -> dict[str
     """Give a URL for each file of external weights. It needs no key and holds for an hour."""
     found, token, ends = sender.checkpoints.download_token(f"tinker://{run}/{checkpoint}", sender.owner)
     base = f"{str(sender.request.base_url).rstrip('/')}{DOWNLOADS}{token}"
-    return {"urls": {file: f"{base}/{file}" for file in sorted(os.listdir(found.directory))}, "expires": _moment(ends)}
+    return {
+        "urls": {file: f"{base}/{file}" for file in sorted(os.listdir(found.directory))},
+        "expires": _iso_time(ends),
+    }
 
 
 @router.get("/downloads/{token}/{file}")
@@ -429,7 +432,7 @@ def _run_card(sender: Sender, row: sqlite3.Row) -> dict[str, Any]:
         "model_owner": row["owner"],
         "is_lora": shape.is_lora,
         "lora_rank": shape.rank,
-        "last_request_time": _moment(row["last_request"]),
+        "last_request_time": _iso_time(row["last_request"]),
         "last_checkpoint": None if state is None else _card(state),
         "last_sampler_checkpoint": None if sampler is None else _card(sampler),
         "user_metadata": json.loads(row["about"])["user_metadata"],
@@ -440,16 +443,16 @@ def _card(found: Checkpoint) -> dict[str, Any]:
     return {
         "checkpoint_id": f"{found.kind}/{found.name}",
         "checkpoint_type": _TYPES[found.kind],
-        "time": _moment(found.created),
+        "time": _iso_time(found.created),
         "tinker_path": found.path,
         "size_bytes": found.bytes,
         "public": found.public,
         "user_metadata": found.about["user_metadata"],
-        "expires_at": None if found.expires is None else _moment(found.expires),
+        "expires_at": None if found.expires is None else _iso_time(found.expires),
     }
 
 
-def _moment(seconds: float) -> str:
+def _iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 

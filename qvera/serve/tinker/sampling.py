@@ -57,7 +57,7 @@ _MOST_TOP = 64  # tokens in one place: likely, drawn, or given
 _NO_LOGPROB = -99999.0  # where there is no likely token
 _MOST_OPEN = 4096  # samples of one key that wait or run
 _BUSY_SECONDS = 0.05  # until an engine with a full queue is asked again
-Number = Annotated[int, Field(ge=-1, lt=2**31)]
+Int32 = Annotated[int, Field(ge=-1, lt=2**31)]
 Top = Annotated[int, Field(ge=0, le=_MOST_TOP)]
 
 
@@ -70,7 +70,7 @@ class NewSampler(BaseModel):
 
 class Chunk(BaseModel):
     type: str = "encoded_text"
-    tokens: list[Number] = []
+    tokens: list[Int32] = []
 
 
 class Prompt(BaseModel):
@@ -80,19 +80,19 @@ class Prompt(BaseModel):
 class Params(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: str | list[Number] | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | list[Int32] | Annotated[list[str], Field(max_length=16)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    top_k: Number = -1
+    top_k: Int32 = -1
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class Targets(BaseModel):
     """Token ids, perhaps as CSR. -1: nothing is asked."""
 
-    data: list[Number]
-    shape: Annotated[list[Number], Field(min_length=2, max_length=2)]
-    sparse_crow_indices: list[Number] | None = None
-    sparse_col_indices: list[Number] = []
+    data: list[Int32]
+    shape: Annotated[list[Int32], Field(min_length=2, max_length=2)]
+    sparse_crow_indices: list[Int32] | None = None
+    sparse_col_indices: list[Int32] = []
 
 
 class SampleBody(BaseModel):

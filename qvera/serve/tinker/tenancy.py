@@ -81,7 +81,7 @@ class BaseFacts:
 
 
 @dataclass(eq=False, slots=True)
-class Model:
+class TrainedModel:
     """A model of a live session, and its place in the order of its calls."""
 
     id: str
@@ -146,7 +146,7 @@ class Tinker:
         self._lock = threading.RLock()
         self._sessions: dict[tuple[str, str], float] = {}
         """A live session and its owner → when its client was heard last."""
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, TrainedModel] = {}
         self._closing = False
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="qvera-tinker", daemon=True)
@@ -260,7 +260,7 @@ class Tinker:
                     raise self._gone("models", model_id, owner)
                 _require_room("models", sum(one.owner == owner for one in self._models.values()), self.settings.models)
                 seed = secrets.randbits(31) if seed is None else seed % 2**63
-                model = Model(model_id, session, owner, base, shape, seed)
+                model = TrainedModel(model_id, session, owner, base, shape, seed)
                 self.database.add_model(model_id, session, owner, base, shape, seed, asked.user_metadata)
                 self._models[model_id] = model
             return self.call(model, 0, kind, body), model_id
@@ -285,7 +285,7 @@ class Tinker:
             )
         return int(found[1])
 
-    def model(self, model_id: str, owner: str) -> Model:
+    def model(self, model_id: str, owner: str) -> TrainedModel:
         """Return a live model. Raises ApiError as `hear`."""
         model = self._models.get(model_id)
         if model is None or model.owner != owner:
@@ -295,7 +295,7 @@ class Tinker:
 
     # Calls
 
-    def call(self, model: Model, seq: int, kind: str, body: bytes) -> str:
+    def call(self, model: TrainedModel, seq: int, kind: str, body: bytes) -> str:
         """Accept a call of a model. Returns its promise; a repetition gets the first one's.
 
         Raises InputError for a body that can't be used, and ApiError 429 if the key has too many open calls.
@@ -319,7 +319,7 @@ class Tinker:
                     self._advance(model)
             return promise
 
-    def refuse(self, model: Model, seq: int, kind: str) -> None:
+    def refuse(self, model: TrainedModel, seq: int, kind: str) -> None:
         """Note that a call was refused: it has used its seq, and later ones do not wait for it."""
         with self._lock:
             promise, is_new = self.database.begin(model.owner, model.id, seq, kind, None, "refused")
@@ -327,7 +327,7 @@ class Tinker:
                 model.waiting[seq] = kind, promise, None
                 self._advance(model)
 
-    def _advance(self, model: Model, closes_gaps: bool = False) -> None:
+    def _advance(self, model: TrainedModel, closes_gaps: bool = False) -> None:
         """Hand over the calls whose turn it is.
 
         Parts of one forward_backward may come in any order. Any other call proves that all before it are there, or
@@ -347,7 +347,7 @@ class Tinker:
                 self._start(model, promise, call)
         model.waits_since = None
 
-    def _start(self, model: Model, promise: str, call: Call) -> None:
+    def _start(self, model: TrainedModel, promise: str, call: Call) -> None:
         """Hand a call to the engine. An error at that ends the promise."""
         if not model.in_engine:  # after a restart, its first call brings it back
             model.in_engine = True
@@ -399,7 +399,7 @@ class Tinker:
             _logger.exception("a part of the work failed")
         return True
 
-    def _finish(self, model: Model, promise: str, call: Call, result: Any) -> None:
+    def _finish(self, model: TrainedModel, promise: str, call: Call, result: Any) -> None:
         """Write down what came of a call, or why nothing did."""
         if isinstance(result, CallFailed):
             self.database.fail(promise, result.message, result.category)
@@ -437,7 +437,7 @@ class Tinker:
         self.database.forget_results(time.time() - settings.kept_seconds)
         self.checkpoints.remove_expired()
 
-    def _save(self, model: Model) -> None:
+    def _save(self, model: TrainedModel) -> None:
         seq = model.next_seq - 1
         file = self._states(model.id) / f"{seq}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -449,7 +449,7 @@ class Tinker:
 
         self.tenants.save_state(model.id, file, done)
 
-    def _saved(self, model: Model, seq: int, file: Path, result: Any) -> None:
+    def _saved(self, model: TrainedModel, seq: int, file: Path, result: Any) -> None:
         if isinstance(result, CallFailed):
             _logger.warning("%s can't be saved: %s", model.id, result)
             model.unsaved_since = model.unsaved_since or time.monotonic()
@@ -480,7 +480,7 @@ class Tinker:
         for row in self.database.rows(f"SELECT {columns} FROM models WHERE ended IS NULL ORDER BY created"):
             shape, applied = ModelShape(*json.loads(row["shape"])), row["applied_seq"]
             names = row["id"], row["session"], row["owner"], row["base"]
-            model = Model(*names, shape, int(row["seed"]), applied + 1, applied_seq=applied, in_engine=False)
+            model = TrainedModel(*names, shape, int(row["seed"]), applied + 1, applied_seq=applied, in_engine=False)
             self._models[model.id] = model
             for promise in self.database.promises("target = ?", model.id):
                 key, seq, kind, body = (promise[name] for name in ("id", "seq", "kind", "body"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qvera.evaluation.report.read import AdapterEntry, get_number, get_text, parse_row, round_as_step
+from qvera.evaluation.report.read import AdapterEntry, get_number, get_text, parse_metrics, round_as_step
 from qvera.serve.ui.directories import open_plain
 from qvera.utils.formatting import count, size
 
@@ -105,7 +105,7 @@ class Read:
         return notes
 
     def recorded(self) -> dict[str, float | None]:
-        """Totals under the keys of `Run.totals`; None where samples can't tell."""
+        """Totals under the keys of `RunFiles.totals`; None where samples can't tell."""
         last, whole = self.train.last, not self.sampled_bytes and self.seconds > 0
         return {
             "steps": None if last is None else float(last["step"]),
@@ -172,7 +172,7 @@ class MetricsFile:
                 self._sample(descriptor, facts.st_size)
             read = self.read
             for line, offset in whole_lines(descriptor, read.position.offset, facts.st_size):
-                row = parse_row(line, _PLACES)
+                row = parse_metrics(line, _PLACES)
                 if row is not None:
                     read.add(row)
                 elif line.strip():
@@ -194,7 +194,7 @@ class MetricsFile:
             place = start + (stop - start) * number // _SAMPLES
             piece = os.pread(descriptor, _SAMPLE_BYTES, place)
             lines = piece.split(b"\n")[(1 if place else 0) : -1]  # the first and the last are cut
-            for row in filter(None, (parse_row(line, _PLACES) for line in lines)):
+            for row in filter(None, (parse_metrics(line, _PLACES) for line in lines)):
                 read.add(row)
         # ordinary reading goes on with the first whole line behind the samples
         after = os.pread(descriptor, _LINE_BYTES, stop).find(b"\n")
@@ -245,7 +245,7 @@ def news_since(path: Path, position: Position) -> News:
             return News(now, [], is_other=True)
         records, offset = [], position.offset
         for line, offset in whole_lines(descriptor, position.offset, now.offset):  # noqa: B007
-            row = parse_row(line, _PLACES)
+            row = parse_metrics(line, _PLACES)
             kind = "" if row is None else get_text(row, "kind")
             # not those of a single adapter of many, of which there can be thousands
             if row is None or kind not in ("train", "eval", "round") or get_text(row, "adapter") or row.get("rank"):

@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 
 from qvera.evaluation.report.compare import compare, require_comparable
 from qvera.evaluation.report.pages import compare_page, render
-from qvera.evaluation.report.read import Run, get_number, read_many
+from qvera.evaluation.report.read import RunFiles, get_number, read_many
 from qvera.evaluation.report.run_page import adapter_page, many_page, run_page
 from qvera.serve.ui.directories import MOST_RUNS, RunDirectories
 from qvera.serve.ui.start import Starter
@@ -138,7 +138,7 @@ class Pages:
         signatures = tuple((one.signature, one.read.position) for one in map(views.get, ids))
 
         def make() -> str:
-            runs: dict[str, Run] = (
+            runs: dict[str, RunFiles] = (
                 {name: views.adapter_with_scores(ids[0], name) for name in adapters}
                 if adapters
                 else {id: views.with_scores(id) for id in ids}

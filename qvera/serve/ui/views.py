@@ -20,15 +20,15 @@ from typing import Any, Literal, NamedTuple
 from qvera.evaluation.report.read import (
     AdapterEntry,
     ManyRun,
-    Run,
+    RunFiles,
     entries_of,
     get,
     get_number,
     get_text,
     not_finite_notes,
-    parse_row,
+    parse_metrics,
     process_exists,
-    read_adapter,
+    read_adapter_of_run,
     read_evaluation,
     read_run,
     trained_many,
@@ -204,7 +204,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
         return []
     finally:
         os.close(descriptor)
-    rows = (parse_row(line, ("step", "round")) for line in lines)
+    rows = (parse_metrics(line, ("step", "round")) for line in lines)
     return [row for row in rows if row is not None]
 
 
@@ -218,7 +218,7 @@ class View:
 
     id: str
     directory: Path
-    run: Run  # in a run of many adapters, steps are rounds
+    run: RunFiles  # in a run of many adapters, steps are rounds
     many: ManyRun | None
     state: State
     read: Read
@@ -241,7 +241,7 @@ class _Reader:
     def __init__(self, id: str, directory: Path) -> None:
         self.id, self.directory = id, directory
         self._metrics = MetricsFile(directory / "metrics.jsonl")
-        self._base: tuple[Stamps, Run] | None = None
+        self._base: tuple[Stamps, RunFiles] | None = None
         self._lock = threading.Lock()
 
     def view(self) -> View:
@@ -294,7 +294,7 @@ class Views:
                 self._readers.popitem(last=False)
         return reader.view()
 
-    def with_scores(self, id: str) -> Run:
+    def with_scores(self, id: str) -> RunFiles:
         """A run of one adapter with the scores of its eval.json, for a comparison."""
         view = self.get(id)
         if view.many is not None:
@@ -313,11 +313,11 @@ class Views:
             raise NotFound(f"{id} has no adapter of this name{did_you_mean(name, [e.name for e in entries[:1000]])}")
         return view, entry
 
-    def adapter_with_scores(self, id: str, name: str) -> Run:
+    def adapter_with_scores(self, id: str, name: str) -> RunFiles:
         """One adapter as a run of its own, with its curve and the scores of its eval.json."""
         view, entry = self.adapter(id, name)
         own = f"{ADAPTERS}/{entry.directory}"
         odd = unreadable(view.directory, f"{own}/eval.json", f"{own}/{ADAPTER_WEIGHTS}")
         if odd:
             raise InputError(" ".join(odd))
-        return read_adapter(view.directory, name)
+        return read_adapter_of_run(view.directory, name)

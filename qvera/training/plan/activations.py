@@ -30,7 +30,7 @@ from qvera.adapters.methods import Source
 from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
 from qvera.adapters.products.functional import few_tokens
 from qvera.config import plugins
-from qvera.kernels.low_rank import BLOCK_ELEMENTS
+from qvera.kernels.low_rank import B_BLOCK_ELEMENTS
 from qvera.models.attention import FP32_TOKENS
 from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.experts import DENSE_WEIGHTS
@@ -222,7 +222,7 @@ def _product_bytes(run: PlannedRun, x: Linear) -> int:
         return read + method_bytes(run, x).working
     pair, z = x.m * run.rank_at(x), T * section.rank * size
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
-    block = pair * 4 if run.machine.on_gpu else min(pair, BLOCK_ELEMENTS) * 4
+    block = pair * 4 if run.machine.on_gpu else min(pair, B_BLOCK_ELEMENTS) * 4
     combining = 2 * block + (pair * size if block < pair * 4 else 0)
     if is_summed:  # W + ΔW while C is made; with an a, gᵀ x beside C, M, A diag(a), N, and z's gradient or A N
         side = section.rank * x.n

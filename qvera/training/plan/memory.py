@@ -20,7 +20,7 @@ from qvera.config.schema import Recipe
 from qvera.data.rows import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
 from qvera.distributed.zero import IN_RAM_BELOW_BYTES, nvme_buffers
 from qvera.kernels.cross_entropy import CACHED_ELEMENTS
-from qvera.models.loss import BLOCK_ELEMENTS
+from qvera.models.loss import HEAD_BLOCK_ELEMENTS
 from qvera.models.stream import PINNED_SHARE
 from qvera.tasks import task_of
 from qvera.training.plan.activations import (
@@ -314,7 +314,7 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
     rounded = round_up_length(trained) if rounds_lengths(machine.dtype, machine.device_type) else trained
     chunk = min(run.recipe.training.loss_chunk_tokens, rounded)
     # the head is mapped in 16 bits and cast a block at a time
-    block = min(vocabulary * hidden, BLOCK_ELEMENTS) * item if machine.dense_itemsize()[0] != item else 0
+    block = min(vocabulary * hidden, HEAD_BLOCK_ELEMENTS) * item if machine.dense_itemsize()[0] != item else 0
     wide = 0 if machine.on_gpu else 2 * 4 * min(chunk * vocabulary, CACHED_ELEMENTS * torch.get_num_threads())
     return _some(
         Component("logits of a chunk", "loss", chunk * vocabulary * item + wide),

@@ -16,7 +16,7 @@ from qvera.evaluation.report.charts import (
     Chart,
     Line,
     Scale,
-    length_histogram,
+    length_chart,
     line_chart,
     log_ticks,
     nice_ticks,
@@ -155,7 +155,7 @@ def test_log_axis_only_where_allowed_and_needed() -> None:
 
 
 def test_histogram_bars_have_their_width_and_height() -> None:
-    root = draw(length_histogram([0, 100, 400], [50, 100]))
+    root = draw(length_chart([0, 100, 400], [50, 100]))
     bars = [(bar.get("x"), bar.get("width"), bar.get("y"), bar.get("height")) for bar in root.iter("rect")]
     assert bars == [("0%", "25%", "50%", "50%"), ("25%", "75%", "0%", "100%")]
     assert labels(root, "end", "y") == {"0": "100%", "50": "50%", "100": "0%"}
@@ -167,7 +167,7 @@ def test_charts_without_values_are_nothing() -> None:
         assert line_chart("x", [line(points)]) is None
     empty: list[tuple[list[float], list[float]]] = [([], []), ([0, 1], []), ([0, 1, 2], [3]), ([0, 1], [0])]
     for edges, counts in [*empty, ([1, 0], [3]), ([0, 1], [-1])]:
-        assert length_histogram(edges, counts) is None
+        assert length_chart(edges, counts) is None
     assert stacked_bars("Memory", {"Loss": [("p1", "a", 0.0)]}) is None
 
 

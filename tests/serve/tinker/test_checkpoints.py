@@ -11,7 +11,7 @@ import pytest
 
 from qvera.serve.api.errors import ApiError
 from qvera.serve.tinker import checkpoints as module
-from qvera.serve.tinker.checkpoints import Checkpoint, Checkpoints, Kind
+from qvera.serve.tinker.checkpoints import Checkpoint, CheckpointKind, Checkpoints
 from qvera.serve.tinker.database import Database
 from qvera.utils.errors import InputError
 
@@ -34,7 +34,12 @@ def store(tmp_path: Path) -> Iterator[Checkpoints]:
 
 
 def save(
-    store: Checkpoints, name: str, kind: Kind = "weights", owner: str = "anna", ttl: int | None = None, **about: Any
+    store: Checkpoints,
+    name: str,
+    kind: CheckpointKind = "weights",
+    owner: str = "anna",
+    ttl: int | None = None,
+    **about: Any,
 ) -> Checkpoint:
     place = store.place(RUN, kind, name)
     store.require_free(place, owner, about.pop("overwrite", False), "promise-1")
