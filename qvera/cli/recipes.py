@@ -74,12 +74,16 @@ def init(
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
     from qvera.config.schema import parse_recipe, read_yaml
-    from qvera.training.trainer import check_early
+    from qvera.data.source import hub_datasets
+    from qvera.training.trainer import check_early, leave_silent_hub
 
     about_rows = _given(eval_path=eval_data, system=system, adapter_column=adapter_column)
     tree = {"model": model, "data": {"path": data, **about_rows}, "training": _given(objective=objective)}
     tree |= _given(task=task)
     recipe = parse_recipe(tree, "the options")
+    # Rows come before the base: most mistakes are in them, and to read them takes no library of the hub.
+    leave_silent_hub(recipe.model.path, *hub_datasets(recipe.data))
+    recipe = _with_found_columns(_with_columns(recipe, prompt_column, answer_column))
     check_early(recipe)
 
     from qvera.models.model_class import empty_model
@@ -88,7 +92,7 @@ def init(
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     config = empty_model(recipe.model, model_class=task_of(recipe).exported_class).config
-    recipe, datasets = _inspect(_with_columns(recipe, prompt_column, answer_column))
+    datasets = _inspect(recipe)
     if system is None:
         recipe, datasets = _with_labels_named(recipe, datasets)
     stats = datasets.stats
@@ -124,6 +128,30 @@ def _with_columns(recipe: Recipe, prompt: str | None, answer: str | None) -> Rec
     return recipe.replace(data=recipe.data.replace(columns=columns))
 
 
+def _with_found_columns(recipe: Recipe) -> Recipe:
+    """Read all rows once, before torch is imported; on a terminal, ask for columns that match no format."""
+    from qvera.data.conversations import PREFERENCES, MissingColumn, UnaskedPreferences, UnknownFormat
+    from qvera.data.source import survey
+
+    try:
+        for held_out in (False, True) if recipe.data.held_out_path is not None else (False,):
+            survey(recipe.data, held_out)
+        return recipe
+    except UnaskedPreferences as error:
+        raise InputError(f"{error} Here: --objective dpo.") from None
+    except MissingColumn as error:
+        # No option names the column of rejected answers.
+        here = "rename them in the file" if recipe.data.format in PREFERENCES else COLUMN_OPTIONS
+        raise InputError(f"{error} Here: {here}.") from None
+    except UnknownFormat as error:
+        if not sys.stdin.isatty():
+            raise InputError(f"{error} Here: {COLUMN_OPTIONS}, or --task for rows with labels.") from None
+        console.print(str(error), markup=False, highlight=False)
+    prompt = _ask("--prompt-column", "Column with the prompt")
+    answer = _ask("--answer-column", "Column with the answer")
+    return _with_columns(recipe, prompt, answer)
+
+
 def _ask(option: str, question: str) -> str:
     if not sys.stdin.isatty():
         raise InputError(f"{option}: is missing, and there is no terminal to ask on. Give {option}.")
@@ -140,7 +168,8 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets) -> tuple[Recipe, Data
         return recipe, datasets
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."
     try:
-        named, shown = _inspect(recipe.replace(data=recipe.data.replace(system=prompt)))
+        named = recipe.replace(data=recipe.data.replace(system=prompt))
+        shown = _inspect(named)
     except InputError:  # the template has no system turn
         return recipe, datasets
     if list(shown.train[0].input_ids) == list(datasets.train[0].input_ids):  # the rows have their own
@@ -149,27 +178,12 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets) -> tuple[Recipe, Data
     return named, shown
 
 
-def _inspect(recipe: Recipe) -> tuple[Recipe, Datasets]:
+def _inspect(recipe: Recipe) -> Datasets:
     from qvera.data import build_datasets
-    from qvera.data.conversations import MissingColumn, UnaskedPreferences, UnknownFormat
     from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
-    processor = load_processor(recipe.model, task_of(recipe).exported_class)
-    try:
-        return recipe, build_datasets(recipe.data, processor, console)
-    except UnaskedPreferences as error:
-        raise InputError(f"{error} Here: --objective dpo.") from None
-    except MissingColumn as error:
-        raise InputError(f"{error} Here: {COLUMN_OPTIONS}.") from None
-    except UnknownFormat as error:
-        if not sys.stdin.isatty():
-            raise InputError(f"{error} Here: {COLUMN_OPTIONS}, or --task for rows with labels.") from None
-        console.print(str(error), markup=False, highlight=False)
-    prompt = _ask("--prompt-column", "Column with the prompt")
-    answer = _ask("--answer-column", "Column with the answer")
-    recipe = _with_columns(recipe, prompt, answer)
-    return recipe, build_datasets(recipe.data, processor, console)
+    return build_datasets(recipe.data, load_processor(recipe.model, task_of(recipe).exported_class), console)
 
 
 def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> str:

@@ -12,6 +12,7 @@ from qvera.cli.common import argument, check_target, flag, number, option, progr
 from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import counted
 
 if TYPE_CHECKING:
     from qvera.serve.background import BackgroundWork
@@ -183,8 +184,13 @@ def serve(
         if jobs is not None:
             ending.enter_context(jobs)
         ending.callback(answering.close)  # first: no thread trains while the jobs are saved
-        said = f"{served.base_name} and {len(served.store.names()):,} adapters at {url}/v1"
-        Server(app, log_calls=log_calls, on_start=lambda: say(said)).run(sockets=[listener])
+        said = f"{served.base_name} and {len(served.store.names()):,} adapters at {url}/v1. Ctrl-C ends it."
+
+        def stopping(calls: int) -> None:
+            rest = f"; {counted(calls, 'call')} may finish within {drain_seconds:g} s. Again: at once" if calls else ""
+            say(f"stopping{rest}")
+
+        Server(app, log_calls=log_calls, on_start=lambda: say(said), on_stop=stopping).run(sockets=[listener])
 
 
 def start_engine(served: Served, settings: EngineSettings) -> Engine:

@@ -17,11 +17,12 @@ from qvera.config.fields import NonEmpty, OnlyWith, Section, key_problems, take_
 from qvera.config.plugins import extensible
 from qvera.config.sections import AdapterSection, DataSection, ExportSection, ModelSection, TrainingSection
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import RECIPE_FILE
+from qvera.utils.files import RECIPE_FILE, not_utf8
+from qvera.utils.formatting import counted
 
 
 def _path_alone(value: object) -> object:
-    return {"path": value} if isinstance(value, str) else value
+    return {"path": str(value)} if isinstance(value, str | Path) else value
 
 
 _FORMAT_OF = {"sequence-classification": "classification", "image-classification": "image"}
@@ -335,13 +336,36 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         return tree, lines
     except yaml.YAMLError as error:
         hint = " Indent with spaces, not with tabs." if "character '\\t'" in str(error) else ""
-        raise InputError(f"{source}: not valid YAML: {error}{hint}") from None
+        raise InputError(f"{source}: not valid YAML: {_indentation(error, text) or error}{hint}") from None
     except RecursionError:
         raise InputError(
             f"{source}: not a recipe: its values are nested too deeply, or one contains itself by an alias."
         ) from None
     finally:
         loader.dispose()
+
+
+def _indentation(error: yaml.YAMLError, text: str) -> str | None:
+    """What is wrong with the indentation at an error of PyYAML's, which speaks of blocks and tokens; None: nothing."""
+    mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", None))
+    lines = text.splitlines()
+    if mark is None or mark.line >= len(lines):
+        return None
+    # A line that is too deep is read on as the value above it, so its first colon comes as a surprise.
+    is_too_deep = problem.startswith("mapping values") and ":" not in lines[mark.line][: mark.column]
+    if not is_too_deep and not problem.startswith(("expected <block end>", "expected '<document start>'")):
+        return None
+    written = [n for n, line in enumerate(lines, start=1) if line.strip() and not line.lstrip().startswith("#")]
+    indent = {number: len(lines[number - 1]) - len(lines[number - 1].lstrip(" ")) for number in written}
+    here, place = mark.line + 1, written.index(mark.line + 1)
+    beside = written[max(place - 1, 0) : place] + written[place + 1 : place + 2]
+    if all(indent[number] == indent[here] for number in beside):
+        return None
+    others = " and ".join(f"line {number} by {indent[number]}" for number in beside)
+    return (
+        f"line {here} is indented by {counted(indent[here], 'space')}, {others}. Keys of one section begin in the "
+        "same column: indent them alike."
+    )
 
 
 def yaml_text(value: object) -> str:
@@ -386,13 +410,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     except FileNotFoundError:
         near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise InputError(f"{path}: no such recipe file{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
+    except OSError as error:
         if (own := path / RECIPE_FILE).is_file():
             raise InputError(
-                f"{path}: can't be read as a recipe: it is the directory of a run, whose recipe is {own}."
+                f"{path}: can't be read as a recipe: it is the directory of a run, whose recipe is {own}. "
+                f"`qvera train {own} --resume` goes on with the run."
             ) from None
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML in UTF-8.") from None
+        reason = error.strerror or error
+        raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML.") from None
     tree, lines = read_yaml(text, str(path))
     given = {override.partition("=")[0] for override in overrides or []}
     for override in overrides or []:

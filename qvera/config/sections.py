@@ -231,6 +231,11 @@ class DataSection(DataSource):
         for key, source in self.sources("label_names"):
             if len(set(source.label_names)) < len(source.label_names):
                 yield key, "names a label twice; each class has a name of its own."
+        for key, source in self.sources("columns"):
+            named = list(source.columns.values())
+            if twice := next((column for column in named if named.count(column) > 1), None):
+                fields = " and ".join(field for field, column in source.columns.items() if column == twice)
+                yield key, f"{fields} are one column, {twice!r}. Name a column of its own for each."
         if self.regression is True and self.label_names:
             yield "label_names", "are names of classes, and data.regression has none; remove one of the two."
         if self.format == "classification" and self.too_long == "split":
@@ -543,7 +548,9 @@ class LrRange:
 
     def __post_init__(self) -> None:
         if not 0 < self.start < self.end < float("inf"):
-            rates = f"--lr-from {self.start:g}, --lr-to {self.end:g}"
+            rates = f"learning rates from {self.start:g} to {self.end:g}"
             raise InputError(f"{rates}: expected two rates, 0 < from < to, such as 1e-5 and 1.")
         if self.steps < 10:
-            raise InputError(f"--lr-steps: takes a whole number >= 10 (a curve needs points), got {self.steps}.")
+            raise InputError(
+                f"steps of a range test: takes a whole number >= 10 (a curve needs points), got {self.steps}."
+            )

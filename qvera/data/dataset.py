@@ -517,6 +517,11 @@ def data_warnings(stats: DataStats) -> list[str]:
         lines.append(
             f"Held-out rows that are also training rows{whose}: {stats.repeated_rows:,}. Held-out scores will flatter."
         )
+    if stats.eval_rows > stats.train_rows:
+        lines.append(
+            f"More rows are held out than trained on: {stats.eval_rows:,} and {stats.train_rows:,}. data.eval_fraction "
+            "is the share that is held out; data.eval_limit scores only the first of them."
+        )
     if stats.labels is not None and stats.eval_rows > 1 and sum(map(bool, stats.eval_label_rows)) == 1:
         label = stats.labels.names[max(range(len(stats.eval_label_rows)), key=stats.eval_label_rows.__getitem__)]
         lines.append(

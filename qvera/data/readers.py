@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import difflib
 import functools
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qvera.config.sections import MOST_ROW_CHARACTERS
 from qvera.data.images import IMAGE_EXTENSIONS, OTHER_IMAGES
 from qvera.utils.errors import InputError, hub_hint, one_line
+from qvera.utils.files import not_utf8
 from qvera.utils.formatting import describe, shortened
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def read_file(
             empty = False
             yield row
     except UnicodeDecodeError:
-        raise _not_utf8(file) from None
+        raise not_utf8(file) from None
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"{file}: can't be read: {reason}. Check that it is a file you may read.") from None
@@ -248,25 +248,6 @@ def adapter_files(path: str) -> list[Path]:
     return list(files.values())
 
 
-def _not_utf8(file: Path) -> InputError:
-    # Read once more as bytes, since the error of a text stream does not tell the line.
-    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
-    with file.open("rb") as stream:
-        head = stream.peek(2)[:2]
-        for chunk in iter(functools.partial(stream.read, 2**20), b""):
-            try:
-                decoder.decode(chunk)
-                number += chunk.count(b"\n")
-            except UnicodeDecodeError as error:
-                number += error.object[: error.start].count(b"\n")
-                guess = "UTF-16" if head in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
-                return InputError(
-                    f"{file}:{number}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); the file looks like "
-                    f"{guess}. Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
-                )
-    return InputError(f"{file}: not UTF-8 text.")
-
-
 @dataclass(slots=True)
 class _Lines:
     """The lines of a file. Not more than ``most_characters`` of a row are in memory (InputError)."""
@@ -285,6 +266,11 @@ class _Lines:
                 raise InputError(
                     f"{self.file}:{self.number}: the row has more than {self.most_characters:,} characters. Divide it, "
                     "and look for a quote that is not closed; or raise data.max_row_characters."
+                )
+            if "\0" in line:
+                raise InputError(
+                    f"{self.file}:{self.number}: holds a NUL byte, which no text has. The file is damaged, or UTF-16 "
+                    "without its mark; then convert it: iconv -f UTF-16LE -t UTF-8 OLD > NEW."
                 )
             yield line
 

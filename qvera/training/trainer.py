@@ -105,9 +105,14 @@ def find_lr(
 
 
 def run_directory(recipe: Recipe, file: Path | None) -> Path:
-    """Return the directory of a recipe's run: ``training.output_dir``, or ``runs/`` and the name of its file."""
+    """Return the directory of a recipe's run: ``training.output_dir``, or ``runs/`` and the name of its file.
+
+    The recipe.yaml that a run has written into its directory is a recipe of that directory.
+    """
     if recipe.training.output_dir is not None:
         return Path(recipe.training.output_dir).expanduser()
+    if file is not None and file.name == RECIPE_FILE and (file.parent / "run.json").exists():
+        return file.parent
     return Path("runs") / (file.stem if file is not None else "run")
 
 

@@ -11,9 +11,11 @@ A hidden state file lists the finished shards and the ``identity``: all that the
 another identity is refused. A lock lets one process at a time work there; the kernel drops that of a killed process.
 """
 
+import codecs
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -73,6 +75,26 @@ def try_read_json(path: Path) -> dict[str, Any] | None:
         return read_json(path, "a JSON object")
     except InputError:
         return None
+
+
+def not_utf8(file: Path) -> InputError:
+    """Return the error about a text file whose bytes are no UTF-8: the line, and how to convert the file."""
+    # Read once more as bytes, since the error of a text stream does not tell the line.
+    decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
+    with file.open("rb") as stream:
+        head = stream.peek(2)[:2]
+        for chunk in iter(functools.partial(stream.read, 2**20), b""):
+            try:
+                decoder.decode(chunk)
+                number += chunk.count(b"\n")
+            except UnicodeDecodeError as error:
+                number += error.object[: error.start].count(b"\n")
+                guess = "UTF-16" if head in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
+                return InputError(
+                    f"{file}:{number}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); the file looks like "
+                    f"{guess}. Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
+                )
+    return InputError(f"{file}: not UTF-8 text.")
 
 
 def file_sha256(path: Path) -> str:

@@ -158,7 +158,10 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "an adapter that offline can't be fetched": ("generate anna/adapter hello", "HF_HUB_OFFLINE is set"),
     "a base that is no directory here": (f"{TRAIN} --set model.path=run/none", "'run/none' is not a directory"),
     "a served base that is no directory here": ("serve ./run/none", "is not a directory"),
-    "a run in place of its recipe": ("train run", "it is the directory of a run, whose recipe is run/recipe.yaml."),
+    "a run in place of its recipe": (
+        "train run",
+        "whose recipe is run/recipe.yaml. `qvera train run/recipe.yaml --res",
+    ),
     "a run without its recipe": ("eval run", "it has no recipe.yaml", lambda: Path("run/recipe.yaml").unlink()),
     "no prompts": ("generate run prompts.txt --out answers.jsonl", "holds no rows", write("prompts.txt", "\n \n")),
 }

@@ -61,6 +61,7 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
     import time
 
     from qvera.cli.main import main
+    from qvera.config.schema import load_recipe
 
     wrong = {
         "training.lr=1": "Did you mean `learning_rate`?",
@@ -80,6 +81,13 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
             with contextlib.redirect_stderr(said):
                 assert main([command, recipe, "--set", override]) == 2, said.getvalue()
             assert words in said.getvalue(), said.getvalue()
+    rows = Path(recipe).with_name("broken.jsonl")
+    rows.write_text('{"prompt": "x", ')
+    model = load_recipe(recipe).model.path
+    for data, words in (("nowhere.csv", "no such file"), (str(rows), "broken.jsonl:1: not valid JSON")):
+        with contextlib.redirect_stderr(said := io.StringIO()):
+            assert main(["init", f"{recipe}.new", "--model", model, "--data", data]) == 2
+        assert words in said.getvalue()
     for line in ("chat RUN", "eval RUN", "export RUN out", "generate RUN --prompt x"):
         with contextlib.redirect_stderr(said := io.StringIO()):
             assert main([*line.replace("RUN", str(adapter.parents[1])).split(), "--adapter", "ana"]) == 2

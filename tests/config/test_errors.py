@@ -66,6 +66,9 @@ def test_all_problems_are_reported_at_once() -> None:
     adapter = {"rank": 8, "b_groups": 3, "train_d": False, "input_scale": True}
     found = problems({"model": model, "data": {"path": "b", "max_length": 1}, "adapter": adapter})
     assert found.keys() == {"model.compute_dtype", "data.max_length", "adapter.b_groups", "adapter.input_scale"}
+    same = {"path": "b", "columns": {"prompt": "review", "completion": "review"}}
+    for data, key in ((same, "data.columns"), ({"path": "a", "mixture": [same]}, "data.mixture.0.columns")):
+        assert problems({**MINIMAL, "data": data})[key].startswith("prompt and completion are one column, 'review'.")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,16 @@ def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
         (b"model: a\ndata:\n\tpath: b", "Indent with spaces, not with tabs."),
         (b"", "a recipe is a mapping with at least `model` and `data`, got an empty file"),
         (b"- a\n- b\n", "got list"),
-        (b"\xff\xfe\x00", "can't be read as a recipe"),
+        ("model: a".encode("utf-16"), "the file looks like UTF-16. Convert it, for example: iconv -f UTF-16"),
+        (
+            b"model: a\ndata:\n  path: b\n\n # c\n limit: 3\n  seed: 1",
+            "line 6 is indented by 1 space, line 3 by 2 and line 7 by 2.",
+        ),
+        (
+            b"model: a\ndata:\n  path: b\n    limit: 3",
+            "line 4 is indented by 4 spaces, line 3 by 2. Keys of one section",
+        ),
+        (b"model: a\ndata:\n  path: b: c", "mapping values are not allowed here"),
         (b"model: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )

@@ -45,6 +45,7 @@ def test_eval_fraction_eval_path_and_limit(read: Read, write: Write) -> None:
         read(pairs(10), eval_path=path)
     with pytest.raises(InputError, match="is the only row, so none can be held out"):
         read(pairs(10), limit=1, eval_fraction=0.5)
+    assert "held out than trained on: 9 and 1." in "\n".join(data_warnings(read(pairs(10), eval_fraction=0.999).stats))
     assert read(pairs(4), eval_path=write(pairs(6)[3:], "c.jsonl")).stats.repeated_rows == 1
 
 

@@ -109,6 +109,7 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
         ("a.jsonl", "\n\n", r"a\.jsonl: holds no rows"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xe9\).*-f Latin-1"),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 .*UTF-16"),
+        ("a.csv", "prompt,completion\na,b\na\0,b\n", r"a\.csv:3: holds a NUL byte.*iconv -f UTF-16LE"),
         ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"a\.jsonl:1: not valid JSON"),
         ("a.jsonl", '{"n": ' + "7" * 5000 + "}\n", r"a\.jsonl:1: not valid JSON: a whole number of more than 4,300"),
         ("a.json", '[{"n": ' + "7" * 5000 + "}]", r"a\.json: not valid JSON: a whole number of more than 4,300 digits"),

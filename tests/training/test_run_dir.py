@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from qvera.config.schema import Recipe
 from qvera.training.run_dir import MetricsLog, read_records, run_lock
+from qvera.training.trainer import run_directory
 from qvera.utils.errors import InputError, RunFailed
 from tests.disk import fill, small_disk
 
@@ -68,6 +70,15 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     for where, text in (("file", "is a file"), ("file/run", "nothing can be written")):
         with pytest.raises(InputError, match=text), run_lock(tmp_path / where):
             pytest.fail("locked")
+
+
+def test_the_recipe_in_a_runs_directory_is_one_of_that_directory(tmp_path: Path) -> None:
+    recipe, file = Recipe(model="base", data="rows.jsonl"), tmp_path / "recipe.yaml"
+    assert run_directory(recipe, file) == Path("runs/recipe"), "a recipe of that name that no run has written"
+    (tmp_path / "run.json").write_text("{}")
+    assert run_directory(recipe, file) == tmp_path
+    assert run_directory(recipe, tmp_path / "other.yaml") == Path("runs/other")
+    assert run_directory(recipe.replace(training={"output_dir": "out"}), file) == Path("out")
 
 
 def test_damaged_lines_of_the_log_are_passed_over(tmp_path: Path) -> None:

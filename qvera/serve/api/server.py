@@ -105,9 +105,16 @@ class Server(uvicorn.Server):
     After SIGTERM or Ctrl-C, new calls get 503 and running ones may finish within a time. A second signal ends them.
     """
 
-    def __init__(self, app: Starlette, *, log_calls: bool = False, on_start: Callable[[], None] | None = None) -> None:
-        """``on_start`` is called once the server takes calls."""
-        self._on_start = on_start
+    def __init__(
+        self,
+        app: Starlette,
+        *,
+        log_calls: bool = False,
+        on_start: Callable[[], None] | None = None,
+        on_stop: Callable[[int], None] | None = None,
+    ) -> None:
+        """``on_start`` is called once the server takes calls, ``on_stop`` with the running calls once it drains."""
+        self._on_start, self._on_stop = on_start, on_stop
         self.service = app.state.service  # with ``limits``, ``running`` (calls in progress) and ``draining``
         self.drained_at: float | None = None  # the latest end (`time.monotonic`), once it drains
         super().__init__(
@@ -149,6 +156,10 @@ class Server(uvicorn.Server):
             for connection in list(self.server_state.connections):
                 if isinstance(connection, Connection):
                     connection.end_if_silent(now)
+        # Here, and not in the handler of the signal, which may have come in the middle of another line.
+        if self.drained_at is not None and self._on_stop is not None:
+            self._on_stop(self.service.running)
+            self._on_stop = None
         if self.drained_at is not None and (not self.service.running or time.monotonic() >= self.drained_at):
             self.should_exit = True
         return await super().on_tick(counter)
