@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
+from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from rich.console import Console
 
+from qvera.config.fields import Positive, Seed, value_problem
 from qvera.config.schema import Recipe, load_recipe, parse_recipe
 from qvera.config.sections import LrRange
 from qvera.data import Turn
@@ -25,7 +28,7 @@ from qvera.evaluation.load import Artifact, OpenRun, find_target, open_adapters,
 from qvera.evaluation.named_adapters import adapters_root, named_directories, require_all_named, require_named
 from qvera.exporting import export as exports
 from qvera.tasks import evaluate as evaluations
-from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
@@ -37,7 +40,50 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 """A user's text; messages with ``role`` and ``content``, as in OpenAI's API; or a row as qvera reads it."""
 
+Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+RangeSteps = Annotated[int, Strict(), Field(ge=10)]
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
+
+def _checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Check the arguments that are texts, paths, numbers or choices by their annotations; InputError names a wrong one.
+
+    What else the function takes, such as rows or callbacks, is left to itself.
+    """
+    names = list(inspect.signature(function).parameters)
+    unseen = dict.fromkeys(("Metric", "OwnLoss", "RangeTestResult", "RunResult", "Model"), Any)
+    hints = get_type_hints(function, localns=unseen, include_extras=True)
+    config = ConfigDict(strict=True)
+    checks = {
+        name: TypeAdapter(hints[name], config=config) for name in names if name in hints and _is_plain(hints[name])
+    }
+
+    @functools.wraps(function)
+    def call(*given: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        for name, value in (*zip(names, given, strict=False), *named.items()):
+            if name in checks:
+                try:
+                    checks[name].validate_python(value)
+                except ValidationError as error:
+                    problems = dict.fromkeys(map(value_problem, error.errors()))
+                    raise InputError(f"{name}: {' Or: '.join(problems)}") from None
+        return function(*given, **named)
+
+    return call
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether an annotation takes only texts, paths, numbers and choices, or sequences of these."""
+    if get_origin(hint) is Annotated:
+        return _is_plain(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return True
+    return all(map(_is_plain, get_args(hint))) if get_args(hint) else hint in (bool, int, float, str, Path, type(None))
+
+
+@_checked
 def train(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     run_dir: str | Path | None = None,
@@ -85,13 +131,14 @@ def train(
     )
 
 
+@_checked
 def find_lr(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     out: str | Path | None = None,
     *,
     start: float = LrRange.start,
     end: float = LrRange.end,
-    steps: int = LrRange.steps,
+    steps: RangeSteps = LrRange.steps,
     console: Console | None = None,
 ) -> RangeTestResult | None:
     """Test a range of learning rates, as ``qvera train --find-lr`` does, and write the curve into ``out``.
@@ -119,10 +166,12 @@ def _recipe_and_directory(
         file = Path(recipe)
         recipe = load_recipe(file, of_a_run=of_a_run)
     elif not isinstance(recipe, Recipe):
-        recipe = parse_recipe(dict(recipe), "the recipe", drop_idle_keys=of_a_run)
+        tree = dict(recipe) if isinstance(recipe, Mapping) else recipe
+        recipe = parse_recipe(tree, "the recipe", drop_idle_keys=of_a_run)
     return recipe, run_directory(recipe, file) if directory is None else Path(directory)
 
 
+@_checked
 def load(
     path: str | Path,
     adapter: str | Sequence[str] | None = None,
@@ -176,16 +225,17 @@ class Model:
                 return open_target(self.target, adapter=not self.base_alone)
             return open_adapters(path, self.names, show)
 
+    @_checked
     def generate(
         self,
         prompts: str | Sequence[Prompt],
         *,
         adapter: str | Sequence[str | None] | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        batch_size: int = 16,
+        max_new_tokens: Positive = 256,
+        temperature: Temperature = 0.0,
+        top_p: Share = 1.0,
+        seed: Seed = 0,
+        batch_size: Positive = 16,
     ) -> list[str]:
         """Answer each prompt, as ``qvera generate`` does.
 
@@ -199,6 +249,8 @@ class Model:
             RunFailed: memory does not suffice for a single prompt.
         """
         require_answers(self.target, "qvera generate")
+        if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+            raise InputError(f"prompts: expected a text, or a list of texts or of lists of messages, got {prompts!r}.")
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(listed):
@@ -232,15 +284,16 @@ class Model:
                 images=[writer.images(row.turns) for row in rows],
             )
 
+    @_checked
     def evaluate(
         self,
         rows: str | Path | Sequence[Mapping[str, Any]] | None = None,
         *,
-        limit: int | None = None,
+        limit: Positive | None = None,
         metrics: Sequence[str] = ("exact",),
         group_prompts: bool = False,
         answers: bool = True,
-        max_new_tokens: int | None = None,
+        max_new_tokens: Positive | None = None,
         with_base: bool = False,
     ) -> dict[str, Any]:
         """Measure the held-out loss, answer, and score the answers, as ``qvera eval`` does.
@@ -281,12 +334,13 @@ class Model:
                 console=self.console,
             )
 
+    @_checked
     def export(
         self,
         out: str | Path,
         *,
         to: exports.To = "merged",
-        rank: int | None = None,
+        rank: Positive | None = None,
         dtype: str | None = None,
         quantize: str | None = None,
         base: Literal["original", "dequantized"] | None = None,
@@ -330,7 +384,13 @@ def _file_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
     """A temporary file of rows. An InputError about it calls it ``rows``."""
     with tempfile.TemporaryDirectory(prefix="qvera-rows-") as folder:
         file = Path(folder) / "rows.jsonl"
-        lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+        try:
+            lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"rows: can't be written as lines of JSON ({first_line(error)}) Expected a file, or a list of "
+                "mappings such as {'prompt': ..., 'completion': ...}."
+            ) from None
         file.write_text(lines, encoding="utf-8")
         try:
             yield file
@@ -350,6 +410,7 @@ def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversati
     return Conversation(read_messages(prompt, f"prompt {number}"), f"prompt {number}")
 
 
+@_checked
 def generate(
     path: str | Path,
     prompts: str | Sequence[Prompt],
@@ -362,6 +423,7 @@ def generate(
     return load(path, names).generate(prompts, adapter=adapter, **settings)
 
 
+@_checked
 def evaluate(
     path: str | Path,
     rows: str | Path | Sequence[Mapping[str, Any]] | None = None,
@@ -373,6 +435,7 @@ def evaluate(
     return load(path, adapter).evaluate(rows, **settings)
 
 
+@_checked
 def export(path: str | Path, out: str | Path, *, adapter: str | None = None, **settings: Any) -> dict[str, Any] | None:
     """`load` a model and export its adapter. ``settings`` are those of `Model.export`."""
     return load(path, adapter).export(out, **settings)

@@ -29,6 +29,9 @@ def small(tiny_model_dir: Path, tiny_rows: Path) -> dict[str, Any]:
 def test_a_recipe_is_as_short_as_in_yaml_and_checked_the_same_way() -> None:
     short = qvera.Recipe(model="some/model", data="rows.jsonl", training={"max_steps": 4})
     assert (short.model.path, short.data.path, short.training.max_steps) == ("some/model", "rows.jsonl", 4)
+    assert qvera.Recipe(model=Path("some/model"), data=Path("rows.jsonl"), training={"max_steps": 4}) == short
+    with pytest.raises(qvera.InputError, match=r"data: .* Write rows in memory into a \.jsonl file, and name that\."):
+        qvera.Recipe(model="m", data=[{"text": "x"}])
     labelled = qvera.Recipe(model="m", data="rows.csv", task="sequence-classification")
     assert labelled.data.format == "classification"
     assert labelled.replace(training={"max_steps": 3}).data.format == "classification"
@@ -105,8 +108,6 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     assert scored["scores"]["rows"] == 2
     assert scored["base_scores"]["loss"] != scored["scores"]["loss"]
     assert run.opened is opened  # loaded once
-    with pytest.raises(qvera.InputError, match="to: 'peftt' is no form of an export; did you mean 'peft'"):
-        run.export(tmp_path / "lora", to="peftt")  # type: ignore[arg-type]
     with pytest.raises(qvera.InputError, match="'anna' is not loaded; .* has one adapter"):
         run.generate("say red 1", adapter="anna")
     with pytest.raises(qvera.InputError, match="anna: is for a run that trained many adapters"):
@@ -119,6 +120,38 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     exported = qvera.load(tmp_path / "merged")
     assert exported.evaluate(rows, with_base=True, answers=False)["base_scores"] is not None
     assert len(exported.generate("say red 1", max_new_tokens=2)) == 1  # its weights are read again
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        ("train", {"recipe": 5}, "a recipe is a mapping with at least `model` and `data`, got int"),
+        ("train", {"recipe": {}, "run_dir": 5}, "run_dir: should be a valid string, got 5. Or: "),
+        ("find_lr", {"recipe": {}, "steps": 3}, "steps: should be greater than or equal to 10, got 3."),
+        ("load", {"adapter": 5}, "adapter: should be a valid string, got 5."),
+        ("generate", {"prompts": 5}, "prompts: expected a text, or a list of texts or of lists of messages, got 5."),
+        ("generate", {"prompts": {"role": "user", "content": "x"}}, "prompts: expected a text, or a list"),
+        ("generate", {"prompts": "x", "max_new_tokens": "8"}, "max_new_tokens: should be a whole number, got '8'."),
+        ("generate", {"prompts": "x", "max_new_tokens": 2.5}, "max_new_tokens: should be a whole number, got 2.5."),
+        ("generate", {"prompts": "x", "temperature": -1}, "temperature: should be greater than or equal to 0, got -1."),
+        ("evaluate", {"rows": 1}, "rows: can't be written as lines of JSON ('int' object is not iterable.) Expected"),
+        ("evaluate", {"max_new_tokens": 0}, "max_new_tokens: should be greater than or equal to 1, got 0."),
+        ("evaluate", {"metrics": "bleu"}, "metrics: 'str' instances are not allowed as a Sequence value, got 'bleu'."),
+        ("evaluate", {"metrics": ["blue"]}, "metrics: there is no metric 'blue'; known: exact, bleu"),
+        ("export", {"out": "x", "to": "peftt"}, "to: should be 'merged', 'lora', 'peft', 'gguf' or 'gguf-lora', got"),
+        ("export", {"out": "x", "rank": 2.5, "to": "lora"}, "rank: should be a whole number, got 2.5."),
+        ("export", {"out": "x", "compare": "no"}, "compare: should be true or false, got 'no'."),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_named(
+    function: str, arguments: dict[str, Any], said: str, trained_run: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = {} if "recipe" in arguments else {"path": trained_run}
+    with pytest.raises(qvera.InputError) as caught:
+        getattr(qvera, function)(**run, **arguments)
+    assert said in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_each_prompt_may_have_an_adapter_of_its_own(small: dict[str, Any], tmp_path: Path) -> None:

@@ -181,13 +181,20 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
     elif kind == "missing":
         yield key, "is missing and has no default."
     elif kind == "model_type":
-        yield key, f"should be a mapping of keys, got {_short(got)}."
+        are_rows = key == "data" and hasattr(got, "__iter__")
+        hint = " Write rows in memory into a .jsonl file, and name that." if are_rows else ""
+        yield key, f"should be a mapping of keys, got {_short(got)}.{hint}"
     else:
-        sentence = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        for theirs, ours in _WORDS.items():
-            sentence = sentence.replace(theirs, ours)
         hint = " Write it in quotes." if kind == "string_type" and isinstance(got, (int, float)) else ""
-        yield key, f"{sentence[0].lower()}{sentence[1:]}, got {_short(got)}.{hint}"
+        yield key, value_problem(error) + hint
+
+
+def value_problem(error: ErrorDetails) -> str:
+    """Say in a sentence what pydantic takes in place of a value."""
+    sentence = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    for theirs, ours in _WORDS.items():
+        sentence = sentence.replace(theirs, ours)
+    return f"{sentence[0].lower()}{sentence[1:]}, got {_short(error['input'])}."
 
 
 def _path(location: tuple[int | str, ...], root: type[BaseModel]) -> tuple[list[str], type[BaseModel]]:
@@ -236,5 +243,5 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())  # that of a table has lines
     return text if len(text) <= 200 else f"{text[:200]}..."

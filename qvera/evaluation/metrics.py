@@ -120,13 +120,13 @@ def text_metrics(names: Sequence[str]) -> list[TextMetric]:
     known = {name.lower(): name for name in NAMES}
     unknown = [name for name in names if name.strip().lower() not in known]
     if unknown:
-        raise InputError(f"--metrics: there is no metric {unknown[0].strip()!r}; known: {', '.join(NAMES)}.")
+        raise InputError(f"metrics: there is no metric {unknown[0].strip()!r}; known: {', '.join(NAMES)}.")
     wanted = list(dict.fromkeys(known[name.strip().lower()] for name in names))
     for name in wanted:
         package = _MAKERS[name][1]
         if package is not None and find_spec(package) is None:
             raise InputError(
-                f"--metrics: {name} needs the package {package.replace('_', '-')}, which is not installed. Install it "
+                f"metrics: {name} needs the package {package.replace('_', '-')}, which is not installed. Install it "
                 "with: pip install 'qvera[metrics]'."
             )
     return [_MAKERS[name][0](name) for name in wanted]

@@ -6,7 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -25,7 +25,7 @@ from qvera.models.model_class import CAUSAL_LM, empty_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of
 from qvera.utils import formatting
-from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_WEIGHTS, CERTIFICATE, file_sha256, read_json, replace_text, require_empty
 from qvera.utils.progress import Phase
 
@@ -143,9 +143,7 @@ def export(
 def _require_fitting(
     to: str, rank: int | None, dtype: str | None, quantize: str | None, base: str | None, compare: bool, only: bool
 ) -> None:
-    """Refuse an unknown form, and options that have no effect beside the others."""
-    if to not in (known := get_args(To)):
-        raise InputError(f"to: {to!r} is no form of an export{did_you_mean(to, known)} There are {', '.join(known)}.")
+    """Refuse options that have no effect beside the others."""
     if rank is not None and to not in ("lora", "gguf-lora"):
         raise InputError("--rank: goes with --to lora and --to gguf-lora only.")
     if dtype == "q8_0" and not to.startswith("gguf"):
