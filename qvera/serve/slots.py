@@ -1,7 +1,7 @@
 """The adapters that answer now: read from files, put into slots on the device, and used by the tokens of a batch.
 
 Adapters may be VeRA or LoRA and differ in seed, rank, ``b_groups``, ``input_scale`` and targets; there is a bank for
-each shape.
+each shape that has an adapter in a slot. Layers that were made for a shape stay: they take no more than one adapter.
 
 Files are read, not mapped: if another process cuts a mapped file short, SIGBUS kills this one. The system's page cache
 keeps files of evicted adapters in memory.
@@ -72,7 +72,7 @@ class AdaptersInUse(NamedTuple):
     """The facts besides its tokens that a recorded pass depends on."""
 
     key: Hashable
-    layers: Hashable  # where it changes, layers may have changed
+    layers: Hashable  # where it changes, layers or the memory of slots may have changed
 
 
 class _Slots:
@@ -133,7 +133,10 @@ class ServingBank:
         self.device = next(base.model.parameters()).device
         self._specs = linear_specs(base.model)
         self._slots: dict[AdapterShape, _Slots] = {}
-        self._numbers = itertools.count()  # of banks that were begun
+        self._numbers = itertools.count()  # of shapes whose layers were begun
+        self._shapes: dict[AdapterShape, str] = {}
+        """A shape that has its layers → PEFT's name of the adapter that stands for all of that shape."""
+        self._banks = 0  # made so far
         self._mixed = MixedForward(self.device, fixed)
         self._read: weakref.WeakValueDictionary[str, HostVectors] = weakref.WeakValueDictionary()
         """Vectors that a request or a slot holds. They are shared, so their files are not read again."""
@@ -206,27 +209,39 @@ class ServingBank:
 
     def needs_layers(self, vectors: HostVectors) -> bool:
         """Whether `acquire` would change the model's layers, as it does for the first adapter of a shape."""
-        return vectors.shape not in self._slots
+        return vectors.shape not in self._shapes
 
     def acquire(self, vectors: HostVectors) -> int | None:
         """Add a user of an adapter and return its slot, filled. None: all slots of its shape are in use."""
+        shape = vectors.shape
         if self.needs_layers(vectors):
-            name, shape = f"__shape_{next(self._numbers)}__", vectors.shape
-            model = add_adapter(self._base, name, shape.config)
-            for layer in give_to_answers(model, name):
+            name = f"__shape_{next(self._numbers)}__"
+            for layer in give_to_answers(add_adapter(self._base, name, shape.config), name):
                 layer.mixed = self._mixed
-            bank = AdapterBank(model, self.slots + 1, name, shape.layout(self._specs))
-            self._slots[shape] = _Slots(bank, self.slots)
-        return self._slots[vectors.shape].acquire(vectors)
+            self._shapes[shape] = name
+        if shape not in self._slots:
+            assert self._base.adapted is not None
+            layout = shape.layout(self._specs)
+            bank = AdapterBank(self._base.adapted, self.slots + 1, self._shapes[shape], layout)
+            self._slots[shape], self._banks = _Slots(bank, self.slots), self._banks + 1
+        return self._slots[shape].acquire(vectors)
 
     def release(self, vectors: HostVectors) -> None:
         """Remove a user. The adapter keeps its slot until another needs it or it was unloaded."""
         self._slots[vectors.shape].release(vectors.identity)
+        self._drop_empty()
 
     def unload(self, identity: str) -> None:
         """Free an adapter's slot once it has no user."""
         for slots in self._slots.values():
             slots.unload(identity)
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
+        """Free the memory of banks that have no adapter."""
+        for shape in [shape for shape, slots in self._slots.items() if not slots.slots]:
+            self._mixed.use([], [])  # the last pass may have used it
+            del self._slots[shape]
 
     @property
     def resident(self) -> int:
@@ -236,7 +251,7 @@ class ServingBank:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of all slots, used or not."""
+        """Memory of all banks, whose slots may be used or not."""
         return sum(slots.bank.vectors.nbytes for slots in list(self._slots.values()))
 
     def use(
@@ -258,7 +273,8 @@ class ServingBank:
         if filled_tokens is not None:
             more = filled_tokens - sum(tokens)  # tokens that fill the pass up; they run on the base
             key = self._mixed.use([*slots, *[None] * more], [*tokens, *[1] * more], held=True)
-            # a new adapter of PEFT's, one of a training too, may change the layers or make A and B anew
-            return AdaptersInUse(key, tuple(self._base.adapted.peft_config) if self._base.adapted else ())
+            # a new adapter of PEFT's, one of a training too, may change the layers or make A and B anew, and a new bank
+            # has other memory
+            return AdaptersInUse(key, (self._banks, *(self._base.adapted.peft_config if self._base.adapted else ())))
         self._mixed.use(slots, None if by_rows else tokens)
         return None

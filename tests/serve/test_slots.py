@@ -7,7 +7,9 @@ import os
 import shutil
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,14 @@ from qvera.adapters.save_load import attach
 from qvera.config.sections import AdapterSection
 from qvera.serve.opening import open_served, warm_up
 from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
+from qvera.serve.slots import ServingBank
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
-from tests.serve.helpers import Alone, assert_same, request, submit, tiny_base, write_adapters
+from tests.helpers import wait_until
+from tests.serve.helpers import ENGINES, Alone, assert_same, request, submit, tiny_base, write_adapters
 
 
 @pytest.fixture
@@ -258,3 +262,60 @@ def test_a_blend_of_loras_answers_by_the_weighted_sum_of_their_changes_whatever_
     expected = Alone(tiny_model_dir, tmp_path / "sum").answer(asked)
     with engine_with() as engine:
         assert_same(submit(engine, asked), expected)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_last_adapter_of_a_shape_gives_its_memory_back_once_it_was_unloaded_and_comes_back_when_asked_for(
+    kind: str, tiny_model_dir: Path, engine_with: Any, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for name, rank in (("small", 2), ("other", 2), ("large", 8)):
+        write_adapters(root, tiny_model_dir, {name: rank}, method="lora", rank=rank)
+    store = AdapterStore(root)
+    adapters = {name: _resolve(store, name) for name in store.names()}
+    asked = {name: request([5, 6, 7], adapter, 30, top_logprobs=0) for name, adapter in adapters.items()}
+    expected = {name: Alone(tiny_model_dir, root / name).answer(one) for name, one in asked.items()}
+    with engine_with(kind, slots=3) as engine:
+
+        def bank_bytes() -> int:
+            return engine.stats().bank_bytes
+
+        for name in ("large", "small", "other"):
+            assert_same(submit(engine, asked[name]), expected[name])
+        sizes = {shape.rank: slots.bank.vectors.nbytes for shape, slots in engine.bank._slots.items()}
+        assert bank_bytes() == sizes[2] + sizes[8] and sizes[8] == 4 * sizes[2]
+        bank = weakref.ref(next(slots.bank for shape, slots in engine.bank._slots.items() if shape.rank == 2))
+        vectors = weakref.ref(bank().vectors)  # type: ignore[union-attr]
+        engine.unload(adapters["other"].identity)
+        wait_until(lambda: engine.stats().adapters_resident == 2)
+        assert bank_bytes() == sizes[2] + sizes[8]  # another adapter of the shape is loaded
+        running = submit(engine, replace(asked["small"], id="running"))
+        running.wait_for_token()
+        engine.unload(adapters["small"].identity)
+        assert_same(running, expected["small"])  # it was in use
+        wait_until(lambda: bank_bytes() == sizes[8])
+        wait_until(lambda: bank() is None and vectors() is None)
+        for name in ("large", "small"):
+            assert_same(submit(engine, replace(asked[name], id=f"{name} again")), expected[name])
+        assert bank_bytes() == sizes[2] + sizes[8]
+
+
+def test_a_pass_that_was_recorded_on_a_bank_s_memory_is_not_the_one_on_the_memory_of_the_next_bank(
+    tiny_model_dir: Path, adapters_dir: Path
+) -> None:
+    bank, adapter = ServingBank(tiny_base(tiny_model_dir), 1), _resolve(AdapterStore(adapters_dir))
+    vectors, found = bank.read(adapter), []
+    for _ in range(2):
+        slot = bank.acquire(vectors)
+        assert slot is not None
+        found.append(bank.use([(vectors, slot, 1)], filled_tokens=1))
+        bank.unload(adapter.identity)
+        bank.release(vectors)
+        assert not bank.size_bytes and not bank.needs_layers(vectors)
+    first, second = found
+    assert first is not None and second is not None
+    assert first.key == second.key and first.layers != second.layers

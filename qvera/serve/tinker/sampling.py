@@ -14,7 +14,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -250,6 +250,7 @@ class Samples:
         self._given: Counter[str] = Counter()  # tokens by owner
         self._sent: dict[str, tuple[_Call, Asked, Sample]] = {}  # by request
         self._is_busy = False  # the engine, whose queue is full
+        self._asked: defaultdict[str, set[str]] = defaultdict(set)  # live session → identities of its adapters
         tinker.on_session_end = self._end_session
         for promise in self._database.promises("state = 'pending' AND kind = ? ORDER BY number", SAMPLE):
             call = _Call(*(promise[name] for name in ("id", "owner", "target", "size")))
@@ -319,7 +320,12 @@ class Samples:
         self._give_up(lambda one: (one.promise, one.owner) == (promise, owner), "The client has given the sample up.")
 
     def _end_session(self, session: str) -> None:
+        def unload() -> None:  # nobody asks for most of them again, and the last one of a shape gives its bank up
+            for identity in self._asked.pop(session, ()):
+                self._service.engine.unload(identity)
+
         self._give_up(lambda one: one.sampler.startswith(f"{session}:"), "The session has ended.")
+        self._put(unload)
 
     def _give_up(self, is_meant: Callable[[_Call], bool], why: str) -> None:
         def end() -> None:
@@ -370,6 +376,8 @@ class Samples:
             [row] = self._database.rows("SELECT body FROM promises WHERE id = ?", (call.promise,))
             asked = Asked(parsed(SampleBody, row["body"]), self._service, self._tinker.base.vocabulary)
             call.adapter, call.asked = self._adapter(call), asked
+            if call.adapter is not None:
+                self._asked[call.sampler.partition(":")[0]].add(call.adapter.identity)
         number, service = len(call.samples), self._service
         sample = Sample(f"{call.promise}:{number}", TextStream(service.texts, asked.stops))
         sampling, scoring = replace(asked.sampling, seed=asked.seed(number)), None if number else asked.scoring

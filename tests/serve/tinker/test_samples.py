@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from qvera.utils.errors import RunFailed
 from tests.conftest import small_tokenizer
 from tests.helpers import wait_until
 from tests.serve.api.doubles import ScriptedEngine
+from tests.serve.scripted_training import write_files
 from tests.serve.tinker.doubles import ScriptedTenants
 
 PLACES = 8
@@ -61,9 +63,11 @@ class Server:
         asked = NewSampler(session_id=session, sampling_session_seq_id=0, base_model="tiny")
         return self.samples.create(Access(owner, None, frozenset({"use"})), asked)
 
-    def ask(self, owner: str, count: int = 1, seq: int | None = None, prompt: int = 3, **params: Any) -> str:
+    def ask(
+        self, owner: str, count: int = 1, seq: int | None = None, prompt: int = 3, sampler: str = "", **params: Any
+    ) -> str:
         body = {
-            "sampling_session_id": self.sampler(owner),
+            "sampling_session_id": sampler or self.sampler(owner),
             "seq_id": next(self.numbers) if seq is None else seq,
             "num_samples": count,
             "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5] * prompt}]},
@@ -157,6 +161,21 @@ def test_the_end_of_a_session_and_a_failing_engine_end_its_samples(server: Serve
     assert server.wait("ben", refused) == b"the adapter is damaged" and server.state("ben", refused) == "user"
     server.engine.refuses = None
     server.wait("ben", server.ask("ben"))
+
+
+def test_the_end_of_a_session_unloads_the_adapters_that_it_was_asked_for(server: Server) -> None:
+    sampler = server.sampler("anna").replace(":0", ":1")
+    session = sampler.partition(":")[0]
+    write_files(server.tinker.directory / "sessions" / session / "0-snapshot-1")
+    about = {"session": session, "owner": "anna", "base": "tiny", "created": time.time()}
+    server.database.insert("samplers", id=sampler, directory=f"sessions/{session}/0-snapshot-1", **about)
+    for _ in range(2):
+        server.wait("anna", server.ask("anna", 2, sampler=sampler))
+    server.wait("anna", server.ask("anna"))  # of the base
+    adapter = server.engine.requests[0].adapter
+    assert adapter is not None and not server.engine.unloaded
+    server.tinker.end_session(session, "anna")
+    wait_until(lambda: server.engine.unloaded == [adapter.identity])
 
 
 def test_the_end_of_a_session_is_written_down_once_the_disk_takes_it(
