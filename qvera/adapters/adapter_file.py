@@ -149,10 +149,13 @@ def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: st
     """Raise InputError if the adapter was trained on another base. A missing fingerprint on either side passes."""
     expected = getattr(config, "base_fingerprint", None)
     if not same_base(expected, fingerprint):
+        trained_on = config.base_model_name_or_path
+        todo = f"Point model.path, or without a recipe base_model_name_or_path in {ADAPTER_CONFIG}, at that base."
+        if trained_on == name:
+            todo = "The files there are others by now: put back those that it was trained on."
         raise InputError(
-            f"{adapter}: was trained on another base model than {name!r}. Expected the base "
-            f"{config.base_model_name_or_path!r} with fingerprint {str(expected)[:16]}; {name!r} has "
-            f"{str(fingerprint)[:16]}. Point model.path at the base it was trained on."
+            f"{adapter}: was trained on another base model than {name!r}. Expected the base {trained_on!r} with "
+            f"fingerprint {str(expected)[:16]}; {name!r} has {str(fingerprint)[:16]}. {todo}"
         )
 
 

@@ -71,6 +71,8 @@ def generate(
     require_new_file(out)
     if (prompts is None) == (not prompt):
         raise InputError("takes a file PROMPTS, or --prompt TEXT; give one of them.")
+    if not image and not all(text.strip() for text in prompt or ()):
+        raise InputError("--prompt: is empty, so there is nothing to answer.")
     if image and prompts is not None:
         raise InputError("--image: goes with --prompt; a file of prompts has images in its rows.")
     asked = [_with_images(text, image or []) for text in prompt or ()]

@@ -113,6 +113,8 @@ def _run(arguments: list[str] | None) -> int:
         at = getattr(error, "ctx", None)
         command = at.command_path if at is not None else "qvera"
         text = error.format_message().replace("Value error, ", "")  # pydantic's
+        if "No such command 'report'" in text:  # typer would offer `export`
+            text = "No such command 'report'. `qvera train` writes report.html into each run, and `qvera ui` shows runs"
         if "unexpected extra argument" in text and "--set" in (arguments or sys.argv):
             text += ". Each key takes its own --set, and a value with spaces quotes: --set 'a.b={c: d}'"
         end = "" if text.endswith((".", "?")) else "."

@@ -190,7 +190,9 @@ def serve(
             rest = f"; {counted(calls, 'call')} may finish within {drain_seconds:g} s. Again: at once" if calls else ""
             say(f"stopping{rest}")
 
-        Server(app, log_calls=log_calls, on_start=lambda: say(said), on_stop=stopping).run(sockets=[listener])
+        Server(app, log_calls=log_calls, on_start=lambda: say(said, soft_wrap=True), on_stop=stopping).run(
+            sockets=[listener]
+        )
 
 
 def start_engine(served: Served, settings: EngineSettings) -> Engine:

@@ -185,7 +185,14 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
         hint = " Write rows in memory into a .jsonl file, and name that." if are_rows else ""
         yield key, f"should be a mapping of keys, got {_short(got)}.{hint}"
     else:
-        hint = " Write it in quotes." if kind == "string_type" and isinstance(got, (int, float)) else ""
+        hint = ""
+        field = holder.model_fields.get(keys[-1]) if keys else None
+        if kind == "string_type" and isinstance(got, (int, float)):
+            hint = " Write it in quotes."
+        elif got is None and field is not None and not field.is_required():
+            hint = " Leave the key out for its default."
+        elif kind != "literal_error" and isinstance(got, str) and "=" in got:
+            hint = " Each key takes its own --set."
         yield key, value_problem(error) + hint
 
 

@@ -96,9 +96,9 @@ class ToolFormat:
             return cls(own, literals, is_own=True)
         if known is None:
             written = text[len(prompt) :] if text.startswith(prompt) else text[-200:]
-            how = f"as {written.strip()!r}" if _NAME in written else "nowhere"
+            how = f"writes calls as {written.strip()!r}" if _NAME in written else "has no calls of tools"
             raise InputError(
-                f"tools: the chat template ({template.name}) writes calls {how}, which the server can't read. It reads "
+                f"tools: this model's chat template {how}, so the server reads none. It reads "
                 "those between <tool_call> tags (Hermes, Qwen), the JSON of Llama 3.1, and what the tokenizer's "
                 "response_template says."
             )

@@ -163,6 +163,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "whose recipe is run/recipe.yaml. `qvera train run/recipe.yaml --res",
     ),
     "a run without its recipe": ("eval run", "it has no recipe.yaml", lambda: Path("run/recipe.yaml").unlink()),
+    "an empty prompt": ("generate run --prompt=", "--prompt: is empty, so there is nothing to answer"),
     "no prompts": ("generate run prompts.txt --out answers.jsonl", "holds no rows", write("prompts.txt", "\n \n")),
 }
 

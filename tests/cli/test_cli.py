@@ -190,6 +190,7 @@ def test_help_fits_one_screen_and_names_every_command(capsys: Capture) -> None:
 MISTYPED = {
     "trian r.yaml": "'train'",
     "train r.yaml --resum": "--resume",
+    "report run": "`qvera train` writes report.html into each run, and `qvera ui` shows runs.",
     "cache list": "No such command 'list'",
     "train": "Missing argument 'RECIPE'",
     "export run out --to mergd": "merged",

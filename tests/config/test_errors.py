@@ -251,6 +251,8 @@ def test_overrides(tmp_path: Path) -> None:
         ("training.max_steps=[1", "--set training.max_steps=[1: not valid YAML"),
         ("training.max_step=5", "Did you mean `max_steps`?"),
         ("training.max_steps=many", "training.max_steps: should be a whole number, got 'many'"),
+        ("adapter.rank=", "adapter.rank: should be a whole number, got None. Leave the key out for its default."),
+        ("adapter.rank=64,training.max_steps=3", "got '64,training.max_steps=3'. Each key takes its own --set."),
         ("adapter=5", "adapter: should be a mapping of keys, got 5"),
     ],
 )

@@ -18,7 +18,7 @@ TINKER = "/api/v1/"
 DOWNLOADS = f"{TINKER}downloads/"
 """Paths that need no key: Tinker's client sends none there. The token in them is one."""
 _NAME_CHARACTERS = 200
-_PARTS_OF_PYDANTIC = ("function-", "[key]", "constrained-", "literal[")
+_PARTS_OF_PYDANTIC = ("function-", "[key]", "constrained-", "literal[", "list[")
 _DICTIONARY = "a valid dictionary or object to extract fields from"
 _TYPES = {
     401: "authentication_error",
@@ -87,6 +87,11 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
 
 
+def _keys(error: dict[str, Any]) -> list[str]:
+    """The keys of a body that lead to an error of pydantic's, which names its functions and branches of unions too."""
+    return [shortened_name(part) for part in map(str, error["loc"][1:]) if not part.startswith(_PARTS_OF_PYDANTIC)]
+
+
 def _as_api_error(request: Request, error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
@@ -95,7 +100,9 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         # others need not know where it is
         return bad_request(str(error) if root is None else str(error).replace(f"{root}/", ""))
     if isinstance(error, RequestValidationError):
-        first: dict[str, Any] = error.errors()[0]
+        # A wrong value says more than a key that is missing beside it.
+        errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")
+        first: dict[str, Any] = errors[0]
         if first["type"] == "json_invalid":
             place = f"at character {first['loc'][-1] + 1}"  # FastAPI gives no line
             return bad_request(f"The body is not JSON: {first['ctx']['error'].removesuffix(' at')}, {place}.")
@@ -103,10 +110,9 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
             return bad_request("The body is empty. Expected JSON.")
         if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
             return bad_request("The body is only read as JSON with the header Content-Type: application/json; send it.")
-        # pydantic names its own functions and branches of unions among the keys
-        parts = [part for part in map(str, first["loc"][1:]) if not part.startswith(_PARTS_OF_PYDANTIC)]
-        where, said = [shortened_name(part) for part in parts], first["msg"].replace(_DICTIONARY, "an object")
-        return bad_request(f"{'.'.join(where) or 'The body'}: {said}.", where[0] if where else None)
+        where = _keys(first)
+        said = dict.fromkeys(one["msg"].replace(_DICTIONARY, "an object") for one in errors if _keys(one) == where)
+        return bad_request(f"{'.'.join(where) or 'The body'}: {'. Or: '.join(said)}.", where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
             with_version = f"/v1{request.url.path}"

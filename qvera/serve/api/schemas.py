@@ -65,10 +65,12 @@ class Body(BaseModel):
     Attributes:
         ignored: keys of OpenAI's that change nothing here.
         neutral: keys that would change ``outcome`` and are not supported, with the values that ask for nothing.
+        elsewhere: keys of another path → what they are called here.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset()
     neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
+    elsewhere: ClassVar[Mapping[str, str]] = {}
     outcome: ClassVar[str] = "answer"
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
@@ -87,6 +89,8 @@ class Body(BaseModel):
             where = inside + shortened_name(key)
             if key not in self.neutral:
                 hint = did_you_mean(shortened_name(key), type(self).model_fields)
+                if key in self.elsewhere:
+                    hint = f"; here it is {self.elsewhere[key]!r}."
                 raise bad_request(f"Unknown key {where!r}{hint}", where, "unknown_parameter")
             if value not in self.neutral[key]:
                 raise bad_request(

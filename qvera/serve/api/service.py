@@ -183,7 +183,8 @@ class Service:
         """404 with the nearest name that the sender may use. It reveals nothing of other keys' models."""
         shown = shortened_name(model)
         hint = did_you_mean(shown, self.names(access)[:_COMPARED_NAMES])
-        message = f"The model {shown!r} does not exist, or this key may not use it{hint}"
+        denied = "" if self.keys is None else ", or this key may not use it"
+        message = f"The model {shown!r} does not exist{denied}{hint} GET /v1/models lists what there is."
         return ApiError(404, message, "model", "model_not_found")
 
 

@@ -132,6 +132,8 @@ def test_a_loop_of_function_calls_by_responses(start: Start) -> None:
         refused: list[tuple[dict[str, Any], str, str]] = [
             ({"previous_response_id": found.id}, "previous_response_id", "not supported"),
             ({"tools": [{"type": "web_search", "name": "x"}]}, "tools", "should be .function"),
+            ({"extra_body": {"messages": []}}, "messages", "Unknown key 'messages'; here it is 'input'"),
+            ({"tools": [{"type": "web_search"}]}, "tools", "tools.0.type: Input should be .function"),
             ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),
             ({"tools": tools, "tool_choice": {"type": "function", "name": "!"}}, "tool_choice", "tool_choice"),
             ({"input": [{"content": "x"}]}, "input", "input.0.role"),
