@@ -130,6 +130,26 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     assert loss_line({"result": {"steps": 60}, "adapters": [entry] * 3}, "") == "the held-out loss fell by 50 %."
 
 
+def test_a_process_ends_with_the_commands_code_after_what_libraries_do_at_the_end_and_takes_no_module_apart() -> None:
+    lines = [
+        "import atexit, sys",
+        "from qvera.__main__ import run",
+        "class Late:",
+        "    def __del__(self): print('apart')",
+    ]
+    lines += ["late, sys.argv = Late(), ['qvera', 'info', 'nowhere']", "import qvera.cli.main"]
+    lines += [
+        "before = qvera.cli.main.main",
+        "def main():",
+        "    atexit.register(print, 'done')",
+        "    return before()",
+    ]
+    program = "\n".join([*lines, "qvera.cli.main.main = main", "sys.exit(run())"])
+    ended = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "done\n")
+    assert "nowhere: no such directory" in ended.stderr
+
+
 def test_what_no_command_prints_ends_at_a_full_disk_too() -> None:
     command = f"{sys.executable} -m qvera --version > /dev/full"
     ended = subprocess.run(["bash", "-c", command], timeout=120, stderr=subprocess.PIPE, text=True)
