@@ -150,7 +150,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             shapes = "; ".join(f"{name} ({', '.join(FORMATS[name].required)})" for name in detected)
             raise UnknownFormat(
                 f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
-                "Name yours in the recipe, for example data.columns: {prompt: question, completion: answer}."
+                "Rename yours, or name them in a recipe: data.columns: {prompt: question, completion: answer}."
             )
         format = matches[0]
     if missing := [name for name in FORMATS[format].required if name not in present]:
