@@ -111,7 +111,7 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
     """
     from qvera.config.schema import load_recipe
     from qvera.evaluation.named_adapters import adapters_root, require_all_named
-    from qvera.training.trainer import leave_silent_hub
+    from qvera.utils.hub import leave_silent_hub
 
     run = Path(target)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:

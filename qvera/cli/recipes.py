@@ -30,6 +30,7 @@ from qvera.utils.files import replace_text, resolve_path
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
     from qvera.data import Datasets, DataStats
+    from qvera.data.source import Processor
 
 COLUMN_OPTIONS = "--prompt-column NAME --answer-column NAME"
 _COLUMNS = {"classification": ("text", "label"), "image": ("image", "label"), "preference": ("prompt", "chosen")}
@@ -75,7 +76,8 @@ def init(
 
     from qvera.config.schema import parse_recipe, read_yaml
     from qvera.data.source import hub_datasets
-    from qvera.training.trainer import check_early, leave_silent_hub
+    from qvera.training.trainer import check_early
+    from qvera.utils.hub import leave_silent_hub
 
     about_rows = _given(eval_path=eval_data, system=system, adapter_column=adapter_column)
     tree = {"model": model, "data": {"path": data, **about_rows}, "training": _given(objective=objective)}
@@ -86,15 +88,19 @@ def init(
     recipe = _with_found_columns(_with_columns(recipe, prompt_column, answer_column))
     check_early(recipe)
 
+    from qvera.data import build_datasets
     from qvera.models.model_class import empty_model
+    from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
-    config = empty_model(recipe.model, model_class=task_of(recipe).exported_class).config
-    datasets = _inspect(recipe)
+    model_class = task_of(recipe).exported_class
+    config = empty_model(recipe.model, model_class=model_class).config
+    processor = load_processor(recipe.model, model_class)
+    datasets = build_datasets(recipe.data, processor, console)
     if system is None:
-        recipe, datasets = _with_labels_named(recipe, datasets)
+        recipe, datasets = _with_labels_named(recipe, datasets, processor)
     stats = datasets.stats
     text = recipe_text(recipe, stats, getattr(config.get_text_config(), "hidden_size", None))
     parse_recipe(read_yaml(text, str(out))[0], str(out))
@@ -158,8 +164,9 @@ def _ask(option: str, question: str) -> str:
     return str(typer.prompt(question, err=True)).strip()
 
 
-def _with_labels_named(recipe: Recipe, datasets: Datasets) -> tuple[Recipe, Datasets]:
+def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor) -> tuple[Recipe, Datasets]:
     """With a system prompt that names the answers, where all rows have one of a few short ones."""
+    from qvera.data import build_datasets
     from qvera.data.labelled import rows_by_label
 
     found = rows_by_label(datasets.train) if datasets.stats.format == "prompt-completion" else {}
@@ -167,23 +174,15 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets) -> tuple[Recipe, Data
     if not are_few or not all(name and len(name) <= LONGEST_LABEL for name in found):
         return recipe, datasets
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."
+    named = recipe.replace(data=recipe.data.replace(system=prompt))
     try:
-        named = recipe.replace(data=recipe.data.replace(system=prompt))
-        shown = _inspect(named)
+        shown = build_datasets(named.data, processor, console)
     except InputError:  # the template has no system turn
         return recipe, datasets
     if list(shown.train[0].input_ids) == list(datasets.train[0].input_ids):  # the rows have their own
         return recipe, datasets
     print(f"system prompt     {prompt} --system sets another")
     return named, shown
-
-
-def _inspect(recipe: Recipe) -> Datasets:
-    from qvera.data import build_datasets
-    from qvera.models.tokenizer import load_processor
-    from qvera.tasks import task_of
-
-    return build_datasets(recipe.data, load_processor(recipe.model, task_of(recipe).exported_class), console)
 
 
 def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> str:
@@ -339,7 +338,7 @@ def plan(
     from rich.console import Console
 
     from qvera.config.schema import load_recipe
-    from qvera.training.trainer import leave_silent_hub
+    from qvera.utils.hub import leave_silent_hub
 
     loaded = load_recipe(recipe, overrides)
     leave_silent_hub(loaded.model.path)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qvera.config.sections import MOST_ROW_CHARACTERS
 from qvera.data.images import IMAGE_EXTENSIONS, OTHER_IMAGES
-from qvera.utils.errors import InputError, hub_hint, one_line
+from qvera.utils.errors import InputError, one_line
 from qvera.utils.files import not_utf8
 from qvera.utils.formatting import describe, shortened
+from qvera.utils.hub import hub_hint
 
 if TYPE_CHECKING:
     import datasets

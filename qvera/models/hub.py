@@ -19,8 +19,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub ha
 
 from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
-from qvera.utils.errors import InputError, did_you_mean, first_line, hub_hint
+from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import ADAPTER_CONFIG, resolve_path
+from qvera.utils.hub import hub_hint
 from qvera.utils.safetensors_io import INDEX, weight_map
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")

@@ -24,9 +24,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from qvera.config.sections import ModelSection
 from qvera.models.conversion import is_decoded, made_of
 from qvera.models.structure import share_tied_modules
-from qvera.utils.errors import InputError, first_line, hub_hint
+from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import resolve_path
 from qvera.utils.formatting import first_of
+from qvera.utils.hub import hub_hint
 from qvera.utils.safetensors_io import TensorEntry
 
 if TYPE_CHECKING:

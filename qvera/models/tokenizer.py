@@ -29,8 +29,9 @@ from qvera.config.sections import ModelSection
 from qvera.data.images import ImageProcessor, ImageTextProcessor, give_images, require_pillow
 from qvera.models.hub import base_directory, require_model_files
 from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
-from qvera.utils.errors import InputError, did_you_mean, first_line, hub_hint
+from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import resolve_path
+from qvera.utils.hub import hub_hint
 from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:

@@ -8,11 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import ssl
-import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +20,7 @@ from qvera.distributed.group import for_all, in_group
 from qvera.training.run_dir import check_run_dir, mark_ended, require_writable, run_lock
 from qvera.utils.errors import InputError
 from qvera.utils.files import RECIPE_FILE, resolve_path
+from qvera.utils.hub import leave_silent_hub
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +32,6 @@ if TYPE_CHECKING:
     from qvera.training.session import TrainingSession
 
 _logger = logging.getLogger(__name__)
-_HUB_SECONDS = 6
 _RESTART_WAIT_SECONDS = 60.0  # for the lock of the process whose place a restarted run takes
 
 
@@ -163,31 +158,3 @@ def check_early(recipe: Recipe) -> None:
     from qvera.models.hub import require_model_files  # by now its client may have been told to be offline
 
     require_model_files(resolve_path(recipe.model.path))
-
-
-def leave_silent_hub(*names: str) -> None:
-    """Set HF_HUB_OFFLINE where one of ``names`` is an id and the hub gives no answer within `_HUB_SECONDS`."""
-
-    def is_path(name: str) -> bool:
-        return name.startswith(("/", ".", "~")) or os.path.exists(name) or os.path.exists(os.path.dirname(name))
-
-    if all(map(is_path, names)) or "huggingface_hub" in sys.modules or "HF_HUB_OFFLINE" in os.environ:
-        return
-    address, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=_HUB_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass
-        except OSError as error:
-            if not isinstance(getattr(error, "reason", None), ssl.SSLError):  # the client may know that certificate
-                return
-        answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)  # a name may take longer to look up than any timeout
-    asking.start()
-    asking.join(_HUB_SECONDS)
-    if not answered.is_set():
-        _logger.warning("%s does not answer, so only what was fetched before is used.", address)
-        os.environ["HF_HUB_OFFLINE"] = "1"

@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import os
 from collections.abc import Callable, Iterable
 
 EXIT_DONE = 0
@@ -72,13 +71,6 @@ def require_takes(function: Callable[..., object], arguments: int, where: str) -
         raise InputError(f"{where}: is called with {given}, which it does not take ({error}).") from None
     except ValueError:  # written in C, without a signature
         pass
-
-
-def hub_hint() -> str:
-    """Return the last sentence for an error about something that the hub should have given."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set, so the hub was not asked."
-    return "Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

@@ -186,10 +186,15 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
+            require_new_or_unfinished(out, what)  # again: meanwhile another process may have finished here
             if not state.is_file():
                 replace_text(state, json.dumps(fresh))
         except Timeout:
             raise InputError(f"{out}: another process is writing this {what} now. Wait for it.") from None
+        except InputError:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            raise
         except OSError as error:
             lock.release()
             raise InputError(f"{out}: can't be written ({error.strerror or error}). Name another directory.") from None
@@ -216,17 +221,13 @@ class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
         for leftover in self.out.glob(".*.partial"):
             leftover.unlink()
         self._state.unlink()
-        self.close()
+        # While it is held: after the release, another process may hold this very file, and a third one make a new one.
+        # Who has opened it by now gets a lock without a name, and finds that all is finished.
+        Path(self._lock.lock_file).unlink(missing_ok=True)
         flush(self.out)
 
-    def close(self) -> None:
-        """Release the lock."""
-        if self._lock.is_locked:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._lock.release()
 
 
 def require_new_or_unfinished(out: Path, what: str) -> Path:

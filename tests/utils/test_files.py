@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 from safetensors import SafetensorError
 
 import qvera
@@ -148,6 +150,27 @@ def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Pa
     with OutputDirectory.open(out, IDENTITY, "export") as work:
         work.complete()
     assert list(out.iterdir()) == []
+
+
+def test_who_waits_for_the_lock_finds_what_was_finished_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    work = OutputDirectory.open(out, IDENTITY, "export")
+
+    class LateLock(FileLock):
+        """Another process ends between a look at the directory and the lock on it."""
+
+        def acquire(self, *args: Any, **kwargs: Any) -> Any:
+            shard(out, "one")
+            work.complete()
+            work.__exit__()
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr("qvera.utils.files.FileLock", LateLock)
+    with pytest.raises(InputError, match="is not empty"):
+        OutputDirectory.open(out, IDENTITY, "export")
+    assert [p.name for p in out.iterdir()] == ["one"], "neither a state nor a lock is left in it"
 
 
 def test_small_files_are_whole_or_as_they_were(tmp_path: Path) -> None:

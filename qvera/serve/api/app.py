@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 
 import qvera
@@ -19,12 +20,22 @@ from qvera.serve.api.access import LOCAL, Access, host_name, is_loopback, is_of_
 from qvera.serve.api.errors import DOWNLOADS, TINKER, ApiError
 from qvera.serve.api.server import ClientGone
 from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.page import PAGE_PATHS, add_page
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_OPEN = ("/health", *PAGE_PATHS)
+_PAGE = Path(__file__).parents[1] / "page"
+PAGE_FILES = {"/": "index.html", "/page/page.css": "page.css", "/page/page.js": "page.js"}
+"""The chat page: files of our own, without a build step. They hold no secret; the page's calls to the server do."""
+_PAGE_HEADERS = {
+    # what a model says is shown as text; should markup ever get in, it can load and run nothing
+    "Content-Security-Policy": "default-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_OPEN = ("/health", *PAGE_FILES)
 """No key is needed: a load balancer has none, and the page asks its reader for one."""
 _UPLOAD_PATH = "/v1/files"
 _PATHS_OF_ONE = ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs")  # more follows: a name or id
@@ -62,10 +73,15 @@ def create_app(service: Service) -> FastAPI:
 
         app.state.samples = sampling.Samples(service.tinker, service)
         app.include_router(routes.router)
-    add_page(app)
+    for path, name in PAGE_FILES.items():
+        app.get(path, include_in_schema=False)(_page_file(_PAGE / name))
     errors.add_handlers(app)
     app.add_middleware(Guard, service=service)
     return app
+
+
+def _page_file(file: Path) -> Callable[[], FileResponse]:
+    return lambda: FileResponse(file, headers=_PAGE_HEADERS)
 
 
 @router.head("/health", response_model=None, include_in_schema=False)

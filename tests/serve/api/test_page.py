@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from qvera.serve.page import PAGE_PATHS
+from qvera.serve.api.app import PAGE_FILES
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Start
 
 
 def test_the_page_needs_no_key_and_asks_no_other_host(start: Start) -> None:
     with start(keys={"all": ("*", "use")}).client() as client:
-        for path in PAGE_PATHS:
+        for path in PAGE_FILES:
             answer = client.get(path)
             assert answer.status_code == 200, path
             assert "default-src 'self'" in answer.headers["content-security-policy"]
