@@ -24,7 +24,7 @@ help:
 	@echo "make test-slow     all slow tests: matrices of ZeRO stages and ranks, ssh, Slurm, NVMe, lm-eval (about an hour)"
 	@echo "make test-ci-slow  the slow tests that .ci/run runs: those that guard files and gradients"
 	@echo "make test-stress   a training killed a hundred times, and faults under load against real servers (half an hour)"
-	@echo "make test-tinker   recipes of Tinker's cookbook against a server (half an hour)"
+	@echo "make test-tinker   recipes of Tinker's cookbook against a server (an hour)"
 	@echo "make test-lowest   the test suite with the oldest versions that pyproject.toml allows"
 	@echo "make lint          ruff check, ruff format --check, mypy, import-linter, hadolint"
 	@echo "make format        let ruff mend what it can"
