@@ -81,7 +81,9 @@ class Link:
         self.statuses[response.status_code] += 1
         return response
 
-    async def call(self, path: str, body: Mapping[str, Any] | bytes, **headers: str) -> httpx.Response:
+    async def call(
+        self, path: str, body: Mapping[str, Any] | bytes, method: str = "POST", **headers: str
+    ) -> httpx.Response:
         """A call that is sent again while the server is away or busy, as the client does.
 
         Raises Refused for another status, and TimeoutError after a quarter of an hour.
@@ -90,7 +92,7 @@ class Link:
             pause = 0.1
             while True:
                 try:
-                    response = await self.once(path, body, **headers)
+                    response = await self.once(path, body, method, **headers)
                 except httpx.TransportError:
                     response = None
                 if response is not None and response.status_code < 300:
