@@ -41,7 +41,7 @@ from qvera.utils.files import (
 )
 
 
-class Kind(NamedTuple):
+class PublishedKind(NamedTuple):
     """A kind of thing to share: the hub's base_model_relation and library_name, and words for the adapter's form."""
 
     relation: str
@@ -50,11 +50,11 @@ class Kind(NamedTuple):
 
 
 _KINDS = {
-    "adapter": Kind("adapter", "peft", ""),
-    "lora": Kind("adapter", "peft", ", as a LoRA"),
-    "gguf-lora": Kind("adapter", "gguf", ", as a LoRA in a GGUF file"),
-    "merged": Kind("finetune", "transformers", ", merged into it"),
-    "gguf": Kind("finetune", "gguf", ", merged into it, as a GGUF file"),
+    "adapter": PublishedKind("adapter", "peft", ""),
+    "lora": PublishedKind("adapter", "peft", ", as a LoRA"),
+    "gguf-lora": PublishedKind("adapter", "gguf", ", as a LoRA in a GGUF file"),
+    "merged": PublishedKind("finetune", "transformers", ", merged into it"),
+    "gguf": PublishedKind("finetune", "gguf", ", merged into it, as a GGUF file"),
 }
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",

@@ -37,7 +37,7 @@ class Family:
     slides: bool = False  # llama.cpp has its sliding attention. Otherwise the context is limited to the window
 
 
-def head_size(config: PretrainedConfig) -> int:
+def query_head_size(config: PretrainedConfig) -> int:
     """The number of elements of a head of queries."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -147,7 +147,7 @@ class GgufArchitecture:
             }
         if self.rope.get("rope_type") != "llama3":
             return {}
-        size = head_size(self.config)
+        size = query_head_size(self.config)
         frequencies = 1.0 / (self.rope["rope_theta"] ** (torch.arange(0, size, 2).float() / size))
         factor, low, high = (self.rope[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
         context = self.rope["original_max_position_embeddings"]
@@ -193,7 +193,7 @@ class GgufArchitecture:
             writer.add_value_length(config.head_dim)
         if self.name in ("llama", "granite", "smollm3"):
             writer.add_vocab_size(config.vocab_size)
-            writer.add_rope_dimension_count(head_size(config))
+            writer.add_rope_dimension_count(query_head_size(config))
         if self.name == "granite":
             writer.add_attention_scale(config.attention_multiplier)
             writer.add_embedding_scale(config.embedding_multiplier)
@@ -209,7 +209,7 @@ class GgufArchitecture:
             writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
         if self.name == "phi3":
             rope = config.rope_parameters
-            writer.add_rope_dimension_count(int(head_size(config) * rope.get("partial_rotary_factor", 1.0)))
+            writer.add_rope_dimension_count(int(query_head_size(config) * rope.get("partial_rotary_factor", 1.0)))
             writer.add_sliding_window(0)  # its attention does not slide in llama.cpp
             original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             writer.add_rope_scaling_orig_ctx_len(original)

@@ -85,7 +85,7 @@ def analyze(
     from qvera.utils.files import replace_text, require_empty
 
     target, adapter_dir = find_adapter(run, adapter)
-    texts: list[Text] = []
+    texts: list[ScoredText] = []
     if text is not None:  # a file that can't be read is said before minutes of work
         require_answers(target, "--text")
         texts = _texts(target, text, rows)
@@ -135,11 +135,11 @@ def analyze(
         print(f"{html}: the same, layer by layer")
 
 
-Text: TypeAlias = "tuple[str, Rows, int]"
+ScoredText: TypeAlias = "tuple[str, Rows, int]"
 """A label, rows to measure a loss on, and the padding token."""
 
 
-def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
+def _texts(target: Artifact, text: Path, limit: int | None) -> list[ScoredText]:
     from qvera.config.sections import DataSection
     from qvera.data import build_datasets
     from qvera.evaluation.load import template_beside, template_name
@@ -162,7 +162,7 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[Text]:
     return found
 
 
-def _losses(target: Artifact, texts: list[Text], reduced: Path | None) -> list[dict[str, Any]]:
+def _losses(target: Artifact, texts: list[ScoredText], reduced: Path | None) -> list[dict[str, Any]]:
     from qvera.config.sections import TrainingSection
     from qvera.evaluation.held_out import held_out_loss, scoring
     from qvera.evaluation.load import base_of, open_target

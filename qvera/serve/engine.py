@@ -210,7 +210,6 @@ class Engine:
                 generated_tokens=self._generated,
                 finished=self._finished,
                 background_seconds=self.background.seconds,
-                background_slices=self.background.slices,
                 background_failure=self.background.failure,
             )
 

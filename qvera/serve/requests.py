@@ -177,5 +177,4 @@ class EngineStats:
     generated_tokens: int
     finished: int  # requests that ended for any reason
     background_seconds: float = 0.0
-    background_slices: int = 0
     background_failure: str | None = None  # why background work is parked; None: it is not

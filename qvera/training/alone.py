@@ -247,7 +247,7 @@ class Trainer(Run):
         vectors, optimizer = loop.engine.unsharded()
         # tensors that are not trained are the model's own; of the others an engine may have better ones than the model
         vectors = {**named_vectors(loop.model), **vectors}
-        random = self.group.gather_bytes(checkpoint.random_state(self.group.rank))
+        random = self.group.gather_bytes(checkpoint.generator_states(self.group.rank))
         hooks = loop.hooks.state_dict()
         state = {
             "recipe": self.recipe.to_dict(),

@@ -123,7 +123,7 @@ def save(
 ) -> Path:
     """Write ``directory/step-XXXXXXXX`` of one adapter, as `write` does.
 
-    ``vectors``: by their names in the adapter file. ``random``: of all ranks (`random_state`), by default of this
+    ``vectors``: by their names in the adapter file. ``random``: of all ranks (`generator_states`), by default of this
     process. ``hooks``: as `TrainingHooks.state_dict` gives it.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -139,7 +139,7 @@ def save(
     files = {
         "vectors": dict[str, torch.Tensor](vectors),
         "optimizer": tensors,
-        "random": random_state() if random is None else random,
+        "random": generator_states() if random is None else random,
         **({"hooks": held} if held else {}),
     }
     return write(directory, "step", step, files, {"optimizer_scalars": scalars, "hooks": values, **state})
@@ -333,7 +333,7 @@ def restore(
         states.setdefault(name, {})[part] = _placed(tensor, device, optimizer, vectors.get(name))
     for name in states.keys() & vectors.keys():
         optimizer.state[vectors[name]] = states[name]
-    set_random_state(checkpoint.files["random"], rank)
+    set_generator_states(checkpoint.files["random"], rank)
 
 
 def _placed(
@@ -361,15 +361,15 @@ def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def random_state(rank: int = 0) -> dict[str, torch.Tensor]:
+def generator_states(rank: int = 0) -> dict[str, torch.Tensor]:
     """Return this process's generator states, under the names that the states of ``rank`` have in a checkpoint."""
     suffix = f".{rank}" if rank else ""
     states = {"cpu": torch.get_rng_state(), **accelerator.random_state()}
     return {f"{name}{suffix}": state for name, state in states.items()}
 
 
-def set_random_state(states: dict[str, torch.Tensor], rank: int = 0) -> None:
-    """Take over the generator states of ``rank`` from what `random_state` gave, of one rank or of all."""
+def set_generator_states(states: dict[str, torch.Tensor], rank: int = 0) -> None:
+    """Take over the generator states of ``rank`` from what `generator_states` gave, of one rank or of all."""
     suffix = f".{rank}" if rank else ""
     mine = {name.removesuffix(suffix): state for name, state in states.items() if name.endswith(suffix)}
     if "cpu" in mine:

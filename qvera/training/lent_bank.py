@@ -91,7 +91,7 @@ class LentBank:
             if self._random is None:
                 torch.manual_seed(self._seed)
             else:
-                checkpoint.set_random_state(self._random)
+                checkpoint.set_generator_states(self._random)
             try:
                 model.set_attn_implementation(_implementation(model))
                 self.model.train(mode)
@@ -100,7 +100,7 @@ class LentBank:
             finally:
                 self.model.train(was_training)
                 model.set_attn_implementation(answering)
-                self._random = checkpoint.random_state()
+                self._random = checkpoint.generator_states()
 
 
 def _implementation(model: Any) -> str:

@@ -26,7 +26,7 @@ from qvera.config import plugins
 from qvera.data import Example, batches_of, planned_steps
 from qvera.distributed.group import ALONE
 from qvera.models.attention import rows_joined
-from qvera.training.checkpoint import TrainState, random_state, set_random_state
+from qvera.training.checkpoint import TrainState, generator_states, set_generator_states
 from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
 from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error
 from qvera.training.optim import build_optimizer, build_range_test, build_schedule, require_all_stepped
@@ -110,7 +110,7 @@ class Loop(ABC, Generic[S]):
             RunFailed: memory ran out in the optimizer.
         """
         # a step that is undone goes back to this state, so that its next attempt drops out the same elements
-        random = random_state(self.group.rank)
+        random = generator_states(self.group.rank)
         step = self.step = self.next_step()
         self.hooks.before_step(step.number)
         shortage: Shortage | None = None
@@ -120,7 +120,7 @@ class Loop(ABC, Generic[S]):
             except OwnCodeFailed:
                 # undone like a shortage: the run ends, and saves the state after the last whole step (`Run.end`)
                 self.drop_gradients()
-                set_random_state(random, self.group.rank)
+                set_generator_states(random, self.group.rank)
                 raise
             if shortage is None:
                 with step.paused():
@@ -128,7 +128,7 @@ class Loop(ABC, Generic[S]):
         if self.add_up(step, shortage):  # some process ran out of memory
             self.drop_gradients()
             forget_inputs(self.model)  # the failed pass has left projections in the layers
-            set_random_state(random, self.group.rank)
+            set_generator_states(random, self.group.rank)
             records = self.make_smaller(step, shortage)
         else:
             norms = or_shortage(lambda: self.clip_and_step(step), self.device)

@@ -185,7 +185,7 @@ class ManyTrainer(Run):
         loop.adamw.load_state_dict(saved.files["optimizer"])
         loop.round = self.saved = self.whole_round = saved.number
         self.totals = Totals(**saved.state["totals"])
-        checkpoint.set_random_state(saved.files["random"])
+        checkpoint.set_generator_states(saved.files["random"])
         self.session.keep_checkpointing(saved.state["gradient_checkpointing"], ALONE)
         self.session.builds_per_pass = saved.state["builds_per_pass"]
         self.say(f"Going on from round {loop.round} ({saved.path}).")
@@ -310,7 +310,7 @@ class ManyTrainer(Run):
         files: dict[str, dict[str, torch.Tensor]] = {
             "vectors": {"vectors": loop.bank.vectors},
             "optimizer": loop.adamw.state_dict(),
-            "random": checkpoint.random_state(),
+            "random": checkpoint.generator_states(),
             **({"best": best} if best else {}),
         }
         adapters = [

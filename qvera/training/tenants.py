@@ -121,7 +121,7 @@ class _Do:
 
 
 @dataclasses.dataclass(eq=False)
-class _Step:
+class _OptimizerStep:
     done: Done
     settings: AdamSettings
 
@@ -147,7 +147,7 @@ class _Rows:
         self.begun = False
 
 
-_Call: TypeAlias = _Do | _Step | _Rows
+_Call: TypeAlias = _Do | _OptimizerStep | _Rows
 
 
 @dataclasses.dataclass(eq=False)
@@ -272,7 +272,7 @@ class Tenants:
 
     def optim_step(self, model_id: str, settings: AdamSettings, done: Done) -> None:
         """Step with the gradient of all calls since the last step, and drop it. ``done`` gets its metrics."""
-        self._send(model_id, _Step(done, settings))
+        self._send(model_id, _OptimizerStep(done, settings))
 
     def save_state(self, model_id: str, file: Path, done: Done) -> None:
         """Write all of a model to a file for `load`: vectors, moments, count of steps and the pending gradient.
@@ -357,7 +357,7 @@ class Tenants:
                 self._end(model, self._result_of(functools.partial(call.do, model)))
                 if not hasattr(model, "pool"):  # the call that makes it has failed
                     self._drop(model, "could not be made")
-            if model.calls and isinstance(model.calls[0], _Step):
+            if model.calls and isinstance(model.calls[0], _OptimizerStep):
                 due.setdefault(model.pool, []).append(model)
         self._waits_for_room = False
         for pool, models in due.items():
@@ -383,7 +383,7 @@ class Tenants:
     def _step(self, pool: _Pool, models: Sequence[_Model]) -> None:
         """Take the optimizer steps of models that are in slots."""
         slots = [model.slot for model in models]
-        settings = [model.calls[0].settings for model in models if isinstance(model.calls[0], _Step)]
+        settings = [model.calls[0].settings for model in models if isinstance(model.calls[0], _OptimizerStep)]
 
         def step() -> list[float]:
             for slot in slots:  # no call of these models has begun, so their gradients in the bank are free to use

@@ -56,10 +56,10 @@ def first_line(error: BaseException) -> str:
     return line if line.endswith(".") else line + "."
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException) -> str:
     """Write an error's message on one line without a full stop; or its type, if it has no message."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= limit else text[: limit - 1] + "…").rstrip(".")
+    return (text if len(text) <= 300 else text[:299] + "…").rstrip(".")
 
 
 def require_takes(function: Callable[..., object], arguments: int, where: str) -> None:

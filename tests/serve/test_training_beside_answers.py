@@ -104,7 +104,7 @@ def test_answers_are_the_same_to_the_bit_and_so_is_what_is_trained(
         rest = _answers(engine, asked[1:], lambda: work.wait_for_more(0))
         assert trainer.has_work
         wait_until(lambda: not work.has_work())
-        assert engine.stats().background_slices == work.slices > 0
+        assert engine.background.slices == work.slices > 0
         assert engine.stats().background_seconds > 0
         last = _answers(engine, again)
     assert [*first, *rest, *last] == without
@@ -276,7 +276,7 @@ def test_an_engine_sleeps_until_it_is_woken_and_an_error_parks_the_work_until_th
         wait_until(lambda: engine.stats().background_failure)
         assert engine.stats().background_failure == "ZeroDivisionError: division by zero."
         assert submit(engine, request([3], max_tokens=20)).end() == LENGTH
-        assert (engine.stats().background_slices, engine.stats().dead) == (1, None)
+        assert (engine.background.slices, engine.stats().dead) == (1, None)
         work.do = lambda: None
         engine.wake()
         work.wait_for_more()

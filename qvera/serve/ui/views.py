@@ -59,13 +59,10 @@ def state_of(directory: Path, status: str) -> State:
 
     The process is asked first, because a resumed run has the old run.json for a moment.
     """
-    return "running" if _has_process(directory) else _ENDED.get(status, "interrupted")
-
-
-def _has_process(directory: Path) -> bool:
-    """Whether the run's owner process exists. One on another machine counts as existing."""
     owner = _small(directory / RUN_OWNER)
-    return process_exists(get_number(owner, "pid"), get_text(owner, "host"), get_text(owner, "started"))
+    # a process on another machine counts as existing
+    is_running = process_exists(get_number(owner, "pid"), get_text(owner, "host"), get_text(owner, "started"))
+    return "running" if is_running else _ENDED.get(status, "interrupted")
 
 
 def _small(file: Path) -> object:
