@@ -108,6 +108,8 @@ class Call:
     """Makes the promise's result, JSON or the bytes of a message, from its id and what ``done`` was called with."""
     is_kept: bool = True
     """Whether it changes the model, so that it is done again if the model's state is lost."""
+    held_bytes: int = 0
+    """Of its rows in memory: those that came sparse may take far more than the body."""
 
 
 def parsed(kind: type[M], body: bytes) -> M:
@@ -162,7 +164,8 @@ def _forward_backward(tinker: Tinker, model: TrainedModel, seq: int, kind: str, 
     def finish(promise: str, results: Any) -> bytes:
         return encode_forward_backward(results, asked.shapes)
 
-    return Call(kind, start, finish, is_kept=not asked.forward_only)
+    held = sum(array.nbytes for row in asked.rows for array in (row.tokens, row.targets, *row.inputs.values()))
+    return Call(kind, start, finish, not asked.forward_only, held)
 
 
 def _optim_step(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:

@@ -3,7 +3,7 @@
 A promise is a call that was accepted: its body, as decoded from its transfer, and its result once there is one (of a
 failed one the message). So a killed server goes on with what it has promised. Calls of training keep their body until
 the model's state file holds their effect. ``target`` is a model or sampling session, ``kind`` the last part of the
-path, ``size`` bytes of the body or a number of samples, and ``owner`` a key's name.
+path, ``size`` bytes that the call holds or a number of samples, and ``owner`` a key's name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import secrets
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -77,6 +78,7 @@ class Database(SqliteFile):
         super().__init__(path, _SCHEMA, VERSION, "Tinker's API", parts, synchronous="NORMAL")
         self._waiting: defaultdict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
         """Promise or target → those who wait for its end, and the event loop of each."""
+        self._waiting_lock = threading.Lock()  # of its own: an event loop must not wait for a transaction
         (self._last_end,) = self.rows("SELECT IFNULL(MAX(done_at), 0) FROM promises")[0]
 
     def begin(
@@ -125,7 +127,7 @@ class Database(SqliteFile):
             values = (state, payload, self._end_microseconds(), keep_body, promise)
             found = connection.execute(f"{query} AND state = 'pending' RETURNING target", values).fetchall()
         # after the transaction, so that those who are woken find the result
-        with self._lock:
+        with self._waiting_lock:
             waiting = [
                 one for key in (promise, *(row["target"] for row in found)) for one in self._waiting.get(key, ())
             ]
@@ -148,7 +150,7 @@ class Database(SqliteFile):
         Returns None if nothing was found for so many seconds. ``key``: a promise, or a target with all of its promises.
         """
         waits, ends_at = (asyncio.get_running_loop(), asyncio.Event()), time.monotonic() + seconds
-        with self._lock:
+        with self._waiting_lock:
             self._waiting[key].add(waits)
         try:
             while True:
@@ -159,7 +161,7 @@ class Database(SqliteFile):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(waits[1].wait(), left)
         finally:
-            with self._lock:
+            with self._waiting_lock:
                 self._waiting[key].discard(waits)
                 if not self._waiting[key]:
                     del self._waiting[key]
@@ -211,8 +213,3 @@ class Database(SqliteFile):
         """Add a row to a table, in place of one with its key."""
         marks = ", ".join("?" * len(values))
         self.rows(f"INSERT OR REPLACE INTO {table} ({', '.join(values)}) VALUES ({marks})", values.values())
-
-    def update(self, table: str, key: str, **values: object) -> None:
-        """Change columns of the row with this id."""
-        changes = ", ".join(f"{name} = ?" for name in values)
-        self.rows(f"UPDATE {table} SET {changes} WHERE id = ?", (*values.values(), key))

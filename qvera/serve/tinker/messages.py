@@ -148,7 +148,7 @@ def decode_forward_backward(body: bytes, most_tokens: int, vocabulary: int) -> F
     if not request.data:
         raise InputError("data: has no rows.")
     tensors = [tensor for datum in request.data for tensor in datum.loss_fn_inputs.values()]
-    if (cells := sum(math.prod(map(abs, tensor.shape)) for tensor in tensors)) > _MOST_CELLS:
+    if (cells := sum(math.prod(map(abs, tensor.shape[:2])) for tensor in tensors)) > _MOST_CELLS:
         raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
     for number, datum in enumerate(request.data):
         try:
@@ -234,7 +234,7 @@ def _tensor(name: str, tensor: Any, tokens: int) -> np.ndarray:
     """A tensor of shape [tokens] or [tokens, K], dense."""
     is_sparse = tensor.WhichOneof("value") == "sparse_csr"
     values = _numbers(name, tensor.sparse_csr.values if is_sparse else tensor.dense, tensor.dtype)
-    shape = tuple(tensor.shape) or (len(values),)
+    shape = tuple(tensor.shape[:3]) or (len(values),)  # with more than two it is refused, however many there are
     if shape != (tokens,) and not (len(shape) == 2 and shape[0] == tokens and 0 < shape[1] <= _MOST_COLUMNS):
         raise InputError(
             f"{name}: has the shape {list(shape)}; the row has {tokens} tokens, so expected [{tokens}] or "
@@ -258,6 +258,7 @@ def dense_of(
         len(shape) != 2
         or len(counts) != shape[0]
         or (counts < 0).any()
+        or ((starts < 0) | (starts > len(values))).any()  # so that no count has wrapped round
         or (starts[0], starts[-1]) != (0, len(values))
         or len(columns) != len(values)
         or ((columns < 0) | (columns >= shape[1])).any()

@@ -183,7 +183,7 @@ async def create_model(sender: Trainer) -> dict[str, str]:
 @router.post("/load_weights")
 async def load_weights(sender: Trainer) -> dict[str, str]:
     """Make a model from a saved state, or (the older form) load a state into one that has done nothing yet."""
-    if parsed(LoadWeights, await sender.request.body()).session_id is None:
+    if parsed(Named, await sender.request.body()).model_id:
         return await _training(sender, "load_weights")
     return await _created(sender, "load_weights", LoadWeights)
 

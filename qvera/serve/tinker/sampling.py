@@ -252,9 +252,9 @@ class Samples:
         self._is_busy = False  # the engine, whose queue is full
         self._asked: defaultdict[str, set[str]] = defaultdict(set)  # live session → identities of its adapters
         tinker.on_session_end = self._end_session
-        for promise in self._database.promises("state = 'pending' AND kind = ? ORDER BY number", SAMPLE):
-            call = _Call(*(promise[name] for name in ("id", "owner", "target", "size")))
-            self._put(partial(self._queue, call))
+        left = "SELECT id, owner, target, size FROM promises WHERE state = 'pending' AND kind = ? ORDER BY number"
+        for row in self._database.rows(left, (SAMPLE,)):
+            self._put(partial(self._queue, _Call(*row)))
 
     def create(self, access: Access, asked: NewSampler) -> str:
         """Make a sampler of a saved adapter or of the base, and return its id.
@@ -390,6 +390,10 @@ class Samples:
         if len(call.samples) == call.count:
             self._leave_queue(call)
 
+    def _leave_sent(self, request: str) -> None:
+        call, asked, sample = self._sent.pop(request)
+        self._given[call.owner] -= asked.sampling.max_tokens - len(sample.events)
+
     def _leave_queue(self, call: _Call) -> None:
         calls = self._waiting.get(call.owner, deque())
         with contextlib.suppress(ValueError):
@@ -434,15 +438,14 @@ class Samples:
         while stream.stopped and any(text in texts.decode(tokens[:-1]) for text in asked.stops):
             tokens.pop()  # the last token is the one that completes the text
         del sample.events[len(tokens) :]
-        del self._sent[request]
-        self._given[call.owner] -= asked.sampling.max_tokens - len(tokens)
+        self._leave_sent(request)
         if len(call.samples) == call.count and all(one.is_stopped is not None for one in call.samples):
             self._end(call, "proto", asked.encoded(call.samples, call.scores))
 
     def _end(self, call: _Call, state: Literal["proto", "user", "server"], payload: bytes) -> None:
         """Write down a call's result. A failed one's samples are given up."""
         for request in [sample.id for sample in call.samples if sample.id in self._sent]:
-            del self._sent[request]
+            self._leave_sent(request)
             self._service.engine.cancel(request)
         self._leave_queue(call)
         del self._calls[call.promise]

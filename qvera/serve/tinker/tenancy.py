@@ -59,7 +59,7 @@ class TinkerSettings:
     sessions: int = 1024  # live, of one key
     models: int = 2048  # live, of one key
     open_calls: int = 512  # accepted and without a result, of one key
-    open_bytes: int = 512 << 20  # bodies of these
+    open_bytes: int = 512 << 20  # bodies of these, or their rows in memory where those are larger
     checkpoint_bytes: int = 64 << 30  # of one key, on disk
     session_seconds: float = 600.0  # a session without a heartbeat ends after this long
     gap_seconds: float = 5.0  # a missing seq_id holds up later ones for so long
@@ -204,16 +204,21 @@ class Tinker:
 
     def _write_end(self, session_id: str, models: list[str]) -> None:
         """Write down that a session has ended with its models, and delete what only they need."""
-        for target in models:
-            for promise in self.database.promises("target = ? AND state = 'pending'", target):
-                self.database.fail(promise["id"], "The session has ended.", "user")
-            self.database.saved(target, 2**31)  # none of its calls is done again
-            shutil.rmtree(self._states(target), ignore_errors=True)
+        for model in models:
+            self._write_model_end(model, "The session has ended.")
         # the session last: after a kill before that it is still live, and ends once more
-        for table, key in (("models", "session"), ("samplers", "session"), ("sessions", "id")):
+        for table, key in (("samplers", "session"), ("sessions", "id")):
             query = f"UPDATE {table} SET ended = ? WHERE {key} = ? AND ended IS NULL"
             self.database.rows(query, (time.time(), session_id))
         shutil.rmtree(self.directory / "sessions" / session_id, ignore_errors=True)
+
+    def _write_model_end(self, model: str, why: str) -> None:
+        """Write down that a model has ended, and fail its calls that have no result."""
+        for row in self.database.rows("SELECT id FROM promises WHERE target = ? AND state = 'pending'", (model,)):
+            self.database.fail(row["id"], why, "user")
+        self.database.saved(model, 2**31)  # none of its calls is done again
+        self.database.rows("UPDATE models SET ended = ? WHERE id = ?", (time.time(), model))
+        shutil.rmtree(self._states(model), ignore_errors=True)
 
     def drop_unasked_samplers(self, session: str) -> None:
         """Delete unnamed adapters that no call of `kept_seconds` has asked for, but for the newest of each model."""
@@ -242,7 +247,6 @@ class Tinker:
         Raises ApiError (`hear`; 429 at the key's limit), or InputError if it can't be made as asked.
         """
         session, seed = asked.session_id or "", None
-        self.hear(session, owner)
         model_id = f"{session}:train:{asked.model_seq_id}"
         if isinstance(asked, CreateModel):
             base, shape, seed = asked.base_model, self._shape(asked), asked.lora_config.seed
@@ -254,6 +258,7 @@ class Tinker:
         if not 1 <= shape.rank <= most:
             raise InputError(f"rank: is {shape.rank:,}, and this server takes 1 to {most:,} of {shape.method}.")
         with self._lock:
+            self.hear(session, owner)  # under the lock, so that it does not end before it has the model
             model = self._models.get(model_id)
             if model is None:
                 if self.database.rows("SELECT 1 FROM models WHERE id = ?", (model_id,)):  # an ended one keeps its id
@@ -308,12 +313,13 @@ class Tinker:
             count, size = self.database.open_of(owner, samples=False)
             _require_room("calls", count, settings.open_calls)
             _require_room("bytes of calls", size, settings.open_bytes)
-            promise, is_new = self.database.begin(owner, model.id, seq, kind, body)
+            held = max(len(body), call.held_bytes)
+            promise, is_new = self.database.begin(owner, model.id, seq, kind, body, size=held)
             if is_new:
                 model.unsaved_bytes += len(body)
                 if seq < model.barrier:
                     late = f"seq_id: {seq} came after call {model.barrier}, which it should have come before."
-                    self.put(partial(self._finish, model, promise, call, CallFailed(late, "user")))
+                    self.put(partial(self.database.fail, promise, late, "user"))
                 else:
                     model.waiting[seq] = kind, promise, call
                     self._advance(model)
@@ -404,8 +410,9 @@ class Tinker:
         if isinstance(result, CallFailed):
             self.database.fail(promise, result.message, result.category)
             if call.kind in ("create_model", "load_weights"):  # there is no such model, then
-                self._models.pop(model.id, None)
-                self.database.update("models", model.id, ended=time.time())
+                with self._lock:
+                    self._models.pop(model.id, None)
+                self._write_model_end(model.id, f"The model was not made: {result.message}")
         else:
             try:
                 found = call.finish(promise, result)

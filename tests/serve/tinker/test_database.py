@@ -50,6 +50,30 @@ def test_who_waits_for_a_promise_or_its_target_wakes_with_the_result(database: D
     assert wait(database, key, promise, 30.0) == found  # a client whose connection broke asks again
 
 
+def test_an_event_loop_goes_on_while_a_transaction_waits_for_the_disk(database: Database) -> None:
+    promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
+    begun, written = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with database.transaction():
+            begun.set()
+            written.wait(20)
+
+    async def poll() -> None:
+        waits = asyncio.create_task(database.wait(promise, lambda: None, 0.01))
+        while not waits.done():
+            await asyncio.sleep(0.01)
+
+    writer, poller = threading.Thread(target=write), threading.Thread(target=lambda: asyncio.run(poll()))
+    writer.start()
+    assert begun.wait(20)
+    poller.start()
+    poller.join(10)
+    assert not poller.is_alive()
+    written.set()
+    writer.join()
+
+
 def test_a_promise_that_takes_longer_stays_pending(database: Database) -> None:
     promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
     assert wait(database, promise, promise, 0.05) is None

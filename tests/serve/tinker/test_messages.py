@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -203,17 +204,18 @@ def test_images_and_sound_are_refused_by_name(kind: str) -> None:
 
 def test_damaged_tensors_are_refused() -> None:
     def damaged(name: str, change: Any) -> str:
-        row = datum(target_tokens=torch.tensor([[4, 5], [0, 7], [0, 0]]), weights=torch.tensor([[1.0, 1.0]] * 3))
-        message = body(row)
+        targets = torch.tensor([[4, 5, 0, 0], [0, 7, 0, 0], [0, 0, 0, 0]])
+        message = body(datum(target_tokens=targets, weights=torch.ones(3, 4)))
+        assert message.data[0].loss_fn_inputs["target_tokens"].HasField("sparse_csr")
         change(message.data[0].loss_fn_inputs[name])
         return refusal(message)
 
     def set_indices(which: str, values: list[int]) -> Any:
         return lambda tensor: setattr(tensor.sparse_csr, which, np.int64(values).tobytes())
 
-    for values in ([0, 2, 3], [1, 2, 3, 3], [0, 2, 1, 3], [0, 2, 3, 4]):
+    for values in ([0, 2, 3], [1, 2, 3, 3], [0, 2, 1, 3], [0, 2, 3, 4], [0, 2**63 - 1, -2, 3]):
         assert "target_tokens: is no CSR tensor" in damaged("target_tokens", set_indices("crow_indices", values))
-    for values in ([0, 1], [0, 1, 2], [0, 1, -1]):
+    for values in ([0, 1], [0, 1, 4], [0, 1, -1]):
         assert "target_tokens: is no CSR tensor" in damaged("target_tokens", set_indices("col_indices", values))
     assert "has the dtype 9" in damaged("weights", lambda tensor: setattr(tensor, "dtype", 9))
     assert "weights: has 5 bytes" in damaged("weights", lambda tensor: setattr(tensor, "dense", b"12345"))
@@ -226,6 +228,13 @@ def test_a_small_sparse_body_can_not_claim_huge_memory() -> None:
     assert "a call at most 16,777,216" in refusal(message)
     message.data[0].loss_fn_inputs["target_tokens"].shape[1] = 10**6
     assert "K from 1 to 1,024" in refusal(message)
+
+
+def test_a_shape_of_many_sides_is_refused_without_their_product() -> None:
+    message, began = body(datum(weights=[1.0] * 3)), time.monotonic()
+    message.data[0].loss_fn_inputs["weights"].shape.extend([2**62] * 200_000)
+    assert len(refusal(message)) < 200
+    assert time.monotonic() - began < 5
 
 
 def test_a_body_names_its_call_also_where_the_rest_is_damaged() -> None:

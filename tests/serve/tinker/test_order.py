@@ -8,11 +8,14 @@ import time
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import zstandard
 
 from qvera.serve.api.access import new_key
 from qvera.serve.tinker.calls import OptimStep, parsed
+from qvera.serve.tinker.messages import MESSAGES
+from qvera.training.tenants import CallFailed, Done
 from qvera.utils.errors import InputError
 from tests.serve.tinker.conftest import StartTinker, TinkerServer, rows_body, soon
 
@@ -133,6 +136,75 @@ def test_a_key_that_trains_nothing_finds_no_path_that_is_not_there(start_tinker:
         assert answers[1].json()["detail"].startswith(f"This server does not know {method}")
     assert server.call("optim_step", {"model_id": "x", "seq_id": 1}, "tom").status_code == 403
     assert httpx.get(f"{server.url}/api/v1/downloads/x").status_code == 404  # without a key
+
+
+def test_calls_behind_a_state_that_can_not_be_loaded_fail_with_it(
+    start_tinker: StartTinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, loads = start_tinker(gap_seconds=100), list[Done]()
+    session = server.session()
+    saved = server.result(server.call("save_weights", {"model_id": server.model(session), "seq_id": 1, "path": "one"}))
+    model = server.model(session, 1)
+    monkeypatch.setattr(server.tenants, "load", lambda *arguments: loads.append(arguments[-1]))
+    body = {"model_id": model, "seq_id": 1, "path": saved["path"], "optimizer": True}
+    load, waits = server.call("load_weights", body), server.train(model, 3)  # the second part of a call, whose first...
+    loads[0](CallFailed("its file is damaged"))
+    assert server.result(load)["error"] == "its file is damaged"
+    assert server.train(model, 2).status_code == 410  # ...comes when the model has ended
+    soon(lambda: server.tinker.database.open_of("local", samples=False) == (0, 0))
+    assert server.result(waits)["error"] == "The model was not made: its file is damaged"
+
+
+def test_a_load_that_comes_late_is_refused_and_the_model_goes_on(server: TinkerServer) -> None:
+    session = server.session()
+    model, other = server.model(session), server.model(session, 1)
+    saved = server.result(server.call("save_weights", {"model_id": other, "seq_id": 1, "path": "one"}))
+    server.result(server.step(model, 2))
+    late = {"model_id": model, "seq_id": 1, "path": saved["path"], "optimizer": True}
+    assert "came after call 2" in server.result(server.call("load_weights", late))["error"]
+    assert "error" not in server.result(server.step(model, 3))
+
+
+def test_a_load_into_a_model_that_is_refused_has_used_its_seq_id(start_tinker: StartTinker) -> None:
+    server = start_tinker(gap_seconds=100)
+    model = server.model()
+    body = {"model_id": model, "seq_id": 1, "path": "tinker://x/weights/y", "optimizer_config": {"type": "dimuon"}}
+    assert server.call("load_weights", body).status_code == 400
+    server.train(model, 2)
+    soon(lambda: server.tinker.database.open_of("local", samples=False) == (0, 0))
+
+
+def test_a_session_that_ends_while_a_model_is_made_for_it_keeps_none(
+    server: TinkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, shape = server.session(), server.tinker._shape
+
+    def ending(asked: Any) -> Any:
+        server.tinker.end_session(session, "local")
+        return shape(asked)
+
+    monkeypatch.setattr(server.tinker, "_shape", ending)
+    body = {"session_id": session, "model_seq_id": 0, "base_model": "tiny"}
+    assert server.call("create_model", body).status_code == 410
+    assert not server.tinker._models
+
+
+def test_rows_that_come_sparse_count_as_what_they_take_in_memory(start_tinker: StartTinker) -> None:
+    server = start_tinker(open_bytes=1 << 20)
+    model = server.model()
+    server.tenants.runs.clear()
+    request = MESSAGES["ForwardBackwardRequest"](model_id=model, seq_id=1, loss_fn="cross_entropy")
+    datum = request.data.add()
+    datum.model_input.add().encoded_text.tokens = np.zeros(100, "<i4").tobytes()
+    for name, dtype in (("target_tokens", 2), ("weights", 1)):
+        tensor = datum.loss_fn_inputs[name]
+        tensor.sparse_csr.crow_indices, tensor.dtype = np.zeros(101, "<i8").tobytes(), dtype
+        tensor.shape.extend([100, 1024])
+    body = request.SerializeToString()
+    assert len(body) < 4096 and server.call("forward_backward", body).status_code == 200
+    refused = server.train(model, 2)
+    assert refused.status_code == 429 and "1,229,600 bytes of calls open" in refused.json()["detail"]
+    server.tenants.runs.set()
 
 
 def test_promises_and_sessions_of_others_are_unknown(start_tinker: StartTinker) -> None:

@@ -146,6 +146,15 @@ def test_beyond_its_quota_a_key_is_told_to_wait_and_another_is_not(server: Serve
     server.wait("anna", server.ask("anna"))
 
 
+def test_samples_that_were_given_up_count_with_the_tokens_that_they_had(server: Server) -> None:
+    server.engine.hold.set()
+    promise = server.ask("anna", PLACES, prompt=3, max_tokens=900)
+    wait_until(lambda: len(server.engine.requests) == PLACES)
+    server.samples.cancel("anna", promise)
+    assert b"given the sample up" in server.wait("anna", promise)
+    assert server.samples._given["anna"] == PLACES * 3
+
+
 def test_the_end_of_a_session_and_a_failing_engine_end_its_samples(server: Server) -> None:
     server.engine.hold.set()
     ended, other = server.ask("anna", 20), server.ask("ben", 2)
