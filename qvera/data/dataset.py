@@ -438,7 +438,7 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
         for low, high, count in zip(edges[:-1], edges[1:], stats.histogram_counts, strict=True):
             bar = "█" * max(round(_BAR_WIDTH * count / highest), 1 if count else 0)
             console.print(Text(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}}  {count:,}"))
-    for example in datasets.first_rows(rows or max(_SHOWN_ROWS, len(stats.sources))):
+    for example in datasets.first_rows(max(_SHOWN_ROWS, len(stats.sources)) if rows is None else rows):
         console.print()
         if example.is_labelled:
             label = Text.assemble((example.source, "bold"), "  label: ", (str(example.reference), "green"))

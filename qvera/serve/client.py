@@ -62,7 +62,7 @@ class ServerClient:
                 some = _some_of(adapters)
                 raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {some}.")
             if name is not None and name not in models and "*" not in name:  # a blend is not listed
-                hint = did_you_mean(name, models)
+                hint = f"{did_you_mean(name, models)} There are {_some_of(list(models))}."
                 raise InputError(f"--adapter {name}: {self.url} has no model of this name{hint}")
         return {name: (adapters or bases)[0] if name is None else name for name in names}
 

@@ -135,9 +135,9 @@ def test_histogram_covers_every_row(lengths: list[int]) -> None:
     assert sum(counts) == len(lengths)
 
 
-def preflight(data: Datasets, tokenizer: Any) -> str:
+def preflight(data: Datasets, tokenizer: Any, rows: int | None = None) -> str:
     out = io.StringIO()
-    print_preflight(data, tokenizer, Console(file=out, width=1000))
+    print_preflight(data, tokenizer, Console(file=out, width=1000), rows)
     return out.getvalue()
 
 
@@ -145,6 +145,7 @@ def test_preflight_of_rows_whose_label_is_not_read_names_the_classifier(read: Re
     data = read([{"text": f"it is {i}", "label": "good"} for i in range(4)], smollm2_tokenizer)
     shown = preflight(data, smollm2_tokenizer)
     assert "Not read   columns label" in shown and "set task: sequence-classification" in shown
+    assert " is 0" in shown and " is 0" not in preflight(data, smollm2_tokenizer, rows=0)
 
 
 def test_preflight_shows_what_is_trained(read: Read, smollm2_tokenizer: Any) -> None:

@@ -62,7 +62,9 @@ def test_what_a_server_refuses_is_said(start: Start, monkeypatch: pytest.MonkeyP
 
     assert f"Set {KEY_VARIABLE} to a key of this server" in refused("", "--adapter", "anna")
     assert "Name one with --adapter NAME: anna, ben" in refused("all")
-    assert "has no model of this name; did you mean 'anna'?" in refused("all", "--adapter", "ana")
+    assert "has no model of this name; did you mean 'anna'? There are tiny, anna, ben." in refused(
+        "all", "--adapter", "ana"
+    )
     assert "--base: this key may not use the base" in refused("anna", "--base")
     assert "has no model that this key may use" in refused("later")
     served.engine.fails = "the engine broke"
