@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qvera.config.fields import Positive, Seed, value_problem
 from qvera.config.schema import Recipe, load_recipe, parse_recipe
-from qvera.config.sections import LrRange
+from qvera.config.sections import ExportKind, LrRange
 from qvera.data import Turn
 from qvera.data.conversations import Conversation, read_messages
 from qvera.evaluation import generate as answering
@@ -339,7 +339,7 @@ class Model:
         self,
         out: str | Path,
         *,
-        to: exports.To = "merged",
+        to: ExportKind = "merged",
         rank: Positive | None = None,
         dtype: str | None = None,
         quantize: str | None = None,

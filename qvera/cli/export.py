@@ -25,6 +25,7 @@ from qvera.cli.common import (
     require_new_file,
     say,
 )
+from qvera.config.sections import ExportKind
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.files import replace_text, require_empty
@@ -33,14 +34,12 @@ from qvera.utils.safetensors_io import same_base
 if TYPE_CHECKING:
     from qvera.evaluation.load import Artifact
 
-To = Literal["merged", "lora", "peft", "gguf", "gguf-lora"]
-
 
 def export(
     run: RunPath,
     out: Annotated[Path, argument("OUT", "A new or empty directory, or this export unfinished.")],
     adapter: AdapterName = None,
-    to: Annotated[To, typer.Option(help="What to write.")] = "merged",
+    to: Annotated[ExportKind, typer.Option(help="What to write.")] = "merged",
     rank: Annotated[int | None, option("K", "With --to lora or gguf-lora: keep the best K directions.")] = None,
     dtype: Annotated[GgufDtype | None, typer.Option(help="Default: the recipe's, float16. q8_0: GGUF only.")] = None,
     quantize: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="With --to merged: write in 4 bits.")] = None,

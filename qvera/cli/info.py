@@ -70,7 +70,7 @@ def _text(name: str, value: object) -> str:
         return ", ".join(_text(name, inner) for inner in value)
     if name == "name":
         return shown_name(str(value))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not formatting.is_number(value):
         return "yes" if value is True else "no" if value is False else "–" if value is None else str(value)
     if name.endswith("_bytes"):
         return formatting.size(value)

@@ -343,6 +343,10 @@ class ModelSection(Section):
             yield "resident", "the copies are in 16 bits, and model.compute_dtype is float32."
 
 
+ExportKind = Literal["merged", "lora", "peft", "gguf", "gguf-lora"]
+"""``qvera export --to``."""
+
+
 class ExportSection(Section):
     """The defaults of ``qvera export``; its flags override them."""
 

@@ -16,7 +16,7 @@ from qvera.config.sections import DataSection
 from qvera.data.images import PLACE, read_image, read_parts
 from qvera.data.readers import RawRow, read_file, read_lines, read_rows
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.formatting import describe, first_of
+from qvera.utils.formatting import describe, first_of, is_number
 
 _USUAL_TEXTS = (
     ("text", "text_pair"), ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
@@ -333,10 +333,6 @@ class _Cells:
         return [_without_nulls(tool) for tool in tools]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _require_whole_characters(value: object, where: str) -> None:
     r"""Refuse half a character: JSON can hold one ("\ud83d"), but no tokenizer takes it."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -402,7 +398,7 @@ def _answer(cells: _Cells, name: str) -> str:
         return names[int(digits)]
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{cells.where(name)} must be text or a number, got {value}. Fix the row, or leave it out.")
-    return str(value) if _is_number(value) else cells.text(name)
+    return str(value) if is_number(value) else cells.text(name)
 
 
 # --- preferences
@@ -487,7 +483,7 @@ def _parse_image(cells: _Cells) -> LabelledRow:
 def _label(cells: _Cells) -> str:
     """The label as text. It may be written as a class's number, from 0, if no class name is a number."""
     value, where, names = cells.value("label"), cells.where("label"), cells.label_names
-    if value is None or (isinstance(value, str) and not value.strip()) or (_is_number(value) and value != value):
+    if value is None or (isinstance(value, str) and not value.strip()) or (is_number(value) and value != value):
         raise InputError(f"{where} is empty. Each row needs its label: fill it in, or remove the row.")
     if not isinstance(value, (int, float, str)):
         raise InputError(f"{where} must be a label (a name or a number), got {describe(value)}.")

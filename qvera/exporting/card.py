@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
@@ -161,7 +161,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
     if datasets := [path for path in sources if path and is_hub_id(path)]:
         front["datasets"] = datasets
     measured = [(after, key) for key in _METRICS] + [(subject.evaluation.get("scores") or {}, key) for key in _METRICS]
-    if metrics := sorted({_METRICS[key] for scores, key in measured if _is_number(scores.get(key))}):
+    if metrics := sorted({_METRICS[key] for scores, key in measured if formatting.is_number(scores.get(key))}):
         front["metrics"] = metrics
 
     method, changes_weights, is_low_rank = str(facts["method"]), True, True
@@ -255,10 +255,6 @@ def _training(subject: CardSubject, recipe: Recipe, sources: Sequence[str | None
     return {name: value for name, value in rows.items() if value not in (None, "")}
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 Scores = Mapping[str, Any]
 
 
@@ -285,18 +281,18 @@ def _score_tables(
         found.append((f"{on}, this export beside its run.", {"run": trained, "export": exported}))
     for sentence, sides in found:
         last = list(sides.values())[-1]
-        if known := [name for name, value in last.items() if name not in _NO_SCORES and _is_number(value)]:
+        if known := [name for name, value in last.items() if name not in _NO_SCORES and formatting.is_number(value)]:
             rows = []
             for name in known:
                 values = [scores.get(name) for scores in sides.values()]
-                cells = [formatting.significant(value, 4) if _is_number(value) else "–" for value in values]
+                cells = [formatting.significant(value, 4) if formatting.is_number(value) else "–" for value in values]
                 rows.append((name.replace("_", " "), cells))
             yield sentence, list(sides), rows
 
 
 def _on(scores: Scores, what: str) -> str:
     rows = scores.get("rows", scores.get("scored_rows"))
-    return f"On {rows:,} {what}" if _is_number(rows) else f"On {what}"
+    return f"On {rows:,} {what}" if formatting.is_number(rows) else f"On {what}"
 
 
 def files_of(subject: CardSubject) -> list[Path]:

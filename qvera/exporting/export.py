@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from qvera.adapters.adapter_file import read_config, require_base
-from qvera.config.sections import ExportSection
+from qvera.config.sections import ExportKind, ExportSection
 from qvera.data import resolve_template
 from qvera.evaluation.load import Artifact, require_adapter, require_answers, template_beside, template_name
 from qvera.exporting import lora
@@ -29,14 +29,12 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_WEIGHTS, CERTIFICATE, file_sha256, read_json, replace_text, require_empty
 from qvera.utils.progress import Phase
 
-To = Literal["merged", "lora", "peft", "gguf", "gguf-lora"]
-
 
 def export(
     target: Artifact,
     out: Path,
     *,
-    to: To = "merged",
+    to: ExportKind = "merged",
     rank: int | None = None,
     dtype: str | None = None,
     quantize: str | None = None,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import groupby
+from typing import TypeGuard
 
 _COUNT_UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k"))
 _BYTE_UNITS = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
@@ -120,6 +121,11 @@ def first_of(names: Sequence[object], shown: int = 1) -> str:
 def shortened(text: str, limit: int = 60) -> str:
     """Cut a text to ``limit`` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of JSON or YAML is a number: Python's bool is an int too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def describe(value: object) -> str:

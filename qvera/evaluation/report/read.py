@@ -22,6 +22,7 @@ from qvera.config.schema import parse_recipe
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER, file_sha256, no_directory, read_json
+from qvera.utils.formatting import is_number
 
 Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 
@@ -43,9 +44,7 @@ def get(tree: object, *keys: str) -> object:
 def get_number(tree: object, *keys: str) -> float | None:
     """None for a missing value, text, a bool, NaN, or more than 1e100 (an axis would overflow)."""
     value = get(tree, *keys)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if abs(value) < 1e100 else None  # False for NaN
+    return float(value) if is_number(value) and abs(value) < 1e100 else None  # False for NaN
 
 
 def get_text(tree: object, *keys: str) -> str:
