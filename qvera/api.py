@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from rich.console import Console
 
 from qvera.config.fields import Positive, Seed, value_problem
@@ -42,7 +42,6 @@ Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 
 Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
-RangeSteps = Annotated[int, Strict(), Field(ge=10)]
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -138,7 +137,7 @@ def find_lr(
     *,
     start: float = LrRange.start,
     end: float = LrRange.end,
-    steps: RangeSteps = LrRange.steps,
+    steps: int = LrRange.steps,
     console: Console | None = None,
 ) -> RangeTestResult | None:
     """Test a range of learning rates, as ``qvera train --find-lr`` does, and write the curve into ``out``.
@@ -152,8 +151,9 @@ def find_lr(
     """
     from qvera.training import trainer
 
+    ramp = LrRange(start=start, end=end, steps=steps)
     read, where = _recipe_and_directory(recipe, out)
-    return trainer.find_lr(read, where, LrRange(start=start, end=end, steps=steps), console=console)
+    return trainer.find_lr(read, where, ramp, console=console)
 
 
 def _recipe_and_directory(

@@ -127,7 +127,11 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     [
         ("train", {"recipe": 5}, "a recipe is a mapping with at least `model` and `data`, got int"),
         ("train", {"recipe": {}, "run_dir": 5}, "run_dir: should be a valid string, got 5. Or: "),
-        ("find_lr", {"recipe": {}, "steps": 3}, "steps: should be greater than or equal to 10, got 3."),
+        (
+            "find_lr",
+            {"recipe": {}, "steps": 3},
+            "steps of a range test: takes a whole number >= 10 (a curve needs points), got 3.",
+        ),
         ("load", {"adapter": 5}, "adapter: should be a valid string, got 5."),
         ("generate", {"prompts": 5}, "prompts: expected a text, or a list of texts or of lists of messages, got 5."),
         ("generate", {"prompts": {"role": "user", "content": "x"}}, "prompts: expected a text, or a list"),
