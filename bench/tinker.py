@@ -41,11 +41,10 @@ import psutil
 
 from bench.common import header, smollm2, write_result
 from bench.serving import NEW_TOKENS, ServerProcess, random_prompts
-from bench.tinkering import Link, Trained, random_rows, write_keys
+from bench.tinkering import Link, Trained, random_rows, send_heartbeats, write_keys
 
 VOCABULARY = 40_000
 _RATE = 1e-4
-_HEARTBEAT_SECONDS = 60.0
 
 Work = Callable[["Tenant"], Awaitable[int]]
 """Does one step or one answer of a tenant; returns the tokens that it had."""
@@ -116,14 +115,6 @@ class Contender:
         self.facts["rss_bytes"] = {"one tenant": before, "all tenants": self.rss_bytes()}
         self.facts["bytes_of_a_tenant"] = (self.rss_bytes() - before) / (len(self.tenants) - 1)
 
-    async def beat(self) -> None:
-        """Heartbeats of all sessions, without end."""
-        while True:
-            await asyncio.sleep(_HEARTBEAT_SECONDS)
-            for tenant in self.tenants:
-                with contextlib.suppress(httpx.TransportError):
-                    await tenant.model.link.once("session_heartbeat", {"session_id": tenant.model.session})
-
     async def together(self, count: int, seconds: float, work: Work) -> dict[str, float]:
         """Tenants at once, each at least for one piece of work."""
 
@@ -185,7 +176,7 @@ async def measure(contenders: list[Contender], base: str, keys: list[str], args:
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=one.url, timeout=600, limits=limits))
             name = base if one.name != "qvera" or not args.vera else f"{base}:vera-{args.rank}"
             await one.settle(http, name, keys if one.name == "qvera" else ["x"], args.rank, args.rows)
-            stack.callback(asyncio.create_task(one.beat()).cancel)
+            stack.callback(asyncio.create_task(send_heartbeats(one.tenants)).cancel)
             print(one.name, one.facts, flush=True)
         turns = {(one, n): itertools.cycle(one.tenants[:n]) for one in contenders for n in one.counts}
         for number in range(args.rounds + 1):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ import numpy as np
 from tinker.proto import tinker_public_pb2 as messages
 
 PROTOBUF = "application/x-protobuf"
-_PATIENCE_SECONDS = 900.0
+_PATIENCE_SECONDS = 3600.0
+_HEARTBEAT_SECONDS = 60.0
 
 
 class Row(NamedTuple):
@@ -86,7 +88,7 @@ class Link:
     ) -> httpx.Response:
         """A call that is sent again while the server is away or busy, as the client does.
 
-        Raises Refused for another status, and TimeoutError after a quarter of an hour.
+        Raises Refused for another status, and TimeoutError after an hour.
         """
         async with asyncio.timeout(_PATIENCE_SECONDS):
             pause = 0.1
@@ -246,6 +248,16 @@ class Trained:
     async def finish(self) -> None:
         """End its session."""
         await self.link.call(f"sessions/{self.session}/finish", {"reason": {"type": "success"}, "detail": ""})
+
+
+async def send_heartbeats(tenants: Collection[Any]) -> None:
+    """Keep the sessions of all tenants' ``model`` alive, without end. A call may wait longer than a session lives."""
+    while True:
+        await asyncio.sleep(_HEARTBEAT_SECONDS)
+        for tenant in tenants:
+            model: Trained = tenant.model
+            with contextlib.suppress(httpx.TransportError):
+                await model.link.once("session_heartbeat", {"session_id": model.session})
 
 
 def logprobs_of(response: httpx.Response) -> list[np.ndarray]:

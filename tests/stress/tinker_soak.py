@@ -43,7 +43,7 @@ from transformers import AutoConfig
 
 from bench.common import RESULTS, header, smollm2, write_rows
 from bench.serving import ServerProcess, model_name
-from bench.tinkering import Failed, Link, Refused, Row, Trained, random_rows, write_keys
+from bench.tinkering import Failed, Link, Refused, Row, Trained, random_rows, send_heartbeats, write_keys
 from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 
@@ -407,6 +407,7 @@ async def run(scene: Scene) -> dict[str, Any]:
         await asyncio.gather(*(tenant.begin() for tenant in tenants[first : first + 32]))
     document: dict[str, Any] = {"seconds_to_make_all": time.monotonic() - began, "restart_seconds": []}
     print("all made", document, flush=True)
+    beating = asyncio.create_task(send_heartbeats(tenants))
     work = [asyncio.create_task(tenant.go_on()) for tenant in tenants]
     ends_at = time.monotonic() + half
     while time.monotonic() + args.kill_seconds < ends_at:
@@ -420,6 +421,7 @@ async def run(scene: Scene) -> dict[str, Any]:
     watching.cancel()
     scene.is_over = True
     await asyncio.gather(*work)
+    beating.cancel()
     document["watched"] = seen
     third = len(seen) // 3  # the first third of it: the bank and caches grow to their sizes
     growth = seen[-1]["rss_bytes"] / seen[third]["rss_bytes"] - 1
