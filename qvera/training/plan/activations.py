@@ -14,7 +14,6 @@ other), which the three lengths determine. mamba_ssm's kernels keep less.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import weakref
 from collections.abc import Sequence
@@ -28,11 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvera.adapters.methods import Source
 from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
-from qvera.adapters.products.functional import few_tokens
 from qvera.config import plugins
 from qvera.kernels.low_rank import B_BLOCK_ELEMENTS
 from qvera.models.attention import FP32_TOKENS
-from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.experts import DENSE_WEIGHTS
 from qvera.models.lean_layers import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
@@ -58,33 +55,28 @@ def kept_bytes(run: PlannedRun) -> int:
 
 def _dense_width(run: PlannedRun) -> int:
     """Return the width of the MLP that all tokens go through: beside experts, that of the shared ones."""
-    if not run.layer_experts:
-        return run.shape.ff
-    return max((x.m for x in run.layer if x.role == "up_proj"), default=0)
+    return max((x.m for x in run.layer if x.role == "up_proj"), default=0 if run.layer_experts else run.shape.ff)
 
 
 def _expert_bytes(run: PlannedRun) -> tuple[int, int]:
     """Return the bytes that a layer's experts keep, and the most that exists beside them (`qvera.models.experts`)."""
     size, rows, rank = run.itemsize, run.batch.all_tokens * run.shape.experts_per_token, run.recipe.adapter.rank
-    kept, most = 0, 0
-    # JetMoE has some in its attention too
-    for _, own in itertools.groupby(run.layer_experts, lambda x: x.name.removesuffix(".weight").rpartition(".")[0]):
-        stacks = list(own)
-        *firsts, second = stacks
-        adapted = [x for x in stacks if x.name in run.adapted_names]
-        outer, hidden, inner = sum(x.m for x in firsts), second.m, second.n
-        # the gate's input, its activation, the output that is weighted, z of both, and four numbers a row to sort by
-        numbers = outer + inner + hidden + rank * len(adapted)
-        if run.method.source is Source.TRAINED:  # the rows themselves, for the gradient of A
-            numbers += max((x.n for x in adapted if x is not second), default=0)
-        # in backward: gradients of the gate's input and of the rows, the product to sum up, and experts in dense form
-        width, largest = max(outer, hidden), max(x.n * x.m for x in stacks)
-        weights = min(max(x.numbers for x in stacks), max(DENSE_WEIGHTS, largest))
-        dense = weights if run.machine.on_gpu else min(largest, BLOCK_WEIGHTS)
-        flowing = rows * (outer + inner + hidden + width) * size + (rows * width * 4 if run.adapted_experts else 0)
-        kept += rows * (numbers * size + 4 * 8)
-        most = max(most, flowing + dense * size)
-    return kept, most
+    stacks = run.layer_experts
+    if not stacks:
+        return 0, 0
+    *firsts, second = stacks
+    adapted = [x for x in stacks if x.name in run.adapted_names]
+    outer, hidden, inner = sum(x.m for x in firsts), second.m, second.n
+    # the gate's input, its activation, the output that is weighted, z of both, and four numbers a row to sort by
+    numbers = outer + inner + hidden + rank * len(adapted)
+    if run.method.source is Source.TRAINED:  # the rows themselves, for the gradient of A
+        numbers += max((x.n for x in adapted if x is not second), default=0)
+    # in backward: gradients of the gate's input and of the rows, the product to sum up, and experts in dense form
+    width, largest = max(outer, hidden), max(x.n * x.m for x in stacks)
+    weights = min(max(x.numbers for x in stacks), max(DENSE_WEIGHTS, largest))
+    dense = weights if run.machine.on_gpu else min(largest, BLOCK_WEIGHTS)
+    flowing = rows * (outer + inner + hidden + width) * size + (rows * width * 4 if run.adapted_experts else 0)
+    return rows * (numbers * size + 4 * 8), flowing + dense * size
 
 
 def goes_by_tiles(run: PlannedRun) -> bool:
@@ -92,12 +84,6 @@ def goes_by_tiles(run: PlannedRun) -> bool:
     if not run.checkpointing or run.recipe.adapter.dropout or run.sharing.stage == 3 or run.slots > 1:
         return False
     return run.batch.all_tokens > TILED_ABOVE_TOKENS and {x.role for x in run.layer} >= set(_MLP)
-
-
-def input_bytes(run: PlannedRun) -> int:
-    """Return the bytes of the inputs that checkpointed layers keep on the device."""
-    inputs = min(INPUTS_ON_DEVICE, run.shape.layers) if run.checkpointing == "offload" else run.shape.layers
-    return inputs * run.batch.all_tokens * run.shape.hidden * run.itemsize
 
 
 def offloaded_bytes(run: PlannedRun) -> int:
@@ -220,67 +206,46 @@ def _product_bytes(run: PlannedRun, x: Linear) -> int:
         return read + T * (x.m * (size + 4) + 2 * section.rank * size)
     if not run.has_vectors(x):
         return read + method_bytes(run, x).working
-    pair, z = x.m * run.rank_at(x), T * section.rank * size
+    pair = x.m * run.rank_at(x)
     # combining d, B and b, and taking their gradients from M, goes by blocks of rows in fp32 (`low_rank.row_blocks`)
     block = pair * 4 if run.machine.on_gpu else min(pair, B_BLOCK_ELEMENTS) * 4
-    combining = 2 * block + (pair * size if block < pair * 4 else 0)
     if is_summed:  # W + ΔW while C is made; with an a, gᵀ x beside C, M, A diag(a), N, and z's gradient or A N
         side = section.rank * x.n
-        scaling = 2 * (pair + side) * size + max(z, 8 * side) if section.input_scale else 0
-        return max(read, numbers * size + max(combining, scaling))
-    if few_tokens(T, torch.empty(x.m, section.rank, device="meta"), section.b_groups):
-        combining = T * (x.m * min(section.b_groups, 2) + section.rank) * size
+        scaling = 2 * (pair + side) * size + max(T * section.rank * size, 8 * side) if section.input_scale else 0
+        return max(read, numbers * size + max(2 * block, scaling))
     # where rows are scaled: beside the gradient of the output, that of what is scaled
     flowing = T * x.m * size if run.method.change is Change.SCALED else 0
-    return max(read, pair * size + (2 if size < 4 else 1) * block, combining) + flowing
-
-
-def _z_bytes(run: PlannedRun) -> dict[str, int]:
-    """Return role → bytes of the z that such a linear keeps. Linears with one input share theirs."""
-    kept = [x for x in run.layer if x.name in run.adapted_names and not run.keeps_input(x)]
-    return {x.role: run.batch.all_tokens * run.rank_at(x) * run.itemsize for x in kept}
-
-
-def _input_gradients(run: PlannedRun, role: str) -> int:
-    """Return how many gradients of a linear's input exist at a time: of W, and of A where it has its own path."""
-    # where the pair is trained, the frozen product is in the adapter's own node (`Method.with_base`)
-    one_node = trains_pair(run.method) and not run.recipe.adapter.dropout and run.sharing.stage < 3
-    own = (x for x in run.layer if x.role == role and x.name in run.adapted_names)
-    return 1 + any(not run.is_summed(x) and not one_node for x in own)
+    return max(read, pair * size + (2 if size < 4 else 1) * block) + flowing
 
 
 def _mlp_peak(run: PlannedRun) -> int:
     """Return the most bytes that exist at a kernel while backward goes through the MLP."""
-    T, size, down = run.batch.all_tokens, run.itemsize, _z_bytes(run).get("down_proj", 0)
+    T, size = run.batch.all_tokens, run.itemsize
     g, wide = T * run.shape.hidden * size, T * _dense_width(run) * size
     # the gradients of gate and up have taken the place of what the MLP kept
-    flowing = {"down_proj": g + _input_gradients(run, "down_proj") * wide, "gate_proj": 2 * g, "up_proj": 2 * g}
-    products = [_product_bytes(run, x) + flowing[x.role] for x in run.layer if x.role in _MLP]
-    return max([g + 3 * wide, *products, 2 * g + _expert_bytes(run)[1]]) - down
+    own = [x for x in run.layer if x.role == "down_proj" and x.name in run.adapted_names and not run.is_summed(x)]
+    # gradients of its input: of W, and of A, but where the pair is trained both are in one node (`Method.with_base`)
+    one_node = trains_pair(run.method) and not run.recipe.adapter.dropout and run.sharing.stage < 3
+    flowing = {"down_proj": g + (2 if own and not one_node else 1) * wide}
+    products = [_product_bytes(run, x) + flowing.get(x.role, 2 * g) for x in run.layer if x.role in _MLP]
+    gone = sum(T * run.rank_at(x) * size for x in own)  # what down_proj kept
+    return max([g + 3 * wide, *products, 2 * g + _expert_bytes(run)[1]]) - gone
 
 
 def transient_bytes(run: PlannedRun) -> int:
     """Return the most bytes of gradients and weights that exist beside the kept ones in one layer's backward."""
-    s, b, T, size, z = run.shape, run.batch, run.batch.all_tokens, run.itemsize, _z_bytes(run)
-    g, gone = T * s.hidden * size, z.get("o_proj", 0)
+    s, b, T, size = run.shape, run.batch, run.batch.all_tokens, run.itemsize
+    g = T * s.hidden * size
     if goes_by_tiles(run):
         tile = replace(run, batch=replace(b, rows=1, tokens=tile_tokens(T), keys=0))
         own = 2 * tile.batch.all_tokens * s.ff * size + _adapter_bytes(tile, [x for x in run.layer if x.role in _MLP])
         # beside a tile are the gradients of the MLP's output and input; what it kept is its input
         in_mlp, of_mlp = 2 * g + own + _mlp_peak(tile), g
     else:
-        in_mlp = _mlp_peak(run)
-        of_mlp = (
-            _expert_bytes(run)[0]
-            + 2 * T * _dense_width(run) * size
-            + z.get("down_proj", 0)
-            + max(z.get("gate_proj", 0), z.get("up_proj", 0))
-        )
-    # the same for the products of the attention, then for the attention itself, by its implementation
+        in_mlp, of_mlp = _mlp_peak(run), _expert_bytes(run)[0] + 2 * T * _dense_width(run) * size
+    # the same for the attention, by its implementation. Its products take the most in layers without a known MLP
     heads, kv = T * s.heads * s.head_dim * size, T * s.kv_heads * s.head_dim * size
-    flowing = dict.fromkeys(("q_proj", "k_proj", "v_proj"), 3 * g + heads + 2 * kv - gone)
-    flowing["o_proj"] = g + _input_gradients(run, "o_proj") * heads
-    moments = [_product_bytes(run, x) + flowing.get(x.role, 2 * g) for x in run.layer if x.role not in _MLP]
+    moments = [2 * g + _product_bytes(run, x) for x in run.layer if x.role not in _MLP]
     if b.keys:  # each row's gradients of keys and values, one of them sorted, and the tokens' own
         moments.append(2 * g + 2 * heads + 3 * b.keys * s.kv_heads * s.head_dim * size + kv)
     if run.attention == "eager":
@@ -289,11 +254,11 @@ def transient_bytes(run: PlannedRun) -> int:
         each, kv_each = s.heads * s.head_dim, s.kv_heads * s.head_dim
         workspace = sum(places for places, _ in groups) * (3 * each + 4 * kv_each) * size
         workspace += max(places * 2 * (each + kv_each) * wide for places, wide in groups)
-        moments.append(g + 2 * heads + 2 * kv + workspace - gone)
+        moments.append(g + 2 * heads + 2 * kv + workspace)
     else:  # flash attention on a GPU: ∂q in fp32, and with grouped keys ∂k and ∂v of every head
         # read in torch's source (``mha_bwd`` in flash_api.cpp)
         workspace = 4 * T * s.heads * (s.head_dim + 1) + (2 * heads if s.kv_heads < s.heads else 0)
-        moments.append(g + 2 * heads + 2 * kv + (workspace if run.machine.on_gpu else 0) - gone)
+        moments.append(g + 2 * heads + 2 * kv + (workspace if run.machine.on_gpu else 0))
     in_attention = max(moments) - of_mlp - norm_bytes(run)  # the MLP and its norm are through
     return max(in_mlp, in_attention) - norm_bytes(run)  # so is the final norm, since before the layers
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import numpy as np
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
 from qvera.data.images import ImageTextProcessor
-from qvera.data.rows import Joined, round_up_length
+from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, round_up_length
 from qvera.models.attention import groups_of
 from qvera.models.checkpointing import Mode
 from qvera.tasks import task_of
@@ -60,7 +61,11 @@ def longest_batch(
                 chosen = longest_rows(recipe, cut, joined, max(1, planned_steps(recipe, len(cut))))
             examples = [cut[i] for i in chosen]
             batch = batch_of(examples, joined, recipe.data.packing, rounded, masked, whole_rows=many)
-            batch = replace(batch, token_counts=_token_counts(cut.lengths, batch, rounded))
+            different = {round_up_length(n) if rounded else n for n in set(cut.lengths.tolist())}
+            counts = len(different)
+            if batch.joined:  # any number up to the longest pass, of which `round_up_length` leaves some an octave
+                counts = 1 + math.ceil(LENGTHS_PER_OCTAVE * math.log2(batch.tokens / min(different)))
+            batch = replace(batch, token_counts=counts)
             images = [image for example in examples for image in example.images]
             if images and isinstance(processor := images[0].processor, ImageTextProcessor):
                 pixels = processor.inputs(images)["pixel_values"].numel()
@@ -101,20 +106,6 @@ def pass_rows(recipe: Recipe) -> int:
     if not recipe.data.has_adapters or training.adapters_at_once == "auto":
         return training.per_device_train_batch_size
     return min(training.per_device_train_batch_size, training.adapters_at_once * training.global_batch_size)
-
-
-def _token_counts(lengths: np.ndarray, longest: Batch, rounded: bool) -> int:
-    """Return how many token counts the passes may have. Padded ones have as many as rows have lengths.
-
-    Joined rows may have any number up to that of the longest pass, which is rounded up where it matters.
-    """
-    if not longest.joined:
-        different = set(lengths.tolist())
-        return len({round_up_length(n) for n in different} if rounded else different)
-    counts, tokens = 0, int(lengths.min())
-    while tokens <= longest.tokens:
-        counts, tokens = counts + 1, round_up_length(tokens) + 1
-    return max(1, counts)
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:

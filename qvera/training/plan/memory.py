@@ -17,14 +17,14 @@ from qvera.adapters.methods import Source
 from qvera.adapters.methods.base import Change
 from qvera.adapters.methods.vera import held_bytes
 from qvera.config.schema import Recipe
-from qvera.data.rows import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE, round_up_length, rounds_lengths
+from qvera.data.rows import KERNEL_CACHE_SIZE, LENGTHS_PER_OCTAVE
 from qvera.distributed.zero import IN_RAM_BELOW_BYTES, nvme_buffers
 from qvera.kernels.cross_entropy import CACHED_ELEMENTS
+from qvera.models.checkpointing import INPUTS_ON_DEVICE
 from qvera.models.loss import HEAD_BLOCK_ELEMENTS
 from qvera.models.stream import PINNED_SHARE
 from qvera.tasks import task_of
 from qvera.training.plan.activations import (
-    input_bytes,
     kept_bytes,
     kinds_of_layers,
     method_bytes,
@@ -43,6 +43,7 @@ KEPT_HEAP_BYTES = 64 * 2**20  # glibc returns the top of its heap above it (mall
 _TRL_TILE_TOKENS, _TRL_TILE_WORDS = 4096, 32768  # how TRL 1.16 cuts the logits of DPO and KTO (`trl.kernels`)
 _TILE_COPY_BYTES = 29  # for each number of a tile on a CPU: seven fp32 copies in backward and a mask; a GPU makes none
 _ORPO_FP32_COPIES = 3  # of all logits, beside those in the compute dtype; measured on a CPU (then 4 % too high)
+_OPTIMIZER_STATE = "optimizer state"  # which ranks divide from stage 1 on
 _SMALL_8BIT = 4096  # numbers; bitsandbytes keeps fp32 state for smaller tensors
 
 
@@ -54,7 +55,6 @@ class Component:
     kind: Kind
     bytes: int
     mapped: bool = False  # pages of a mapped file: dropped under pressure, shared by the processes of a node
-    zero_stage: int | None = None  # the first stage in which ranks divide it among themselves; None: never
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ def plan_memory(run: PlannedRun) -> Memory:
     # backward: recomputed layers are there one at a time, otherwise all at once
     if run.checkpointing:
         layer, transient, _ = max(layers, key=lambda sizes: sizes[0] + sizes[1])
-        kept = Component("layer inputs", "checkpoints", input_bytes(run) + once)
+        inputs = min(INPUTS_ON_DEVICE, shape.layers) if run.checkpointing == "offload" else shape.layers
+        kept = Component("layer inputs", "checkpoints", inputs * T * shape.hidden * item + once)
         # the first norm keeps the very input that is checkpointed
         recomputed = Component("recomputed layer", "transient", layer - T * shape.hidden * item)
         parts: tuple[Component, ...] = kept, recomputed
@@ -205,9 +206,8 @@ def plan_memory(run: PlannedRun) -> Memory:
     if answers := _answers(run):
         moments["answers"] = answers
     standing = _standing(run)
-    if machine.kernel_bytes:  # one for each product and token count, and those of the head
-        of_head = LENGTHS_PER_OCTAVE if rounds_lengths(machine.dtype, machine.device_type) else batch.token_counts
-        kernels = min(KERNEL_CACHE_SIZE, batch.token_counts * product_shapes(run) + 2 * of_head)
+    if machine.kernel_bytes:  # one for each product and token count, and those of the head, whose chunks differ less
+        kernels = min(KERNEL_CACHE_SIZE, batch.token_counts * product_shapes(run) + 2 * LENGTHS_PER_OCTAVE)
         standing += (Component("kernels of matrix products", "runtime", kernels * machine.kernel_bytes),)
     if not machine.on_gpu:
         largest = max(sum(c.bytes for c in parts) for parts in moments.values())
@@ -262,21 +262,21 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         held = [
             Component("vectors", "vectors", vectors),  # whole on every rank in each stage: they are read by name
             Component("their gradients", "vectors", 4 * sum(trained)),  # likewise: one bucket, as large as all of them
-            Component("optimizer state", "vectors", state, zero_stage=1),
+            Component(_OPTIMIZER_STATE, "vectors", state),
         ]
     return _some(
         Component("interpreter, libraries, rows", "runtime", machine.runtime_bytes),
         Component("CUDA context", "runtime", machine.context_bytes),
         Component("workspaces of matrix products", "runtime", machine.workspace_bytes),
         Component("NCCL's buffers, at most", "runtime", run.collective_bytes),
-        Component(stored, "base", linears, machine.mapped_base, 3),
+        Component(stored, "base", linears, machine.mapped_base),
         Component(
             "16-bit copies of 4-bit linears", "base", resident_bytes(run) if recipe.model.resident is True else 0
         ),
-        Component("4-bit experts", "base", experts, machine.mapped_base, 3),
+        Component("4-bit experts", "base", experts, machine.mapped_base),
         Component("two streamed layers", "base", 2 * max(layer_bytes(run), default=0) if streams else 0),
-        Component("experts, not quantized", "base", dense_experts * expert_size, experts_mapped, 3),
-        Component("embeddings, head, norms", "base", dense, dense_mapped, 3),
+        Component("experts, not quantized", "base", dense_experts * expert_size, experts_mapped),
+        Component("embeddings, head, norms", "base", dense, dense_mapped),
         Component("embedding and head with more rows", "base", tables * dense_size),
         Component("the head as it began", "base", 4 * shape.head_numbers),
         Component("projections A, B", "projections", pairs * item),
@@ -311,8 +311,7 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
             Component("a tile of the head", "loss", words * hidden * item),
             states(2 * tokens * hidden * item + 4 * scored * hidden),
         )
-    rounded = round_up_length(trained) if rounds_lengths(machine.dtype, machine.device_type) else trained
-    chunk = min(run.recipe.training.loss_chunk_tokens, rounded)
+    chunk = min(run.recipe.training.loss_chunk_tokens, trained)
     # the head is mapped in 16 bits and cast a block at a time
     block = min(vocabulary * hidden, HEAD_BLOCK_ELEMENTS) * item if machine.dense_itemsize()[0] != item else 0
     wide = 0 if machine.on_gpu else 2 * 4 * min(chunk * vocabulary, CACHED_ELEMENTS * torch.get_num_threads())
@@ -378,8 +377,8 @@ def plan_rank(run: PlannedRun) -> Memory:
     copies = 8 * sharing.share(sum(t.numel for t in run.tensors(trained_only=True)))
     copies += 4 * sharing.share(sum(t.numel for t in run.tensors())) if sharing.stage == 3 else 0
     standing = (
-        *(replace(c, bytes=sharing.share(c.bytes)) if c.zero_stage == 1 else c for c in whole.standing),
-        Component("a share of vectors and gradients", "vectors", copies, zero_stage=1),
+        *(replace(c, bytes=sharing.share(c.bytes)) if c.name == _OPTIMIZER_STATE else c for c in whole.standing),
+        Component("a share of vectors and gradients", "vectors", copies),
     )
     if sharing.stage < 3:
         return replace(whole, standing=standing)
@@ -416,14 +415,14 @@ def plan_rank(run: PlannedRun) -> Memory:
 def _shares(spread: Spread, sharing: Sharing) -> list[Component]:
     """Return a rank's share of the base where it is stored; for NVMe, the part in RAM (`distributed.zero`)."""
     if sharing.offload != "nvme":
-        return [Component("a share of the base", "base", sharing.share(spread.all), zero_stage=3)]
+        return [Component("a share of the base", "base", sharing.share(spread.all))]
     largest, most = max(map(max, spread.layers)), max(map(len, spread.layers))
     numel, count = nvme_buffers(largest // 2, most, sharing.world_size)
     shares = [sharing.share(weight) for layer in spread.layers for weight in layer]
     small = sum(share for share in shares if share < IN_RAM_BELOW_BYTES)
     return [
-        Component("its share of embedding and head", "base", sharing.share(2 * spread.table), zero_stage=3),
-        Component("shares too small for NVMe", "base", small, zero_stage=3),
+        Component("its share of embedding and head", "base", sharing.share(2 * spread.table)),
+        Component("shares too small for NVMe", "base", small),
         Component("buffers between NVMe and RAM", "base", 2 * numel * count),
     ]
 
