@@ -242,6 +242,7 @@ class Model:
         Args:
             prompts: one or many. A text gets the recipe's system prompt; messages are taken as they are.
             adapter: where several are loaded: the one for all prompts, or one for each (None: the base alone).
+            max_new_tokens: the longest answer. It ends too where the model's context does.
             temperature: 0 is greedy; else answers are sampled with ``top_p`` and ``seed``.
 
         Raises:
@@ -269,6 +270,7 @@ class Model:
         writer = PromptWriter.of(opened)
         rows = [_conversation(prompt, number, writer.system) for number, prompt in enumerate(listed, start=1)]
         encoded = [writer.ids(row.turns, row.tools) for row in rows]
+        answering.require_context(opened.model, [(row.source, ids) for row, ids in zip(rows, encoded, strict=True)])
         with Phase(self.console, "answering", len(encoded)) as show:
             return answering.generate(
                 opened.model,

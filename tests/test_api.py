@@ -101,6 +101,10 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     assert run.generate([[{"role": "user", "content": "say red 1"}]], max_new_tokens=6) == [answer]
     with pytest.raises(qvera.InputError, match="prompt 2: expected a text or a list of messages, got 3"):
         run.generate(["say red 1", 3])  # type: ignore[list-item]
+    with pytest.raises(
+        qvera.InputError, match=r"^prompt 2: the prompt has [\d,]+ tokens, and the model's context 256, "
+    ):
+        run.generate(["say red 1", "say red 1 " * 300])
     with pytest.raises(qvera.InputError, match="^rows:1: "):
         run.evaluate([{"question": "say red 1"}])
     rows = [{"prompt": "say red 1", "completion": "red red"}, {"prompt": "say blue 2", "completion": "blue blue"}]

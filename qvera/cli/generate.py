@@ -47,7 +47,7 @@ def generate(
     out: Annotated[Path | None, option("FILE", "JSONL file to write; must not exist. Default: print.")] = None,
     base: Annotated[bool, flag("--base", "Answer with the base model, without the adapter.")] = False,
     batch_size: Annotated[int, number("Prompts at a time.")] = 16,
-    max_new_tokens: Annotated[int, number("Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, number("Longest answer, in tokens; the model's context ends it too.")] = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -240,7 +240,7 @@ def chat(
 
     import transformers
 
-    from qvera.evaluation.generate import PromptWriter, generate, generating
+    from qvera.evaluation.generate import PromptWriter, generate, generating, require_context
     from qvera.evaluation.load import find_target, open_target, require_answers
 
     with progress(f"loading {run}"):
@@ -252,7 +252,9 @@ def chat(
     def answer_here(turns: list[Turn], seed: int) -> str:
         streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         settings: dict[str, Any] = {**sampling, "max_new_tokens": max_new_tokens, "seed": seed, "streamer": streamer}
-        (text,) = generate(opened.model, tokenizer, [prompts.ids(turns)], **settings)
+        ids = prompts.ids(turns)
+        require_context(opened.model, [("the conversation", ids)])
+        (text,) = generate(opened.model, tokenizer, [ids], **settings)
         return text
 
     system = prompts.system if system is None else system

@@ -552,6 +552,10 @@ def read_messages(messages: Sequence[Any], source: str) -> list[Turn]:
     return _Cells(row, RowFormat("messages", {}, []), None, ()).turns("messages")
 
 
+_ANSWERS = {"prompt": "completion", "instruction": "output"}
+"""The field of a prompt → that of its answer."""
+
+
 def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:
     """Read the prompts of a file. Answers at the end of a row are left out.
 
@@ -570,12 +574,13 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
     conversations = []
     for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
         fields = dict(row.fields)
-        for question, answer in (("prompt", "completion"), ("instruction", "output")):
-            asked, answered = (columns.get(name, name) for name in (question, answer))
+        named = {ours: theirs for ours, theirs in columns.items() if ours not in _ANSWERS.values() or theirs in fields}
+        for question, answer in _ANSWERS.items():
+            asked, answered = (named.get(name, name) for name in (question, answer))
             if asked in fields and not fields.get(answered):
                 fields[answered] = "-"  # a row without its answer is read like a training row
         filled = replace(row, fields=fields)
-        parsed = parse_row(filled, detect_format(filled, format, columns), section.system)
+        parsed = parse_row(filled, detect_format(filled, format, named), section.system)
         if not isinstance(parsed, Conversation):
             raise InputError(
                 f"{row.source}: is plain text, which asks nothing. Expected prompts, instructions or messages."

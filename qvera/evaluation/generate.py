@@ -23,7 +23,7 @@ from qvera.evaluation.load import template_name
 from qvera.models import linear, quantization
 from qvera.models.attention import needs_equal_lengths, rows_joined
 from qvera.models.forward import image_inputs
-from qvera.models.structure import causal_model, decoder_of, position_limit
+from qvera.models.structure import causal_model, context_limit, decoder_of, position_limit
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.memory import each_in_halves
@@ -101,6 +101,17 @@ def generate(
     return tokenizer.batch_decode(generate_tokens(model, tokenizer, prompts, **settings), skip_special_tokens=True)
 
 
+def require_context(model: PreTrainedModel | PeftModel, prompts: Sequence[tuple[str, Sequence[int]]]) -> None:
+    """Raise InputError where the model's context holds no answer to a prompt. ``prompts``: a source and token ids."""
+    limit = context_limit(model)
+    for source, ids in prompts:
+        if len(ids) >= limit:
+            raise InputError(
+                f"{source}: the prompt has {len(ids):,} tokens, and the model's context {limit:,}, the answer's "
+                "included. Shorten the prompt."
+            )
+
+
 def generate_tokens(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -124,7 +135,7 @@ def generate_tokens(
 
     Args:
         prompts: token ids, BOS included where the model wants one.
-        max_new_tokens: answers also end at an end-of-turn token, and at the model's last position.
+        max_new_tokens: answers also end at an end-of-turn token, and where the model's context does.
         temperature: 0 is greedy; else answers are sampled with ``top_p`` and ``seed``.
         adapters: which adapter answers each prompt (`qvera.adapters.shared_model`); ``__base__`` for none.
         streamer: for one prompt only.
@@ -151,6 +162,7 @@ def generate_tokens(
             f"a prompt has {longest:,} tokens, and the model has positions for {limit:,}, the answer's included. "
             "Shorten it."
         )
+    context = context_limit(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -191,12 +203,12 @@ def generate_tokens(
             if images is not None:
                 shown = [image for i in rows for image in images[i]]
                 settings |= image_inputs(model, [prompts[i] for i in rows], shown, ids.shape[1], left=True)
-            # The longest prompt of a batch decides how many positions are left.
-            most = max_new_tokens if limit is None else min(max_new_tokens, limit - max(len(prompts[i]) for i in rows))
+            # training may have prompts beyond the context, where the model computes its positions
+            left = context - max(len(prompts[i]) for i in rows)
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                max_new_tokens=most,
+                max_new_tokens=min(max_new_tokens, left) if left > 0 else max_new_tokens,
                 pad_token_id=pad,
                 eos_token_id=ends,
                 streamer=streamer,
@@ -207,7 +219,14 @@ def generate_tokens(
 
         # Models whose tokens would see the padding get batches of equal lengths.
         is_unpadded = needs_equal_lengths(causal_model(model))
-        groups = itertools.groupby(by_length, lambda i: len(prompts[i]) if is_unpadded else 0)
+
+        def equal_length(i: int) -> int:
+            # So do prompts whose answers the context cuts: none is cut for a longer prompt beside it. Not under ZeRO-3,
+            # where all ranks need as many batches.
+            is_cut = not together and len(prompts[i]) + max_new_tokens > context
+            return len(prompts[i]) if is_unpadded or is_cut else 0
+
+        groups = itertools.groupby(by_length, equal_length)
         batches = (batch for _, rows in groups for batch in microbatches(list(rows), batch_size))
         advice = "Lower the number of new tokens, or shorten the prompt."
         for rows, found in each_in_halves(batches, answer, device, "prompts", advice, together):

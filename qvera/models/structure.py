@@ -179,6 +179,15 @@ def position_limit(model: Any) -> int | None:
     return None
 
 
+def context_limit(model: PreTrainedModel | PeftModel) -> int:
+    """The most tokens of a prompt and its answer together: what the config says, and the table of positions holds.
+
+    2**31 where neither limits them (Mamba).
+    """
+    said = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return min(int(said or 2**31), position_limit(model) or 2**31)
+
+
 def require_positions(model: nn.Module, lengths: np.ndarray) -> None:
     """Raise InputError if a row is longer than `position_limit`. ``lengths``: tokens of each row."""
     limit = position_limit(model)

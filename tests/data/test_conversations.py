@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from qvera.config.sections import DataSection
-from qvera.data.conversations import FORMATS, Conversation, LabelledRow, Text, Turn, detect_format, parse_row
+from qvera.data.conversations import (
+    FORMATS,
+    Conversation,
+    LabelledRow,
+    Text,
+    Turn,
+    detect_format,
+    parse_row,
+    read_prompts,
+)
 from qvera.data.readers import RawRow
 from qvera.utils.errors import InputError
 
@@ -163,3 +173,15 @@ def test_an_answer_that_is_a_number_becomes_text_and_a_label_its_name() -> None:
             parse_row(RawRow({"text": "x", "label": wrong}, "f.jsonl:7"), row_format, label_names=names)
     with pytest.raises(InputError, match=r"f\.jsonl:2: the column 'label' is missing here"):
         parse_row(RawRow({"text": "x"}, "f.jsonl:2"), row_format)
+
+
+def test_prompts_need_the_recipes_column_of_prompts_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    section = DataSection(path="rows.jsonl", columns={"completion": "cuisine", "prompt": "dish"})
+    file.write_text('{"dish": "sushi"}\n{"dish": "pizza", "cuisine": "italian"}\n')
+    assert [row.turns[-1].content for row in read_prompts(file, section)] == ["sushi", "pizza"]
+    for row, found in (({"prompt": "a"}, "prompt"), ({"prompt": "a", "cuisine": "thai"}, "prompt, cuisine")):
+        file.write_text(json.dumps(row) + "\n")
+        said = rf"p.jsonl:1: no column 'dish' \(data.columns.prompt\)\. Columns found: {found}\.$"
+        with pytest.raises(InputError, match=said):
+            read_prompts(file, section)

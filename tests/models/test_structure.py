@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from qvera.config.schema import parse_recipe
-from qvera.evaluation.generate import generate
-from qvera.models.structure import position_limit
+from qvera.evaluation.generate import generate, generate_tokens, require_context
+from qvera.models.structure import context_limit, position_limit
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer
@@ -32,6 +32,8 @@ def test_the_limit_is_the_length_of_the_table(gpt2: Path, tmp_path: Path) -> Non
     opt = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, max_position_embeddings=32))
     assert position_limit(opt) == 32
     assert position_limit(small_llama()) is None
+    assert context_limit(small_llama(max_position_embeddings=48)) == 48
+    assert context_limit(AutoModel.from_pretrained(save_family("roberta", tmp_path / "again"))) == 65
 
 
 def test_rows_beyond_the_table_are_refused_before_the_first_step(gpt2: Path, tmp_path: Path) -> None:
@@ -56,3 +58,14 @@ def test_an_answer_ends_where_the_positions_do(gpt2: Path) -> None:
     assert len(answers) == 2
     with pytest.raises(InputError, match="a prompt has 64 tokens, and the model has positions for 64"):
         generate(model, tokenizer, [[5] * 64], max_new_tokens=1)
+
+
+def test_a_longer_prompt_beside_it_cuts_no_answer() -> None:
+    """Both models end answers where their context does, though this one has no table of positions."""
+    model, tokenizer = small_llama(max_position_embeddings=64).eval(), small_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    prompts = [[5] * 60, [7] * 30, [9] * 30]
+    answers = generate_tokens(model, tokenizer, prompts, max_new_tokens=1000, batch_size=3)
+    assert [len(answer) for answer in answers] == [4, 34, 34]
+    with pytest.raises(InputError, match="^p.txt:2: the prompt has 3,000 tokens, and the model's context 64, the"):
+        require_context(model, [("p.txt:1", [5] * 63), ("p.txt:2", [5] * 3000)])

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qvera.models.structure import position_limit
+from qvera.models.structure import context_limit
 from qvera.serve.api.errors import ApiError
 from qvera.serve.fine_tuning.directory import remove_remains
 from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights
@@ -111,7 +111,6 @@ def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) 
     """
     base, path = served.opened.base, Path(resolve_path(served.opened.target.section.path))
     tokenizer, model = str(path.resolve() if path.is_dir() else path), base.model
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     sizes = model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features
     facts = BaseFacts(
         name=served.base_name,
@@ -119,7 +118,7 @@ def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) 
         tokenizer=tokenizer,
         architecture=model.config.architectures[0],
         vocabulary=min(map(int, sizes)),
-        most_tokens=min(most, position_limit(model) or most),
+        most_tokens=context_limit(model),
     )
     with disk_errors(str(directory), "Choose another --training-dir."):
         directory.mkdir(exist_ok=True)
