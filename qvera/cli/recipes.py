@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -39,6 +40,8 @@ LONGEST_TOKENS = 2048
 """The largest ``max_length`` of a new recipe, however long the rows are."""
 LEAST_STEPS, MOST_EPOCHS = 150, 10
 """A new recipe passes over few rows again until there are so many steps; more epochs than that repeat what is known."""
+CHECKPOINTS = 10
+"""A new recipe saves about so many times, and no less often than the default: a checkpoint is a few MB."""
 MANY_ROWS = 2000  # from here on a step has the default number of rows, below it half as many
 FEW_ROWS, FEW_ROWS_OF_A_LABEL = 100, 10  # below these the command says that more would help
 SMALL_HIDDEN_SIZE, SMALL_RANK = 384, 64
@@ -90,25 +93,30 @@ def init(
 
     from qvera.data import build_datasets
     from qvera.models.model_class import empty_model
+    from qvera.models.structure import context_limit
     from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     model_class = task_of(recipe).exported_class
-    config = empty_model(recipe.model, model_class=model_class).config
+    empty = empty_model(recipe.model, model_class=model_class)
     processor = load_processor(recipe.model, model_class)
     datasets = build_datasets(recipe.data, processor, console)
     if system is None:
         recipe, datasets = _with_labels_named(recipe, datasets, processor)
     stats = datasets.stats
-    text = recipe_text(recipe, stats, getattr(config.get_text_config(), "hidden_size", None))
+    hidden_size = getattr(empty.config.get_text_config(), "hidden_size", None)
+    context = context_limit(empty)
+    text = recipe_text(recipe, stats, hidden_size, context)
     parse_recipe(read_yaml(text, str(out))[0], str(out))
     replace_text(out, text)
     classes = f", {stats.targets_text}" if stats.labels is not None else ""
     longest = "" if stats.format == "image" else f", the longest has {stats.longest_tokens:,} tokens"
     named = shlex.quote(str(out))
     print(f"{out}: {stats.train_rows:,} rows, format {stats.format}{longest}{classes}")
+    if longest and stats.longest_tokens > context:
+        print(f"longer rows       are cut at {context:,} tokens, where the base's context ends (data.too_long)")
     if stats.unused_columns:
         unused = ", ".join(stats.unused_columns)
         print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
@@ -185,12 +193,13 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     return named, shown
 
 
-def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> str:
+def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, context: int) -> str:
     """The recipe with the schema's defaults as comments.
 
     Args:
         stats: of all its rows, none held out.
         hidden_size: the base's; None: it has none, and the rate is the schema's default.
+        context: the most tokens that the base takes.
     """
     from qvera import config
     from qvera.adapters.methods import HEAD_RATE, measured_rate
@@ -208,7 +217,8 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
         if value := getattr(data, key):
             rows += f"\n  {key}: {yaml_text(value)}"
     if data.format != "image":  # whose tokens are those of its patches
-        rows += f"\n  max_length: {max(64, min(longest, LONGEST_TOKENS))}             # {lengths}"
+        cut = f"; the base's context ends at {context:,}" if stats.longest_tokens > context else ""
+        rows += f"\n  max_length: {min(context, max(64, min(longest, LONGEST_TOKENS)))}             # {lengths}{cut}"
     if data.eval_path is None:
         rows += f"\n  eval_fraction: {held_out:.3g}         # held out: the run reports their loss before and after"
     task = "" if stats.labels is None else f"task: {recipe.task}\n"
@@ -221,6 +231,7 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
         step_rows = max(2, step_rows - step_rows % 2)
     epoch_steps = -(-trained_rows // step_rows)
     epochs = min(MOST_EPOCHS, -(-LEAST_STEPS // epoch_steps))
+    save_steps = max(1, epochs * epoch_steps // CHECKPOINTS)
     rate = (measured_rate(adapter.method, hidden_size) if hidden_size else None) or training.learning_rate
     source = f"for a hidden size of {hidden_size} (docs/evaluation.md)" if hidden_size else "the default"
     keys = [
@@ -233,6 +244,10 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None) -> st
         keys.append(f"head_learning_rate: {HEAD_RATE:g}")
     elif held_out_rows and is_short and data.format != "preference" and stats.adapters is None:
         keys.append(f"exact_match_rows: {min(50, held_out_rows)}         # held-out answers compared")
+    if save_steps < training.save_steps:
+        keys.append(f"save_steps: {save_steps}              # a killed run loses the steps since its last checkpoint")
+    else:
+        keys.append(f"# save_steps: {training.save_steps}")
     if (objective := recipe.training.objective) != training.objective:
         keys.insert(0, f"objective: {objective}")
     is_small = hidden_size is not None and hidden_size <= SMALL_HIDDEN_SIZE
@@ -258,7 +273,6 @@ training:
   # output_dir: runs/NAME      # default: the name of this file
   {written}
   # lr_scheduler_type: {training.lr_scheduler_type}
-  # save_steps: {training.save_steps}
 """
 
 
@@ -300,6 +314,8 @@ def preview(
 
     from qvera.data import build_datasets, data_warnings, decode, print_preflight
     from qvera.evaluation.report.pages import preview_page
+    from qvera.models.model_class import load_config
+    from qvera.models.structure import context_note
     from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
 
@@ -307,6 +323,13 @@ def preview(
     datasets = build_datasets(loaded.data, tokenizer, console)
     shown = datasets.first_rows(rows)
     print_preflight(datasets, tokenizer, Console(), rows)
+    note = None
+    if loaded.data.format != "image":
+        # what else is wrong with the config, plan and train say
+        with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
+            note = context_note(load_config(loaded.model), datasets.stats.longest_tokens)
+    if note is not None:
+        Console().print(note, style="yellow", markup=False)
     if html is not None:
         warnings = data_warnings(datasets.stats)
         show = partial(decode, tokenizer)

@@ -310,12 +310,14 @@ def joined() -> Iterator[Group]:
             )
         count = dist.get_world_size()
         kind = Group if count == 1 else Processes
-        yield kind(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank = accelerator.launcher_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
+        yield kind(dist.get_rank(), count, local_rank)
         return
-    text = os.environ.get("WORLD_SIZE", "1")
-    count = int(text) if text.isdigit() else 0
+    numbers = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") if name in os.environ]
+    given = {name: accelerator.launcher_number(name) for name in numbers}
+    count = given.get("WORLD_SIZE", 1)
     if count < 1:
-        raise InputError(f"WORLD_SIZE: is {text!r} in the environment; a launcher sets it to the number of processes.")
+        raise InputError(f"WORLD_SIZE: is {count} in the environment; a launcher sets it to the number of processes.")
     if count == 1:
         # torchrun may restart this process too, which then needs the store's flags
         by_torchrun = all(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
@@ -327,7 +329,7 @@ def joined() -> Iterator[Group]:
             f"WORLD_SIZE is {count} in the environment, but {', '.join(missing)} is not set. Start several processes "
             "with `qvera launch`, torchrun or deepspeed; for a single one unset WORLD_SIZE."
         )
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = given["LOCAL_RANK"]
     if 0 < (seen := accelerator.device_count()) <= local_rank:
         raise InputError(
             f"LOCAL_RANK is {local_rank}, and this process sees {seen} accelerator{'s'[: seen != 1]}, numbered from 0. "

@@ -12,7 +12,7 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _ROUTER = re.compile(r"(?:^|\.)(?:router|indexer)(?:\.|$)")
 _GATES = ("gate", "shared_expert_gate")
@@ -184,8 +184,25 @@ def context_limit(model: PreTrainedModel | PeftModel) -> int:
 
     2**31 where neither limits them (Mamba).
     """
-    said = getattr(causal_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return min(int(said or 2**31), position_limit(model) or 2**31)
+    return min(context_tokens(causal_model(model).config), position_limit(model) or 2**31)
+
+
+def context_tokens(config: PretrainedConfig) -> int:
+    """The tokens of a base's context by its config alone; 2**31 where that names none."""
+    said = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return said if said and said > 0 else 2**31  # XLNet says -1
+
+
+def context_note(config: PretrainedConfig, longest_tokens: int) -> str | None:
+    """Return a warning where the longest row, cut by ``data.max_length``, is beyond the base's context."""
+    context = context_tokens(config)
+    if longest_tokens <= context:
+        return None
+    return (
+        f"data.max_length: the longest row has {longest_tokens:,} tokens, and the base's context ends at {context:,} "
+        "(max_position_embeddings in its config.json). A base knows no positions beyond, and generate and serve take "
+        f"no prompt of that length. Set data.max_length to {context} or less, or take a base with a longer context."
+    )
 
 
 def require_positions(model: nn.Module, lengths: np.ndarray) -> None:

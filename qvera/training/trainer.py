@@ -50,6 +50,7 @@ def train(
     with _session(recipe, run_dir, console, resume, is_run=not dry_run) as (session, goes_on):
         from qvera.training.alone import Trainer
         from qvera.training.callbacks import Callbacks
+        from qvera.training.checkpoint import directories, of_rank
         from qvera.training.many import ManyTrainer
 
         own = session.group.agree(lambda: Callbacks(callbacks))
@@ -69,7 +70,9 @@ def train(
             session.check_model()
             return None
         if goes_on and not resume:
-            session.say(f"{run_dir} holds this run, which was interrupted: it goes on.")
+            saved = directories(of_rank(run_dir, session.group.rank))
+            how = "it goes on" if saved else "no step of it was saved, so it begins again"
+            session.say(f"{run_dir} holds this run, which was interrupted: {how}.")
         status = "failed"
         try:
             trainer.load_data()

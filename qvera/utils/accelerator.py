@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from qvera.utils.errors import InputError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -55,6 +57,14 @@ def device_count() -> int:
     return torch.accelerator.device_count() if is_available() else 0
 
 
+def launcher_number(name: str) -> int:
+    """Return a whole number that a launcher put into the environment, such as RANK. InputError for what is none."""
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise InputError(f"{name}: is {text!r} in the environment; a launcher sets it to a whole number.")
+    return int(text)
+
+
 def current_device() -> torch.device:
     """Return the accelerator of this process, else the CPU. Under a launcher it is the one of its LOCAL_RANK."""
     import torch
@@ -62,7 +72,7 @@ def current_device() -> torch.device:
     found = torch.accelerator.current_accelerator() if is_available() else None
     if found is None:
         return torch.device("cpu")
-    return torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(found.type, launcher_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0)
 
 
 def use_device(index: int) -> None:

@@ -69,13 +69,35 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
     assert (recipe.data.max_length, recipe.data.eval_fraction) == (64, 0.1)
     assert recipe.adapter.rank == 64  # the hidden size is small
     stats = build_datasets(recipe.data, load_tokenizer(recipe.model)).stats
-    assert f"\n  rank: {AdapterSection().rank}\n" in recipe_text(recipe, stats, 576)
+    assert f"\n  rank: {AdapterSection().rank}\n" in recipe_text(recipe, stats, 576, 2048)
     assert main(["preview", str(out)]) == 0
     text = out.read_text()
     assert text.startswith("# yaml-language-server: $schema=")
     assert Path(text.splitlines()[0].partition("=")[2]).is_file()
     assert "exists; nothing is overwritten" in init(tiny_rows, code=2)
     assert out.read_text() == text
+
+
+def test_rows_beyond_the_context_of_the_base_are_cut_by_a_new_recipe_and_told_with_an_old_one(
+    init: Init, out: Path, tiny_model_dir: Path, capsys: Capture
+) -> None:
+    """The tiny model has 256 positions, which it computes: nothing fails beyond them."""
+    said = init("".join(json.dumps({"text": f"say {n} " * 400}) + "\n" for n in range(8)), file="rows.jsonl")
+    assert "are cut at 256 tokens, where the base's context ends" in said
+    assert load_recipe(out).data.max_length == 256
+    assert "; the base's context ends at 256" in out.read_text()
+    told = "tokens, and the base's context ends at 256"
+    for command in (["plan", "--no-timing"], ["preview"], ["train", "--dry-run"]):
+        for length, count in ((256, 0), (600, 1)):
+            assert main([*command, str(out), "--set", f"data.max_length={length}"]) == 0
+            assert " ".join("".join(capsys.readouterr()).split()).count(told) == count, (command, length)
+
+
+def test_a_short_run_of_a_new_recipe_saves_ten_times(init: Init, out: Path) -> None:
+    row = '{{"prompt": "say {}", "completion": "red"}}\n'
+    for count, save_steps in ((60, 7), (300, 17), (20_000, 100)):
+        init("".join(row.format(i) for i in range(count)), file="rows.jsonl")
+        assert load_recipe(out).training.save_steps == save_steps
 
 
 def test_the_new_recipe_learns_enough_from_few_rows_and_says_that_they_are_few(init: Init, out: Path) -> None:

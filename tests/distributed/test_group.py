@@ -277,7 +277,14 @@ def test_half_a_launchers_environment_is_refused(launched: pytest.MonkeyPatch) -
     refused("MASTER_PORT is not set. Start several processes with `qvera launch`")
     for count in ("two", "0"):
         launched.setenv("WORLD_SIZE", count)
-        refused(f"WORLD_SIZE: is '{count}' in the environment")
+        refused(f"WORLD_SIZE: is '?{count}'? in the environment")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_launchers_number_that_is_none_is_named(name: str, launched: pytest.MonkeyPatch) -> None:
+    for value in ("x", "-1", "²"):
+        launched.setenv(name, value)
+        refused(f"{name}: is '{value}' in the environment; a launcher sets it to a whole number")
 
 
 def test_one_process_alone_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

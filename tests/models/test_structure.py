@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, MambaConfig, OPTConfig, OPTForCausalLM, XLNetConfig
 
 from qvera.config.schema import parse_recipe
 from qvera.evaluation.generate import generate, generate_tokens, require_context
-from qvera.models.structure import context_limit, position_limit
+from qvera.models.structure import context_limit, context_tokens, position_limit
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer
@@ -46,9 +46,16 @@ def test_rows_beyond_the_table_are_refused_before_the_first_step(gpt2: Path, tmp
     }
     with pytest.raises(InputError, match="data.max_length: a row has 100 tokens, and the model has positions for 64"):
         train(parse_recipe(tree, "t"), tmp_path / "run")
+    with pytest.raises(InputError, match="positions for 64"):
+        train(parse_recipe(tree, "t"), tmp_path / "dry", dry_run=True)
     tree["data"]["max_length"] = 64
     result = train(parse_recipe(tree, "t"), tmp_path / "again")
     assert result is not None and result.run["status"] == "done"
+
+
+def test_a_context_that_is_not_named_is_without_end() -> None:
+    assert context_tokens(small_llama().config) == 256
+    assert context_tokens(MambaConfig()) == context_tokens(XLNetConfig()) == 2**31
 
 
 def test_an_answer_ends_where_the_positions_do(gpt2: Path) -> None:

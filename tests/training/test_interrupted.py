@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,21 @@ def test_a_run_whose_process_is_gone_is_told_as_interrupted_by_its_process(
     assert same(vectors(tmp_path / "run"), vectors(reference))
     elsewhere = {**info, "processes": {**info["processes"], "host": "another-machine"}}
     assert status_of(elsewhere) == "running", "nobody here knows"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_again(
+    whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any
+) -> None:
+    train(whole[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    info = run_json(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**info, "status": "interrupted"}))
+    train(whole[0], tmp_path / "run")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "was interrupted: no step of it was saved, so it begins again." in said
+    assert "it goes on" not in said
+    assert same(vectors(tmp_path / "run"), vectors(whole[1]))
 
 
 def test_a_run_that_was_interrupted_before_its_first_step_may_begin_again_by_another_recipe(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from rich.console import Console
@@ -22,7 +23,7 @@ from qvera.adapters.peft_compat import other_places, require_kept
 from qvera.adapters.products.fused import gradient_cost
 from qvera.config import plugins
 from qvera.config.schema import Recipe
-from qvera.data import Datasets, Rows
+from qvera.data import Datasets, Rows, lengths_of
 from qvera.data.rows import rounds_lengths
 from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
 from qvera.models.experts import expert_specs
@@ -31,7 +32,7 @@ from qvera.models.quantization import quantized_reader
 from qvera.models.quantize_checkpoint import how_stored
 from qvera.models.safetensors_stream import packed_header
 from qvera.models.stream import CHUNK_BYTES
-from qvera.models.structure import expert_weights
+from qvera.models.structure import context_note, expert_weights, require_positions
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.plan.activations import offloaded_bytes, recurrences
@@ -79,6 +80,7 @@ class Plan(PlannedRun):
     ways: Sequence[PlannedRun] = ()  # every way of sharing the model, where these were asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
     peft_note: str | None = None  # what stock PEFT can't read of the adapter as a LoRA
+    context_note: str | None = None  # rows that are longer than the base's context
 
     @property
     def is_refused(self) -> bool:
@@ -99,10 +101,10 @@ class Plan(PlannedRun):
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about a rank or a rate far above any that a run took, which is most likely a slip."""
+        """Sentences about rows beyond the context, and a rank or a rate far above any that a run took."""
         rank, rate = self.recipe.adapter.rank, self.recipe.training.learning_rate
         highest = max(min(x.n, x.m) for x in (*self.adapted, *self.adapted_experts))
-        found, name = [], self.recipe.adapter.method
+        found, name = list(filter(None, [self.context_note])), self.recipe.adapter.method
         # with random projections, ranks a few times above the layers' own size are usual
         if rank > highest * (4 if self.method.source is Source.SEEDED else 1):
             found.append(f"adapter.rank: {rank:,} is above what the layers hold, which is {highest:,} at most.")
@@ -223,7 +225,8 @@ def make_plan(
         datasets: the datasets of ``rows``, which say how many outputs a classifier has.
 
     Raises:
-        InputError: the config can't be read or planned for, a target matches nothing, or the adapter's keys are wrong.
+        InputError: the config can't be read or planned for, a target matches nothing, the adapter's keys are wrong, or
+            a row is longer than the base's table of positions.
     """
     check_recipe(recipe)
     # A schedule may need most memory at its end, so the run is planned for that. Without rows and max_steps nobody
@@ -237,6 +240,9 @@ def make_plan(
     with torch.random.fork_rng(devices=[]):
         model_class = task.model_class(datasets)
         model = empty_model(recipe.model, None, model_class)
+    text_rows = [] if datasets is None or recipe.data.format == "image" else [datasets.train, datasets.eval]
+    lengths = np.concatenate([np.zeros(1, np.int32), *map(lengths_of, text_rows)])
+    require_positions(model, lengths)
     shape = _grown(shape_of(model, model_class), recipe)
     if shape.experts and recipe.model.quantization in ("nf4", "fp4") and not how_stored(recipe.model)[0]:
         # transformers loads the checkpoint, and leaves its experts dense
@@ -265,8 +271,9 @@ def make_plan(
     if whole.adapter.rank != given.adapter.rank:  # a schedule sets it, and not the recipe's key
         changes = [change for change in changes if "adapter.rank" not in change.settings]
     of_run = {each.name: getattr(run, each.name) for each in fields(run)}
-    note = _peft_note(run, model)
-    return Plan(**of_run, changes=changes, decided=decided, streaming=streaming, ways=ways, peft_note=note)
+    about: dict[str, Any] = {"changes": changes, "decided": decided, "streaming": streaming, "ways": ways}
+    beyond = context_note(config, int(lengths.max()))
+    return Plan(**of_run, **about, peft_note=_peft_note(run, model), context_note=beyond)
 
 
 def _peft_note(run: PlannedRun, model: PreTrainedModel) -> str | None:

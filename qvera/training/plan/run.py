@@ -27,7 +27,14 @@ from qvera.models.experts import expert_specs, require_experts
 from qvera.models.loader import pick_compute_dtype
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.quantize_checkpoint import how_stored
-from qvera.models.structure import beside_the_layers, expert_weights, head_size, left_whole, widest_layer
+from qvera.models.structure import (
+    beside_the_layers,
+    context_tokens,
+    expert_weights,
+    head_size,
+    left_whole,
+    widest_layer,
+)
 from qvera.models.tokenizer import image_sides, image_tokens
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
@@ -211,7 +218,7 @@ def shape_of(model: nn.Module, model_class: ModelClass = CAUSAL_LM) -> Shape:
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=head_size(model) or hidden // max(heads, 1),
         vocabulary=0 if weight is None else int(weight.shape[0]),
-        longest_tokens=int(getattr(config, "max_position_embeddings", None) or 2**31),
+        longest_tokens=context_tokens(config),
         tied=tied,
         head_norms={"q_norm", "k_norm"} <= names,
         linears=linears,
