@@ -236,6 +236,7 @@ class Model:
         top_p: Share = 1.0,
         seed: Seed = 0,
         batch_size: Positive = 16,
+        on_answer: Callable[[int, str], None] | None = None,
     ) -> list[str]:
         """Answer each prompt, as ``qvera generate`` does.
 
@@ -244,13 +245,14 @@ class Model:
             adapter: where several are loaded: the one for all prompts, or one for each (None: the base alone).
             max_new_tokens: the longest answer. It ends too where the model's context does.
             temperature: 0 is greedy; else answers are sampled with ``top_p`` and ``seed``.
+            on_answer: called with the number of a prompt, from 0, and its answer, as soon as that is there.
 
         Raises:
             InputError: it is a classifier, an adapter is not loaded, or a prompt is too long.
             RunFailed: memory does not suffice for a single prompt.
         """
         require_answers(self.target, "qvera generate")
-        if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        if isinstance(prompts, Mapping | bytes) or not isinstance(prompts, Iterable):
             raise InputError(f"prompts: expected a text, or a list of texts or of lists of messages, got {prompts!r}.")
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         names = [adapter] * len(listed) if adapter is None or isinstance(adapter, str) else list(adapter)
@@ -271,10 +273,16 @@ class Model:
         rows = [_conversation(prompt, number, writer.system) for number, prompt in enumerate(listed, start=1)]
         encoded = [writer.ids(row.turns, row.tools) for row in rows]
         answering.require_context(opened.model, [(row.source, ids) for row, ids in zip(rows, encoded, strict=True)])
+        tokenizer = opened.base.tokenizer
+
+        def told(number: int, tokens: list[int]) -> None:
+            if on_answer is not None:
+                on_answer(number, tokenizer.decode(tokens, skip_special_tokens=True))
+
         with Phase(self.console, "answering", len(encoded)) as show:
             return answering.generate(
                 opened.model,
-                opened.base.tokenizer,
+                tokenizer,
                 encoded,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
@@ -283,6 +291,7 @@ class Model:
                 seed=seed,
                 adapters=["__base__" if n is None else opened.keys[n] for n in names] if self.names else None,
                 progress=show,
+                on_answer=told,
                 images=[writer.images(row.turns) for row in rows],
             )
 
@@ -386,12 +395,17 @@ def _file_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
     """A temporary file of rows. An InputError about it calls it ``rows``."""
     with tempfile.TemporaryDirectory(prefix="qvera-rows-") as folder:
         file = Path(folder) / "rows.jsonl"
+        listed = list(rows) if isinstance(rows, Iterable) else [rows]
+        if wrong := [row for row in listed if not isinstance(row, Mapping)]:
+            raise InputError(
+                f"rows: expected a file, or a list of mappings such as {{'prompt': ..., 'completion': ...}}; got "
+                f"{wrong[0]!r}. Of a DataFrame, df.to_dict('records') is such a list."
+            )
         try:
-            lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+            lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in listed)
         except (TypeError, ValueError) as error:
             raise InputError(
-                f"rows: can't be written as lines of JSON ({first_line(error)}) Expected a file, or a list of "
-                "mappings such as {'prompt': ..., 'completion': ...}."
+                f"rows: can't be written as lines of JSON ({first_line(error)}) Values are those that JSON has."
             ) from None
         file.write_text(lines, encoding="utf-8")
         try:
@@ -407,8 +421,9 @@ def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversati
     if isinstance(prompt, str):
         turns = [Turn("system", system)] if system else []
         return Conversation([*turns, Turn("user", prompt)], f"prompt {number}")
-    if not isinstance(prompt, Sequence):
-        raise InputError(f"prompt {number}: expected a text or a list of messages, got {prompt!r}.")
+    if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence):
+        hint = " Put the messages of a conversation into a list: [[...]]." if isinstance(prompt, Mapping) else ""
+        raise InputError(f"prompt {number}: expected a text or a list of messages, got {prompt!r}.{hint}")
     return Conversation(read_messages(prompt, f"prompt {number}"), f"prompt {number}")
 
 

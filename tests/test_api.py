@@ -105,6 +105,10 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         qvera.InputError, match=r"^prompt 2: the prompt has [\d,]+ tokens, and the model's context 256, "
     ):
         run.generate(["say red 1", "say red 1 " * 300])
+    with pytest.raises(qvera.InputError, match=r"^prompt 1: expected .* Put the messages .* into a list: \[\[...\]\]."):
+        run.generate([{"role": "user", "content": "say red 1"}])  # type: ignore[list-item]
+    with pytest.raises(qvera.InputError, match=r"^rows: expected .* got 'prompt'. .* df.to_dict\('records'\)"):
+        run.evaluate(["prompt", "completion"])  # type: ignore[list-item]  # as a DataFrame, which gives the names of its columns
     with pytest.raises(qvera.InputError, match="^rows:1: "):
         run.evaluate([{"question": "say red 1"}])
     rows = [{"prompt": "say red 1", "completion": "red red"}, {"prompt": "say blue 2", "completion": "blue blue"}]
@@ -139,10 +143,15 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         ("load", {"adapter": 5}, "adapter: should be a valid string, got 5."),
         ("generate", {"prompts": 5}, "prompts: expected a text, or a list of texts or of lists of messages, got 5."),
         ("generate", {"prompts": {"role": "user", "content": "x"}}, "prompts: expected a text, or a list"),
+        (
+            "generate",
+            {"prompts": b"x"},
+            "prompts: expected a text, or a list of texts or of lists of messages, got b'x'.",
+        ),
         ("generate", {"prompts": "x", "max_new_tokens": "8"}, "max_new_tokens: should be a whole number, got '8'."),
         ("generate", {"prompts": "x", "max_new_tokens": 2.5}, "max_new_tokens: should be a whole number, got 2.5."),
         ("generate", {"prompts": "x", "temperature": -1}, "temperature: should be greater than or equal to 0, got -1."),
-        ("evaluate", {"rows": 1}, "rows: can't be written as lines of JSON ('int' object is not iterable.) Expected"),
+        ("evaluate", {"rows": 1}, "rows: expected a file, or a list of mappings such as"),
         ("evaluate", {"max_new_tokens": 0}, "max_new_tokens: should be greater than or equal to 1, got 0."),
         ("evaluate", {"metrics": "bleu"}, "metrics: 'str' instances are not allowed as a Sequence value, got 'bleu'."),
         ("evaluate", {"metrics": ["blue"]}, "metrics: there is no metric 'blue'; known: exact, bleu"),

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from qvera.config.sections import LrRange
-from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, InputError, QveraError
-from qvera.utils.files import ADAPTER_CONFIG, RECIPE_FILE, try_read_json
+from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError
+from qvera.utils.files import ADAPTER_CONFIG, NO_SPACE, RECIPE_FILE, try_read_json
 from qvera.utils.progress import Phase
 
 
@@ -180,9 +180,11 @@ def report(command: str, error: QveraError | KeyboardInterrupt | OSError) -> int
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted. The same command begins again.", file=sys.stderr)
+        return EXIT_INTERRUPTED
     elif not isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
         where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {where}{error.strerror or error}", file=sys.stderr)
+        advice = ". Make room there, and run the same command again." if where and error.errno in NO_SPACE else ""
+        print(f"{name}: {where}{error.strerror or error}{advice}", file=sys.stderr)
     return EXIT_FAILED
 
 

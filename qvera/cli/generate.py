@@ -27,14 +27,16 @@ from qvera.cli.common import (
     require_new_file,
     say,
 )
+from qvera.cli.kept_answers import KeptAnswers
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
-from qvera.utils.files import replace_text
+from qvera.utils.files import file_stamp
 
 if TYPE_CHECKING:
     from qvera.data import Turn
     from qvera.data.conversations import Conversation
     from qvera.evaluation.load import Artifact
+    from qvera.serve.client import ServerClient
 
     Answer: TypeAlias = Callable[[list[Turn], int], str]
 
@@ -62,6 +64,9 @@ def generate(
     trained them (data.adapter_column), or in a column called adapter. Or --adapter, once for each, answers every prompt
     with each of them. The output lines then have adapter too.
 
+    With --out, answers are kept in .FILE.unfinished beside it as they come. After Ctrl-C, a kill or a full disk, the
+    same command goes on from them; what it still samples is drawn anew.
+
     With the http:// address of a server in place of a run, the server answers, --batch-size prompts at a time. Its key
     is taken from QVERA_API_KEY.
 
@@ -77,44 +82,74 @@ def generate(
         raise InputError("--image: goes with --prompt; a file of prompts has images in its rows.")
     asked = [_with_images(text, image or []) for text in prompt or ()]
 
-    from qvera.serve.client import server_url
+    from qvera.serve.client import ServerClient, server_url
 
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    weights: list[list[int]] = []
     if (url := server_url(run)) is not None:
         questions = _questions(None, prompts, asked, adapters, many=not base)
-        settings = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        questions, answers = _ask_server(url, questions, base, batch_size, settings)
+        client = ServerClient.at(url)
+        models = client.pick_models(dict.fromkeys(name for _, name in questions), base)
+        asked_of = [(row, models[name]) for row, name in questions]
+        questions = [(row, None if base else model) for row, model in asked_of]
     else:
         check_target(run, *adapters)
 
         from qvera.api import load
         from qvera.evaluation.load import find_target, require_answers
-        from qvera.evaluation.named_adapters import adapters_root, require_all_named
+        from qvera.evaluation.named_adapters import adapters_root, named_directories, require_all_named
 
-        many = not base and adapters_root(run) is not None
+        root = None if base else adapters_root(run)
         target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
         require_answers(target, "qvera generate")
-        questions = _questions(target, prompts, asked, adapters, many)
+        questions = _questions(target, prompts, asked, adapters, root is not None)
         names = list(dict.fromkeys(name for _, name in questions if name is not None))
-        if many:
+        places = [target.adapter or target.path]
+        if root is not None:
             in_rows = {name: row.source for row, name in reversed(questions) if name is not None and not adapters}
             require_all_named(run, names, in_rows)  # before a big model is loaded
+            directories = named_directories(root)
+            places = [directories[name] for name in names]
+        weights = [file_stamp(file.stat()) for place in places for file in sorted(place.glob("*.safetensors"))]
         model = load(run, names[0] if len(names) == 1 else names or None, base=base, console=console)
-        answers = model.generate(
-            [row for row, _ in questions],
-            adapter=[name for _, name in questions] if many else None,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            batch_size=batch_size,
-        )
+
+    depends_on = [str(run), weights, base, max_new_tokens, sampling, seed, questions]
+    answers = KeptAnswers(out, depends_on, len(questions))
+    left = answers.left()
+    if answers.found:
+        say(f"{answers.said()}: going on.")
+
+    def keep(place: int, answer: str) -> None:
+        answers.add(left[place], answer)
+
+    try:
+        if url is not None:
+            settings = {**sampling, "max_tokens": max_new_tokens, "seed": seed}
+            _ask_server(client, [asked_of[number] for number in left], batch_size, settings, keep)
+        elif left:
+            model.generate(
+                [questions[number][0] for number in left],
+                adapter=None if root is None else [questions[number][1] for number in left],
+                max_new_tokens=max_new_tokens,
+                seed=seed + len(answers.found),  # what was drawn for others is not drawn again
+                batch_size=batch_size,
+                on_answer=keep,
+                **sampling,
+            )
+    except KeyboardInterrupt:
+        raise answers.interrupted() from None
     answered: list[dict[str, str]] = [
-        {"source": row.source, **({"adapter": name} if name else {}), "prompt": row.turns[-1].content, "answer": answer}
-        for (row, name), answer in zip(questions, answers, strict=True)
+        {
+            "source": row.source,
+            **({"adapter": name} if name else {}),
+            "prompt": row.turns[-1].content,
+            "answer": answers.found[number],
+        }
+        for number, (row, name) in enumerate(questions)
     ]
     if out is not None:
-        replace_text(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answered))
-        print(f"{len(answers)} answers in {out}")
+        answers.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answered))
+        print(f"{len(answered)} answers in {out}")
         return
     several, last = len({(line["source"], line["prompt"]) for line in answered}) > 1, None
     for line in answered:  # each after its adapter's name, if it has one; prompts too where there are several
@@ -147,31 +182,30 @@ def _for_openai(turn: Turn) -> str | list[dict[str, Any]]:
 
 
 def _ask_server(
-    url: str, asked: Sequence[tuple[Conversation, str | None]], base: bool, at_a_time: int, settings: dict[str, Any]
-) -> tuple[list[tuple[Conversation, str | None]], list[str]]:
-    """The questions, each with the model that answers, and the server's answers. The first failure ends the others."""
-    from qvera.serve.client import ServerClient
+    client: ServerClient,
+    asked: Sequence[tuple[Conversation, str]],
+    at_a_time: int,
+    settings: dict[str, Any],
+    on_answer: Callable[[int, str], None],
+) -> None:
+    """Ask each model its question; ``on_answer`` gets the question's place and the answer. A failure ends all."""
 
-    client = ServerClient.at(url)
-    models = client.pick_models(dict.fromkeys(name for _, name in asked), base)
-
-    def answer(question: tuple[Conversation, str | None]) -> str:
-        row, name = question
+    def answer(question: tuple[Conversation, str]) -> str:
+        row, model = question
         if row.tools or any("tool_calls" in turn.extra or turn.role == "tool" for turn in row.turns):
             raise InputError(f"{row.source}: has tools or calls of tools, which a server does not take.")
         messages = [{"role": turn.role, "content": _for_openai(turn)} for turn in row.turns]
-        return client.chat(models[name], messages, **settings)
+        return client.chat(model, messages, **settings)
 
     with progress("answering", len(asked)) as show, ThreadPoolExecutor(at_a_time) as threads:
-        waiting = [threads.submit(answer, question) for question in asked]
+        waiting = {threads.submit(answer, question): place for place, question in enumerate(asked)}
         try:
             for done, ended in enumerate(as_completed(waiting), start=1):
-                ended.result()  # raises what it raised
+                on_answer(waiting[ended], ended.result())  # raises what it raised
                 show(done)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
-    return [(row, None if base else models[name]) for row, name in asked], [each.result() for each in waiting]
 
 
 def _questions(

@@ -125,6 +125,7 @@ def generate_tokens(
     adapters: Sequence[str] | None = None,
     streamer: BaseStreamer | None = None,
     progress: Callable[[int], None] | None = None,
+    on_answer: Callable[[int, list[int]], None] | None = None,
     images: Sequence[Sequence[StoredImage]] | None = None,
 ) -> list[list[int]]:
     """Complete each prompt, in batches of similar length, and return the answers alone, in the order of the prompts.
@@ -140,6 +141,7 @@ def generate_tokens(
         adapters: which adapter answers each prompt (`qvera.adapters.shared_model`); ``__base__`` for none.
         streamer: for one prompt only.
         progress: called after each batch with the number of finished prompts.
+        on_answer: called after each batch with the number of each of its prompts, from 0, and the answer.
         images: the images of each prompt, whose ids hold their places (`PromptWriter`).
 
     InputError: a setting is out of its range, or a prompt and its answer need more positions than the model has.
@@ -230,7 +232,10 @@ def generate_tokens(
         batches = (batch for _, rows in groups for batch in microbatches(list(rows), batch_size))
         advice = "Lower the number of new tokens, or shorten the prompt."
         for rows, found in each_in_halves(batches, answer, device, "prompts", advice, together):
-            answers.update(zip(rows, found, strict=True))
+            for i, tokens in zip(rows, found, strict=True):
+                answers[i] = tokens
+                if on_answer is not None:
+                    on_answer(i, tokens)
             if progress is not None:
                 progress(len(answers))
     return [answers[i] for i in range(len(prompts))]

@@ -18,6 +18,7 @@ from qvera.utils.files import (
     ADAPTERS,
     CERTIFICATE,
     RECIPE_FILE,
+    RUN_OWNER,
     file_sha256,
     no_directory,
     read_json,
@@ -94,7 +95,11 @@ def load_run_recipe(path: Path) -> Recipe:
     """The recipe of a run that has an adapter. InputError: it can't be read, or has no adapter yet."""
     recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
     if not (path / "adapter").is_dir() and not (path / ADAPTERS).is_dir():
-        raise InputError(f"{path}: this run has no adapter/ yet; finish it with `qvera train ... --resume`.")
+        finish = "Finish"
+        if holder := try_read_json(path / RUN_OWNER):
+            who = f"Process {holder.get('pid')} on {holder.get('host')}"
+            finish = f"{who} trains it: wait for it. If that is gone, finish"
+        raise InputError(f"{path}: this run has no adapter/ yet. {finish} it with `qvera train ... --resume`.")
     return recipe
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import ssl
 import time
 import urllib.error
 import urllib.parse
@@ -27,8 +28,8 @@ _SECONDS = 600
 
 def server_url(path: Path) -> str | None:
     """The URL in an argument that may be a run instead (None). `Path` makes one slash of a URL's two."""
-    found = re.match(r"(https?):/+(.+)", str(path))
-    return None if found is None else f"{found[1]}://{found[2].removesuffix('/v1')}"
+    found = re.fullmatch(r"(https?):/+(.+?)(/v1(/chat/completions)?)?", str(path))
+    return None if found is None else f"{found[1]}://{found[2]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ class ServerClient:
         """The model that judges: this one, or the server's only one. Raises InputError as `pick_models`."""
         models = self._models()
         if name is not None and name not in models:
-            raise InputError(f"--judge-model {name}: {self.url} has no model of this name{did_you_mean(name, models)}")
+            hint = f"{did_you_mean(name, models)} There are {_some_of(list(models))}."
+            raise InputError(f"--judge-model {name}: {self.url} has no model of this name{hint}")
         if name is None and len(models) != 1:
             raise InputError(
                 f"{self.url}: has {len(models):,} models. Name one with --judge-model: {_some_of(list(models))}."
@@ -140,7 +142,9 @@ class ServerClient:
                 raise self._problem(error) from None
             except (OSError, HTTPException, ValueError) as error:
                 reason = getattr(error, "reason", error)
-                raise RunFailed(f"{self.url}: can't be reached: {reason}. Is `qvera serve` running there?") from None
+                is_tls = isinstance(reason, ssl.SSLError)
+                question = "Is it a server of http://?" if is_tls else "Is `qvera serve` running there?"
+                raise RunFailed(f"{self.url}: can't be reached: {reason}. {question}") from None
         raise AssertionError("the last try raises")
 
     def _problem(self, error: urllib.error.HTTPError) -> InputError | RunFailed:

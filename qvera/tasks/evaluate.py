@@ -233,9 +233,13 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
     recipe = target.recipe
     if data is None:
         if recipe is None:
+            gone = ""
+            if target.merged is not None:
+                place = target.merged["adapter"]["path"]
+                gone = f" Its adapter is no longer that of a run at {place}: moved, or trained further since."
             raise InputError(
-                f"{target.path}: {target.what} has no recipe that names held-out rows. Name a file with --data FILE, "
-                "or the run (or recipe) that it belongs to with --recipe."
+                f"{target.path}: {target.what} has no recipe that names held-out rows.{gone} Name a file with "
+                "--data FILE, or the run (or recipe) that it belongs to with --recipe."
             )
         if not recipe.data.has_held_out_rows:
             raise InputError(f"{target.path}: its recipe holds out no rows; name a file with --data.")

@@ -155,7 +155,7 @@ def resolve_path(path: str) -> str:
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
@@ -306,6 +306,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         flush(partial)
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # that of a write to a full disk names no file
+        raise
     finally:
         partial.unlink(missing_ok=True)  # after a failure, such as a full disk
     flush(path.parent)
@@ -347,8 +350,9 @@ def disk_errors(what: str, kept: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         in_text = re.search(r"\(os error (\d+)\)", str(error))  # where safetensors has the number
         number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else 0)
-        if number not in (*_NO_SPACE, *_UNWRITABLE):
+        if number not in (*NO_SPACE, *_UNWRITABLE):
             raise
-        reason = "the disk is full" if number in _NO_SPACE else f"it can't be written ({os.strerror(number)})"
-        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        reason = "the disk is full" if number in NO_SPACE else f"it can't be written ({os.strerror(number)})"
+        file = error.filename if isinstance(error, OSError) else None
+        where = f" ({file})" if file and file != what else ""
         raise RunFailed(f"{what}: {reason}{where}. {kept}") from None

@@ -1,12 +1,14 @@
-"""Parse a command line without running it."""
+"""Parse a command line without running it, and stop one that answers."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import pytest
 import typer
 
+from qvera.cli.kept_answers import KeptAnswers
 from qvera.cli.main import build_app
 
 
@@ -23,3 +25,15 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     app, (name, *rest) = _app(), arguments
     context = app.make_context("qvera", [name])
     return name, app.get_command(context, name).make_context(name, rest, parent=context).params
+
+
+def stopped_after(answers: int, error: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """Let the command that keeps answers meet ``error`` in place of the next one."""
+    add = KeptAnswers.add
+
+    def stop(self: KeptAnswers, number: int, answer: str) -> None:
+        if len(self.found) == answers:
+            raise error
+        add(self, number, answer)
+
+    patch.setattr(KeptAnswers, "add", stop)

@@ -122,6 +122,12 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),
     "file for a run": ("info rows.jsonl", "rows.jsonl: is a file, not a directory"),
     "neither run nor adapter": ("info model", "is neither a run"),
+    "a run that still trains": (
+        "eval run",
+        "Process 7 on box trains it: wait for it. If that is gone, finish it with",
+        drop("run/adapter"),
+        write("run/.qvera_run.owner", '{"pid": 7, "host": "box"}'),
+    ),
     "run without adapter": ("chat run", "has no adapter/ yet", drop("run/adapter")),
     "base is not there": (ANSWER, "model.path: 'models/base' is no directory here. Nor", *MOVED),
     "adapter cut short": ("eval run", "cut short", cut("run/adapter/adapter_model.safetensors", 9)),

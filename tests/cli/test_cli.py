@@ -22,7 +22,10 @@ from qvera.cli.main import PANELS, main
 from qvera.config import plugins
 from qvera.config.schema import load_recipe
 from qvera.data import build_datasets, decode
+from qvera.evaluation import generate as generation
 from qvera.models.tokenizer import load_tokenizer
+from tests.cli.helpers import stopped_after
+from tests.disk import fill, small_disk
 from tests.helpers import wait_until
 
 pytestmark = pytest.mark.process
@@ -157,6 +160,50 @@ def test_generate_from_rows_and_lines(trained_run: Path, tiny_rows: Path, tmp_pa
     assert [line["source"] for line in written("prompts.txt")] == ["prompts.txt:1", "prompts.txt:3"]
     first, again = (written("rows.jsonl", "--temperature", "1.0", "--seed", "7") for _ in range(2))
     assert first == again and len(first) == 9
+
+
+def test_answers_are_kept_and_the_same_command_goes_on_from_them(
+    trained_run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, out, kept = tmp_path / "p.txt", tmp_path / "a.jsonl", tmp_path / ".a.jsonl.unfinished"
+    prompts.write_text("".join(f"say red {n}\n" for n in range(6)))
+    line = ["generate", str(trained_run), str(prompts), "--max-new-tokens", "4", "--batch-size", "2", "--out"]
+    assert main([*line, str(tmp_path / "whole.jsonl")]) == 0
+    with monkeypatch.context() as patch:
+        stopped_after(3, KeyboardInterrupt(), patch)
+        assert main([*line, str(out)]) == 75
+    assert f"3 of 6 answers are in {kept}: the same command goes on." in capsys.readouterr().err
+    kept.write_bytes(kept.read_bytes() + b'[5, "cut of')  # as a kill in the middle of a write leaves it
+    assert main([*line, str(out), "--seed", "1"]) == 2
+    assert "holds answers to other prompts, or by another model or other settings" in capsys.readouterr().err
+    asked: list[str] = []
+    write = generation.PromptWriter.ids
+    monkeypatch.setattr(
+        generation.PromptWriter, "ids", lambda self, turns, *more: asked.append("") or write(self, turns, *more)
+    )
+    assert main([*line, str(out)]) == 0
+    assert len(asked) == 3
+    assert "3 of 6 answers are in" in capsys.readouterr().err
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert not kept.exists()
+
+
+def test_answers_on_a_full_disk_are_kept_and_the_message_says_where(
+    trained_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    prompts, long = tmp_path / "p.txt", "red " * 40
+    prompts.write_text("".join(f"say {long}{n}\n" for n in range(24)))
+    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+        out, kept = disk / "a.jsonl", disk / ".a.jsonl.unfinished"
+        line = ["generate", str(trained_run), str(prompts), "--max-new-tokens", "2", "--out", str(out)]
+        filler = fill(disk, leave_bytes=4096)
+        assert main(line) == 1
+        said = capsys.readouterr().err
+        assert f"qvera generate: {out}: the disk is full. 24 of 24 answers are in {kept}: make room, and" in said
+        assert kept.exists() and not out.exists()
+        filler.unlink()
+        assert main(line) == 0
+        assert len(out.read_text().splitlines()) == 24 and not kept.exists()
 
 
 def test_chat_reads_messages_until_the_end(trained_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

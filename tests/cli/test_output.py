@@ -16,6 +16,7 @@ import pytest
 from qvera.cli.common import LossyStream
 from qvera.cli.main import main
 from qvera.cli.train import loss_line, print_result
+from tests.disk import fill, small_disk
 
 pytestmark = pytest.mark.process
 
@@ -160,3 +161,12 @@ def test_what_no_command_prints_ends_at_a_full_disk_too() -> None:
 def test_a_command_whose_streams_are_closed_ends_as_any_other(trained_run: Path) -> None:
     command = f"{sys.executable} -m qvera info {shlex.quote(str(trained_run))} >&- 2>&- <&-"
     assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0
+
+
+def test_a_full_disk_under_a_file_is_told_with_its_name(trained_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    with small_disk(tmp_path / "disk", 64 << 10) as disk:
+        fill(disk)
+        page = disk / "page.html"
+        assert main(["preview", str(trained_run / "recipe.yaml"), "--html", str(page)]) == 1
+    said = f"qvera preview: {page}: No space left on device. Make room there, and run the same command again.\n"
+    assert capsys.readouterr().err.endswith(said)

@@ -93,7 +93,7 @@ def test_a_run_its_base_its_adapter_and_what_it_exports_to(run: Path, of_run: di
 
 @pytest.mark.parametrize("weights", ["original", "dequantized"])
 def test_a_merged_export_finds_its_run_and_its_base(
-    run: Path, of_run: dict[str, Any], tiny_model_dir: Path, weights: str
+    run: Path, of_run: dict[str, Any], tiny_model_dir: Path, weights: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = export(run, "merged", "--dtype", "float32", "--base", weights, "--no-compare")
     answers = run.parent / "answers.jsonl"
@@ -108,6 +108,11 @@ def test_a_merged_export_finds_its_run_and_its_base(
         for scores in ("scores", "base_scores"):
             assert found[scores]["loss"] == pytest.approx(of_run[scores]["loss"], rel=1e-4)
         assert [row["answer"] for row in found["answers"]] == [row["answer"] for row in of_run["answers"]]
+    written = out / "qvera_export.json"
+    written.write_text(written.read_text().replace(of_run["subject"]["adapter_sha256"], "0" * 64))
+    capsys.readouterr()
+    assert main(["eval", str(out)]) == 2
+    assert f"no longer that of a run at {run / 'adapter'}: moved, or trained further" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["prompt-completion", "alpaca"])

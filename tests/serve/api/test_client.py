@@ -11,6 +11,7 @@ import pytest
 
 from qvera.cli.main import main
 from qvera.serve.client import KEY_VARIABLE, server_url
+from tests.cli.helpers import stopped_after
 from tests.serve.api.conftest import Served, Start
 
 
@@ -18,6 +19,7 @@ def test_an_address_is_known_from_a_run() -> None:
     assert server_url(Path("http://127.0.0.1:8000")) == "http://127.0.0.1:8000"
     assert server_url(Path("http://127.0.0.1:8000/v1")) == "http://127.0.0.1:8000"
     assert server_url(Path("https://example.org/models/v1/")) == "https://example.org/models"
+    assert server_url(Path("http://127.0.0.1:8000/v1/chat/completions")) == "http://127.0.0.1:8000"
     assert server_url(Path("runs/http")) is None
 
 
@@ -69,6 +71,27 @@ def test_what_a_server_refuses_is_said(start: Start, monkeypatch: pytest.MonkeyP
     assert "has no model that this key may use" in refused("later")
     served.engine.fails = "the engine broke"
     assert "the engine broke" in refused("all", "--adapter", "anna", code=1)
+
+
+def test_answers_of_a_server_are_kept_too(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, line = (
+        tmp_path / "a.jsonl",
+        ["generate", served.url, "--adapter", "anna", "--adapter", "ben", "--batch-size", "1"],
+    )
+    line += ["--prompt", "say it", "--prompt", "and again", "--out", str(out)]
+    with monkeypatch.context() as patch:
+        stopped_after(3, KeyboardInterrupt(), patch)
+        assert main(line) == 75
+    before = len(served.engine.requests)
+    assert main(line) == 0
+    assert len(served.engine.requests) - before <= 1
+    found = [json.loads(text) for text in out.read_text().splitlines()]
+    assert [row["answer"] for row in found] == [served.said["anna"], served.said["ben"]] * 2
+
+
+def test_https_to_a_server_without_it(served: Served, capsys: Any) -> None:
+    assert main(["generate", served.url.replace("http:", "https:"), "--prompt", "say it"]) == 1
+    assert "Is it a server of http://?" in capsys.readouterr().err
 
 
 def test_a_server_that_is_not_there(capsys: Any) -> None:
