@@ -73,7 +73,14 @@ def init(
     Example:
         qvera init recipe.yaml --model meta-llama/Llama-2-7b-hf --data rows.csv
     """
+    if out.suffix not in (".yaml", ".yml"):
+        raise InputError(f"{out}: is the name of the recipe to write; expected one that ends in .yaml.")
     require_new_file(out)
+    if objective == "grpo":
+        raise InputError(
+            "--objective: init writes recipes of dpo, orpo and kto. One of grpo names a function that scores answers: "
+            "docs/rewards.md has such a recipe."
+        )
     model = model or _ask("--model", "Base model (a directory or a hub id)")
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
@@ -159,7 +166,11 @@ def _with_found_columns(recipe: Recipe) -> Recipe:
         raise InputError(f"{error} Here: {here}.") from None
     except UnknownFormat as error:
         if not sys.stdin.isatty():
-            raise InputError(f"{error} Here: {COLUMN_OPTIONS}, or --task for rows with labels.") from None
+            given = recipe.data.columns.keys() & {"prompt", "completion"}
+            here = f"{COLUMN_OPTIONS}, or --task for rows with labels"
+            if len(given) == 1:
+                here = f"{'--answer-column' if given == {'prompt'} else '--prompt-column'} NAME too"
+            raise InputError(f"{error} Here: {here}.") from None
         console.print(str(error), markup=False, highlight=False)
     prompt = _ask("--prompt-column", "Column with the prompt")
     answer = _ask("--answer-column", "Column with the answer")

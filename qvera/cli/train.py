@@ -201,12 +201,17 @@ def loss_line(run: dict[str, Any], command: str) -> str:
     scored = [(before["loss"], after["loss"]) for before, after in pairs if before and after]
     trained = [(one["train_loss_first"], one["train_loss_last"]) for one in run.get("adapters", [result])]
     known = [each for each in scored or trained if all(loss is not None and math.isfinite(loss) for loss in each)]
-    if not known or not result["steps"]:
+    if not result["steps"]:
+        return "no step was taken: the adapter is what it was at the start. See training.max_steps."
+    if not known:
         return "not known"
     before, after = (sum(losses) / len(known) for losses in zip(*known, strict=True))
     share, steps, kind = (before - after) / abs(before or 1.0), result["steps"], "held-out" if scored else "training"
     change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
     answers = result.get("eval_after") or {}
+    if result.get("grad_norm_last") == 0 and result["train_loss_last"] and "reward" not in answers:
+        dead = "and the last step had no gradient: nothing is learnt any more"
+        return f"{change}, {dead}. Try a lower rate: {command} --find-lr"
     right, by_one = answers.get("exact_match"), answers.get("commonest_reference", 0.0)
     none_learnt = right is not None and right <= by_one and right < 1
     if "reward" in answers or (share >= HARDLY and not none_learnt):

@@ -130,6 +130,7 @@ _SHORT_NAMES = {
     "lr": "learning_rate", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "target_modules": "targets", "epochs": "num_train_epochs", "batch_size": "global_batch_size",
     "optimizer": "optim", "scheduler": "lr_scheduler_type", "bs": "global_batch_size",
+    "per_device_batch_size": "per_device_train_batch_size",
 }  # fmt: skip
 """Other tools' names that no key here resembles."""
 
@@ -191,6 +192,8 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
             hint = " Write it in quotes."
         elif got is None and field is not None and not field.is_required():
             hint = " Leave the key out for its default."
+        elif kind == "list_type" and isinstance(got, str) and "=" not in got:
+            hint = f" Write [{got}]."
         elif kind != "literal_error" and isinstance(got, str) and "=" in got:
             hint = " Each key takes its own --set."
         yield key, value_problem(error) + hint

@@ -129,7 +129,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     found = ", ".join(map(str, row.fields)) or "none"
     for ours, theirs in columns.items():
         if ours not in known:
-            hint = did_you_mean(ours, known)
+            is_turned = ours in row.fields and theirs in known
+            hint = f". Turn it around: {{{theirs}: {ours}}}." if is_turned else did_you_mean(ours, known)
             raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
         if theirs not in row.fields:
             hint = did_you_mean(theirs, row.fields)
@@ -165,7 +166,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         read["images"] = "image"
     for ours in columns:
         if ours not in read:
-            raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.")
+            task = " To train a classifier, set task: sequence-classification." if ours == "label" else ""
+            raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.{task}")
     # of a prompt, all of it is handed to the reward
     unused = [str(name) for name in row.fields if name not in read.values() and format != "prompt"]
     if shown := next((name for name in unused if name in _MEDIA and row.fields[name]), None):

@@ -179,6 +179,7 @@ class DataStats(RowCounts):
     histogram_edges: list[int] = field(default_factory=list)  # in tokens
     histogram_counts: list[int] = field(default_factory=list)  # [i] has edges[i] <= tokens < edges[i + 1]
     adapters: Adapters | None = None  # of a run that trains many
+    verdicts: set[bool] = field(default_factory=set)  # of judged answers: good ones, bad ones or both
     labels: Labels | None = None
     label_rows: list[int] = field(default_factory=list)  # training rows of each class
     eval_label_rows: list[int] = field(default_factory=list)  # held-out rows of each class
@@ -367,6 +368,7 @@ def build_datasets(
     stats.tokens = int(train.all_tokens.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
     stats.longest_tokens = int(train.lengths.max())
+    stats.verdicts = set(train.table["desirable"].unique().to_pylist()) - {None}
     if section.has_adapters:
         stats.adapters = take_adapters(sources[0].adapters, train, held_out, section.has_held_out_rows)
         stats.repeated_rows = sum(adapter.repeated_rows for adapter in stats.adapters.trained)
@@ -528,6 +530,12 @@ def data_warnings(stats: DataStats) -> list[str]:
             f"All {stats.eval_rows:,} held-out rows have the label {label}, so their scores say little. "
             "data.eval_limit takes the first rows of a file; shuffle the file, or hold out more."
         )
+    if stats.labels is not None and (similar := similar_names(stats.labels.names)):
+        shown = "; ".join(" and ".join(map(repr, group)) for group in similar[:3])
+        lines.append(f"Labels that differ only by case or spaces are classes of their own: {shown}. Is that meant?")
+    if len(stats.verdicts) == 1:
+        kind, other = ("good", "false") if True in stats.verdicts else ("bad", "true")
+        lines.append(f"All rows are {kind} answers, and kto learns from both kinds. Add rows with the label {other}.")
     if stats.special_token_rows:
         lines.append(
             f"Rows whose text contains special tokens (such as </s>), which are read as those tokens: "

@@ -277,12 +277,18 @@ def empty_model(
             return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         name = str(source or resolve_path(section.path))
-        fix = " Take another model, or a transformers that knows this one." if isinstance(error, ValueError) else ""
         if isinstance(error, OSError) and not Path(name).is_dir():
-            fix = f" {hub_hint()}"
+            raise InputError(
+                f"model.path: {name!r} is no directory here. Nor can it be read from the hub "
+                f"({first_line(error).rstrip('.')}). {hub_hint()}"
+            ) from None
+        fix = " Take another model, or a transformers that knows this one." if isinstance(error, ValueError) else ""
+        reason = first_line(error)
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"transformers has none of the type {config.model_type}."
         raise InputError(
             f"model.path: no model can be made from the config of {name!r}; it can't be loaded as {model_class.what}: "
-            f"{first_line(error)}{fix}"
+            f"{reason}{fix}"
         ) from None
 
 

@@ -14,6 +14,7 @@ were given.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -85,6 +86,14 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
         score = getattr(modules[path], name, None)
         if not callable(score):
             raise InputError(f"training.reward: {path} has no function {name!r}.")
+        try:
+            inspect.signature(score).bind("", "", {})
+        except TypeError as error:
+            raise InputError(
+                f"training.reward: {name} in {path} is called with the prompt, the answer and the row: {error}."
+            ) from None
+        except ValueError:  # a callable of C that tells no signature
+            pass
         found.append(Reward(name, score, weight))
     return found
 

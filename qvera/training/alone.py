@@ -349,6 +349,7 @@ class Trainer(Run):
             "epochs": state.step / self.loop.batches.per_epoch,
             "train_loss_first": state.train_loss_first,
             "train_loss_last": state.train_loss_last,
+            "grad_norm_last": state.grad_norm_last,
             "eval_before": state.before,
             "eval_after": self.after,
             "best_step": state.best_step,

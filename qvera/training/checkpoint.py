@@ -65,6 +65,7 @@ class TrainState:
     evaluation_due: bool = False  # after this step, and not done yet: memory ran out in it
     train_loss_first: float | None = None
     train_loss_last: float | None = None
+    grad_norm_last: float | None = None
     train_seconds: float = 0.0
     input_tokens: int = 0
     skipped_steps: int = 0  # whose gradient overflowed in float16, and that were taken again

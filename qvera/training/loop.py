@@ -368,6 +368,7 @@ class AloneLoop(Loop[AloneStep]):
             step_rows = [train[i].source for i in step.rows]
             raise not_finite_error(step.number, step.sums, norm, sources, step_rows, self.group)
         self.state.add_step(loss, seconds, step.input_tokens)
+        self.state.grad_norm_last = norm
         record = {
             "kind": "train",
             "step": step.number,

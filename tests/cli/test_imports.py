@@ -86,7 +86,7 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
     model = load_recipe(recipe).model.path
     for data, words in (("nowhere.csv", "no such file"), (str(rows), "broken.jsonl:1: not valid JSON")):
         with contextlib.redirect_stderr(said := io.StringIO()):
-            assert main(["init", f"{recipe}.new", "--model", model, "--data", data]) == 2
+            assert main(["init", f"{recipe}.new.yaml", "--model", model, "--data", data]) == 2
         assert words in said.getvalue()
     for line in ("chat RUN", "eval RUN", "export RUN out", "generate RUN --prompt x"):
         with contextlib.redirect_stderr(said := io.StringIO()):

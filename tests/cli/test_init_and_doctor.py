@@ -93,6 +93,15 @@ def test_rows_beyond_the_context_of_the_base_are_cut_by_a_new_recipe_and_told_wi
             assert " ".join("".join(capsys.readouterr()).split()).count(told) == count, (command, length)
 
 
+def test_options_of_init_that_say_too_little_or_too_much_are_told(init: Init, out: Path, capsys: Capture) -> None:
+    rows = "mail,about\nhello,greeting\n"
+    assert init(rows, "--prompt-column", "mail", code=2).endswith("Here: --answer-column NAME too.\n")
+    assert init(rows, "--answer-column", "about", code=2).endswith("Here: --prompt-column NAME too.\n")
+    assert "docs/rewards.md has such a recipe" in init(rows, "--objective", "grpo", code=2)
+    assert main(["init", str(out.with_suffix(".json"))]) == 2
+    assert "expected one that ends in .yaml" in capsys.readouterr().err
+
+
 def test_a_short_run_of_a_new_recipe_saves_ten_times(init: Init, out: Path) -> None:
     row = '{{"prompt": "say {}", "completion": "red"}}\n'
     for count, save_steps in ((60, 7), (300, 17), (20_000, 100)):

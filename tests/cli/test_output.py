@@ -104,10 +104,17 @@ def test_a_loss_that_is_not_known_is_a_dash_at_the_end_of_a_run(tmp_path: Path, 
 
 def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     def line(
-        before: float, after: float, steps: int = 100, exact: float = 0.5, last: float = 1.0, commonest: float = 0.4
+        before: float,
+        after: float,
+        steps: int = 100,
+        exact: float = 0.5,
+        last: float = 1.0,
+        commonest: float = 0.4,
+        norm: float = 1.0,
     ) -> str:
         scores = {"exact_match": exact, "exact_match_rows": 30, "commonest_reference": commonest}
         result: dict[str, Any] = {"steps": steps, "train_loss_first": 4.0, "train_loss_last": last}
+        result["grad_norm_last"] = norm
         result |= {"eval_before": {"loss": before}, "eval_after": {"loss": after, **scores}}
         return loss_line({"result": result}, "qvera train my.yaml")
 
@@ -120,6 +127,9 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     assert line(13.0, 0.9, exact=1.0, commonest=1.0) == "the held-out loss fell by 93.1 %."
     assert line(2.0, 2.5, last=4.2) == f"the held-out loss rose by 25 %. {find}"
     assert "the rows are learnt by heart. Add rows, or take fewer steps" in line(2.0, 2.5)
+    assert line(2.0, 1.9, steps=0).startswith("no step was taken: the adapter is what it was at the start")
+    dead = line(2.0, 1.8, steps=20, norm=0.0)
+    assert "had no gradient: nothing is learnt any more. Try a lower rate: qvera train my.yaml --find-lr" in dead
     few = line(5.53, 4.48, steps=17, exact=0)
     assert "in 17 steps, which are few. Go on: qvera train my.yaml --resume --set training.max_steps=34 " in few
     entry: dict[str, Any] = {

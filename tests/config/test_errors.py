@@ -84,6 +84,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("model.rank", "There is `adapter.rank`: move it there."),
         ("max_steps", "There is `training.max_steps`: move it there."),
         ("training.lr", "Did you mean `learning_rate`?"),
+        ("training.per_device_batch_size", "Did you mean `per_device_train_batch_size`?"),
         ("adapter.r", "Did you mean `rank`?"),
         ("adapter.lora_alpha", "Did you mean `alpha`?"),
         ("lr", "There is `training.learning_rate`: move it there."),
@@ -120,7 +121,7 @@ def test_an_unknown_key_gets_the_nearest_name_or_its_section_or_all_that_are_kno
         ("data.columns", ["a"], "should be a mapping, got ['a']."),
         ("training.learning_rate", 0, "should be greater than 0, got 0."),
         ("training.learning_rate", float("nan"), "should be a finite number, got nan."),
-        ("training.report_to", "tensorboard", "should be a valid list, got 'tensorboard'."),
+        ("training.report_to", "tensorboard", "should be a valid list, got 'tensorboard'. Write [tensorboard]."),
     ],
 )
 def test_a_wrong_value_says_what_is_taken(key: str, value: Any, sentence: str) -> None:

@@ -124,6 +124,12 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"q": "x"}, {"columns": {"text": "Q"}}, r"no column 'Q' .data\.columns\.text.. Columns found: q"),
         ({"question": "x"}, {"columns": {"text": "questoin"}}, "did you mean 'question'"),
         ({"q": "x"}, {"columns": {"promt": "q"}}, "'promt' is not a field that rows have; did you mean 'prompt'"),
+        ({"q": "x"}, {"columns": {"q": "prompt"}}, "'q' is not a field that rows have. Turn it around: .prompt: q."),
+        (
+            {"q": "x", "a": "y"},
+            {"columns": {"text": "q", "label": "a"}},
+            "text does not read 'label'; it reads text. To train a classifier, set task: sequence-classification.",
+        ),
         ({"text": "x", "q": "y"}, {"format": "text", "columns": {"prompt": "q"}}, "format text does not read 'prompt'"),
         ({"text": 5}, {}, r"f\.jsonl:7: text must be text, got a number .5"),
         ({"text": None}, {}, "text must be text, got null"),

@@ -310,3 +310,10 @@ def test_auto_is_what_the_first_source_was_trained_with(
     (tmp_path / "run.json").write_text(json.dumps({"data": stats.to_dict()}))
     recipe = parse_recipe({"model": "m", "data": {"path": mixed.path}}, "x.yaml")
     assert template_name(recipe, tmp_path) == "plain"
+
+
+def test_judged_rows_of_one_kind_are_told(read: Read) -> None:
+    good, bad = ({"prompt": "x", "completion": "a", "label": label} for label in (True, False))
+    one_kind = data_warnings(read([good, good], format="unpaired-preference").stats)
+    assert one_kind[-1] == "All rows are good answers, and kto learns from both kinds. Add rows with the label false."
+    assert "kto" not in " ".join(data_warnings(read([good, bad], format="unpaired-preference").stats))

@@ -16,6 +16,7 @@ from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models import linear as frozen
 from qvera.models import quantization as quantize
 from qvera.models.loader import load_base, pick_compute_dtype
+from qvera.models.model_class import empty_model, image_class
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.safetensors_io import base_fingerprint
@@ -212,3 +213,13 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, monkeypatch: pytest.M
     with pytest.raises(RunFailed, match="adapter: the disk is full"):
         save_adapter(attach(small_llama(), AdapterSection(rank=8, seed=4)), saved)
     assert {f.name: f.read_bytes() for f in saved.iterdir()} == before
+
+
+def test_a_model_of_another_kind_and_one_that_is_nowhere_are_told_from_a_broken_config(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it is asked again for half a minute
+    with pytest.raises(InputError, match="transformers has none of the type llama. Take another model"):
+        empty_model(ModelSection(path=str(tiny_model_dir)), model_class=image_class())
+    with pytest.raises(InputError, match="'nowhere/nothing' is no directory here. Nor can it be read from the hub"):
+        empty_model(ModelSection(path="nowhere/nothing"))

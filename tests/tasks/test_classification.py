@@ -31,7 +31,7 @@ from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.evaluation.judges import serving as judge_server
-from tests.tasks.encoders import save_family
+from tests.tasks.encoders import save_family, word_tokenizer
 from tests.tasks.sessions import gradients, loop_of
 
 CPU = torch.device("cpu")
@@ -287,6 +287,15 @@ def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, classify: 
     path = write(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(InputError, match=message):
         built(classify(data={"path": str(path), "eval_fraction": 0.0}))
+
+
+def test_labels_that_differ_only_by_case_or_spaces_are_told(classify: Any, tmp_path: Path) -> None:
+    labels = ["yes", "Yes", "no", "no ", "maybe"]
+    rows = [{"text": f"{i}", "label": label} for i, label in enumerate(labels)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = classify(data={"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.0}).data
+    found = "\n".join(data_warnings(build_datasets(section, word_tokenizer()).stats))
+    assert "classes of their own: 'Yes' and 'yes'; 'no' and 'no '. Is that meant?" in found
 
 
 def test_a_label_that_only_some_rows_have_is_named_before_training(classify: Any, tmp_path: Path) -> None:

@@ -195,6 +195,9 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
 ) -> None:
     with pytest.raises(InputError, match=r"has no function 'letter'"):
         train(make_rewarded("letter"), tmp_path / "a")
+    (tmp_path / "two.py").write_text("def score(prompt, answer):\n    return 1.0\n")
+    with pytest.raises(InputError, match="score in .* is called with the prompt, the answer and the row: too many"):
+        load_rewards(f"{tmp_path}/two.py:score")
     (tmp_path / "bad.py").write_text("import nothing_of_this_name")
     for reward, message in ((f"{tmp_path}/bad.py:x", "can't be imported: ModuleNotFoundError"), ("y", "names no file")):
         keys = {**make_rewarded().training.to_dict(), "reward": reward}

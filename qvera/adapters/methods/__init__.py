@@ -71,13 +71,16 @@ def check_recipe(recipe: Recipe) -> None:
             )
     # the recipe's defaults are VeRA's; another method's rank and rate have to be written down
     given = {"adapter": section.model_fields_set, "training": recipe.training.model_fields_set}
+    missing = []
     for key, value in method.usual.items() if section.method != Vera.name else ():
         part, _, name = key.partition(".")
         if name not in given[part]:
-            raise InputError(
+            missing.append(
                 f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
                 f"{value:g} is a usual value."
             )
+    if missing:
+        raise InputError("\n".join(missing))
     if recipe.data.has_adapters and method.peft_type is None:
         raise InputError(
             "adapter.method: only vera without magnitude and lora train many adapters in one run, and this is "

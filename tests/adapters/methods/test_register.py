@@ -105,10 +105,11 @@ def test_no_code_outside_of_the_methods_asks_for_one_by_its_name() -> None:
     [
         ({"method": "verra"}, {}, "adapter.method: takes one of .*Did you mean 'vera'"),
         ({"method": "shared-core", "rank": 8, "b_groups": 2}, {"learning_rate": 1e-2}, "adapter.b_groups: is read by vera"),
+        ({"method": "lora"}, {}, "(?s)adapter.rank: has no default .*\ntraining.learning_rate: has no default "),
         ({"method": "shared-core"}, {"learning_rate": 1e-2}, "adapter.rank: has no default .* 64 is a usual value"),
         ({"method": "shared-core", "rank": 8}, {}, "training.learning_rate: has no default .* 0.004 is"),
     ],
-    ids=["unknown", "another method's key", "no rank", "no learning rate"],
+    ids=["unknown", "another method's key", "neither", "no rank", "no learning rate"],
 )  # fmt: skip
 def test_a_recipe_that_does_not_suit_its_method_is_refused(
     adapter: dict[str, Any], training: dict[str, Any], words: str
