@@ -170,6 +170,10 @@ def test_answers_are_kept_and_the_same_command_goes_on_from_them(
     line = ["generate", str(trained_run), str(prompts), "--max-new-tokens", "4", "--batch-size", "2", "--out"]
     assert main([*line, str(tmp_path / "whole.jsonl")]) == 0
     with monkeypatch.context() as patch:
+        stopped_after(0, KeyboardInterrupt(), patch)
+        assert main([*line, str(out)]) == 75
+        assert "qvera generate: interrupted. The same command begins again." in capsys.readouterr().err
+    with monkeypatch.context() as patch:
         stopped_after(3, KeyboardInterrupt(), patch)
         assert main([*line, str(out)]) == 75
     assert f"3 of 6 answers are in {kept}: the same command goes on." in capsys.readouterr().err
