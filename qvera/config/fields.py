@@ -66,7 +66,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    def __init__(self, **keys: object) -> None:
+    def __init__(self, *mappings: object, **keys: object) -> None:
+        if mappings:
+            name = type(self).__name__
+            raise InputError(f"{name}: takes keys by name; for a mapping, write {name}(**mapping).")
         try:
             super().__init__(**keys)
         except ValidationError as error:

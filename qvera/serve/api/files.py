@@ -219,8 +219,8 @@ class _Form:
         """The stored file, once the whole body has been fed."""
         if not self._ended:
             raise bad_request("The form ends in the middle.")
-        if self.upload is None:
-            raise bad_request("file: is missing.", "file")
+        if self.upload is None or not self.upload.size_bytes:
+            raise bad_request(f"file: is {'missing' if self.upload is None else 'empty'}.", "file")
         purpose = self._purpose.decode("utf-8", "replace")
         if purpose != TRAINING:
             raise bad_request(f"purpose: expected {TRAINING!r}, got {shortened_name(purpose)!r}.", "purpose")

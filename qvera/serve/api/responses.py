@@ -42,7 +42,7 @@ class Item(BaseModel):
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Text | Annotated[list[ItemPart], Field(fail_fast=True)] = ""
+    content: Text | Annotated[list[ItemPart], Field(fail_fast=True)] | None = None
     call_id: Text | None = None
     name: Text = ""
     arguments: Text = "{}"
@@ -115,7 +115,7 @@ class ResponsesBody(Body):
                 call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
                 messages[-1].setdefault("tool_calls", []).append(call)
             else:
-                content = item.content if isinstance(item.content, str) else [_part(part) for part in item.content]
+                content = [_part(part) for part in item.content] if isinstance(item.content, list) else item.content
                 messages.append({"role": item.role, "content": content})
         asked = self.model_dump(include={"model", "temperature", "top_p", "stream", "parallel_tool_calls"})
         asked |= {"messages": messages, "max_completion_tokens": self.max_output_tokens}

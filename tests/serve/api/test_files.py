@@ -97,6 +97,7 @@ WRONG_FORMS: list[tuple[dict[str, Any], str]] = [
     (form(PURPOSE, FILE, boundary="y" * 300), "no multipart form"),
     (form(PURPOSE, FILE, end=""), "ends in the middle"),
     (form(PURPOSE), "file: is missing"),
+    (form(PURPOSE, (FILE[0], b"")), "file: is empty"),
     (form(FILE), "purpose: expected 'fine-tune', got ''"),
     (form(('name="purpose"', b"vision"), FILE), "purpose: expected 'fine-tune', got 'vision'"),
     (form(('name="purpose"', b"x" * 2000), FILE), "purpose: is longer than 1000 bytes"),

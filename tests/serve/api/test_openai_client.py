@@ -137,6 +137,7 @@ def test_a_loop_of_function_calls_by_responses(start: Start) -> None:
             ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),
             ({"tools": tools, "tool_choice": {"type": "function", "name": "!"}}, "tool_choice", "tool_choice"),
             ({"input": [{"content": "x"}]}, "input", "input.0.role"),
+            ({"input": [{"role": "user"}]}, "input", "a message has content"),
             ({"max_output_tokens": 999}, "", "999 new ones are asked for"),
             ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "thing"}}}}, "text", "text.format.schema"),
         ]  # fmt: skip
