@@ -214,9 +214,9 @@ def plan_memory(run: PlannedRun) -> Memory:
         heap = min(KEPT_HEAP_BYTES, largest)
         if not run.checkpointing:  # holes between what is kept: measured on SmolLM2 in fp32
             heap = max(heap, largest // 4)
-        standing += (Component("free heap that malloc keeps", "runtime", heap),)
+        standing += (Component("freed memory that malloc keeps", "runtime", heap),)
     if run.holds_weights:  # answers let go of them
-        held = Component("adapted weights between steps", "base", held_weight_bytes(run))
+        held = Component("adapted weights kept between steps", "base", held_weight_bytes(run))
         moments = {name: parts if name == "answers" else (*parts, held) for name, parts in moments.items()}
     return Memory(standing, moments)
 

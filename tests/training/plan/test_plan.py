@@ -123,7 +123,7 @@ def test_adapted_weights_are_held_between_steps_where_a_cpu_has_the_memory(recip
 
     roomy, tight = on_cpu(10**10), on_cpu(1)
     assert roomy.holds_weights
-    name = "adapted weights between steps"
+    name = "adapted weights kept between steps"
     holding = {moment for moment in roomy.memory.moments if name in {c.name for c in roomy.memory.at(moment)}}
     assert holding == roomy.memory.moments.keys() - {"answers"}  # which let go of them
     assert not tight.holds_weights
