@@ -252,12 +252,14 @@ class Trained:
 
 async def send_heartbeats(tenants: Collection[Any]) -> None:
     """Keep the sessions of all tenants' ``model`` alive, without end. A call may wait longer than a session lives."""
+
+    async def send(model: Trained) -> None:
+        with contextlib.suppress(httpx.TransportError):
+            await model.link.once("session_heartbeat", {"session_id": model.session})
+
     while True:
         await asyncio.sleep(_HEARTBEAT_SECONDS)
-        for tenant in tenants:
-            model: Trained = tenant.model
-            with contextlib.suppress(httpx.TransportError):
-                await model.link.once("session_heartbeat", {"session_id": model.session})
+        await asyncio.gather(*(send(tenant.model) for tenant in tenants))
 
 
 def logprobs_of(response: httpx.Response) -> list[np.ndarray]:
