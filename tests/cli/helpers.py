@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from qvera.cli.kept_answers import KeptAnswers
+from qvera.cli.generate import KeptAnswers
 from qvera.cli.main import build_app
 
 
