@@ -33,7 +33,7 @@ def test_a_recipe_is_as_short_as_in_yaml_and_checked_the_same_way() -> None:
     with pytest.raises(qvera.InputError, match=r"data: .* Write rows in memory into a \.jsonl file, and name that\."):
         qvera.Recipe(model="m", data=[{"text": "x"}])
     with pytest.raises(qvera.InputError, match=r"Recipe: takes keys by name; .* write Recipe\(\*\*mapping\)\."):
-        qvera.Recipe({"model": "m"})
+        qvera.Recipe({"model": "m"})  # type: ignore[call-arg, misc]
     labelled = qvera.Recipe(model="m", data="rows.csv", task="sequence-classification")
     assert labelled.data.format == "classification"
     assert labelled.replace(training={"max_steps": 3}).data.format == "classification"
