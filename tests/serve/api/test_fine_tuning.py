@@ -107,7 +107,6 @@ def test_a_job_becomes_a_model_and_tells_its_steps(training: Served) -> None:
 BAD_ROWS = [
     (chat_rows(2) + b'{"messages": [{"role": "king", "content": "x"}]}\n', ":3: messages[0]: unknown role"),
     (chat_rows(2) + b"{", ":3: not valid JSON"),
-    (b"", ": holds no rows"),
     (b"\xff\xfe\n", ":1: not UTF-8 text"),
     (json.dumps(dict.fromkeys(map(str, range(9000)), 1)).encode(), ":1: the columns match no known format"),
 ]
