@@ -33,7 +33,7 @@ def test_a_recipe_is_as_short_as_in_yaml_and_checked_the_same_way() -> None:
     with pytest.raises(qvera.InputError, match=r"data: .* Write rows in memory into a \.jsonl file, and name that\."):
         qvera.Recipe(model="m", data=[{"text": "x"}])
     with pytest.raises(qvera.InputError, match=r"Recipe: takes keys by name; .* write Recipe\(\*\*mapping\)\."):
-        qvera.Recipe({"model": "m"})  # type: ignore[call-arg, misc]
+        qvera.Recipe({"model": "m"})  # type: ignore[call-arg, misc]  # wrong on purpose
     labelled = qvera.Recipe(model="m", data="rows.csv", task="sequence-classification")
     assert labelled.data.format == "classification"
     assert labelled.replace(training={"max_steps": 3}).data.format == "classification"
@@ -108,7 +108,7 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     ):
         run.generate(["say red 1", "say red 1 " * 300])
     with pytest.raises(qvera.InputError, match=r"^prompt 1: expected .* Put the messages .* into a list: \[\[...\]\]."):
-        run.generate([{"role": "user", "content": "say red 1"}])  # type: ignore[list-item]
+        run.generate([{"role": "user", "content": "say red 1"}])  # type: ignore[list-item]  # wrong on purpose
     with pytest.raises(qvera.InputError, match=r"^rows: expected .* got 'prompt'. .* df.to_dict\('records'\)"):
         run.evaluate(["prompt", "completion"])  # type: ignore[list-item]  # as a DataFrame, which gives the names of its columns
     with pytest.raises(qvera.InputError, match="^rows:1: "):

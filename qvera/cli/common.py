@@ -181,7 +181,7 @@ def report(command: str, error: QveraError | KeyboardInterrupt | OSError) -> int
     if isinstance(error, KeyboardInterrupt):
         print(f"{name}: interrupted. The same command begins again.", file=sys.stderr)
         return EXIT_INTERRUPTED
-    elif not isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
+    if not isinstance(error, BrokenPipeError):  # `qvera info ... | head`: nobody reads on
         where = f"{error.filename}: " if error.filename else ""
         advice = ". Make room there, and run the same command again." if where and error.errno in NO_SPACE else ""
         print(f"{name}: {where}{error.strerror or error}{advice}", file=sys.stderr)

@@ -14,7 +14,6 @@ were given.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import json
 import math
@@ -39,7 +38,7 @@ from qvera.models.loss import Head, Weigh
 from qvera.models.structure import causal_model
 from qvera.models.token_losses import TOKEN_LOSSES, Inputs, Weighed, sequence_ratios
 from qvera.tasks.causal_lm import CausalLM
-from qvera.utils.errors import InputError, RunFailed, first_line, one_line
+from qvera.utils.errors import InputError, RunFailed, call_problem, first_line, one_line
 from qvera.utils.files import resolve_path
 from qvera.utils.memory import each_in_halves
 
@@ -86,14 +85,10 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
         score = getattr(modules[path], name, None)
         if not callable(score):
             raise InputError(f"training.reward: {path} has no function {name!r}.")
-        try:
-            inspect.signature(score).bind("", "", {})
-        except TypeError as error:
+        if (problem := call_problem(score, 3)) is not None:
             raise InputError(
-                f"training.reward: {name} in {path} is called with the prompt, the answer and the row: {error}."
-            ) from None
-        except ValueError:  # a callable of C that tells no signature
-            pass
+                f"training.reward: {name} in {path} is called with the prompt, the answer and the row: {problem}."
+            )
         found.append(Reward(name, score, weight))
     return found
 

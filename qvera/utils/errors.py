@@ -62,15 +62,22 @@ def one_line(error: BaseException) -> str:
     return (text if len(text) <= 300 else text[:299] + "…").rstrip(".")
 
 
-def require_takes(function: Callable[..., object], arguments: int, where: str) -> None:
-    """Raise InputError where a caller's function can't be called with so many arguments; ``where`` names it."""
+def call_problem(function: Callable[..., object], arguments: int) -> str | None:
+    """Say why a caller's function can't be called with so many arguments; None: it can, or nobody can tell."""
     try:
         inspect.signature(function).bind(*range(arguments))
     except TypeError as error:
-        given = f"{arguments} argument{'s' if arguments > 1 else ''}"
-        raise InputError(f"{where}: is called with {given}, which it does not take ({error}).") from None
+        return str(error)
     except ValueError:  # written in C, without a signature
         pass
+    return None
+
+
+def require_takes(function: Callable[..., object], arguments: int, where: str) -> None:
+    """Raise InputError where a caller's function can't be called with so many arguments; ``where`` names it."""
+    if (problem := call_problem(function, arguments)) is not None:
+        given = f"{arguments} argument{'s' if arguments > 1 else ''}"
+        raise InputError(f"{where}: is called with {given}, which it does not take ({problem}).")
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

@@ -289,7 +289,7 @@ def test_the_last_adapter_of_a_shape_gives_its_memory_back_once_it_was_unloaded_
         sizes = {shape.rank: slots.bank.vectors.nbytes for shape, slots in engine.bank._slots.items()}
         assert bank_bytes() == sizes[2] + sizes[8] and sizes[8] == 4 * sizes[2]
         bank = weakref.ref(next(slots.bank for shape, slots in engine.bank._slots.items() if shape.rank == 2))
-        vectors = weakref.ref(bank().vectors)  # type: ignore[union-attr]
+        vectors = weakref.ref(bank().vectors)  # type: ignore[union-attr]  # it is alive
         engine.unload(adapters["other"].identity)
         wait_until(lambda: engine.stats().adapters_resident == 2)
         assert bank_bytes() == sizes[2] + sizes[8]  # another adapter of the shape is loaded
