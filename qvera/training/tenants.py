@@ -216,7 +216,7 @@ class Tenants:
         self._base, self._settings, self._wake = base, settings, wake
         self._device = next(base.model.parameters()).device
         self._is_training = not draws_random_numbers(base.model)  # dropout and checkpoints come with this mode
-        self._arrivals: deque[tuple[str, str | None, _Call | None]] = deque()  # id, owner of a new model, call
+        self._arrivals: deque[Callable[[], None]] = deque()
         self._models: dict[str, _Model] = {}
         self._busy: dict[str, _Model] = {}  # those that have calls
         self._packed: dict[_Model, int] = {}  # bytes of those in host memory, in the order in which they came there
@@ -296,41 +296,47 @@ class Tenants:
 
         self._send(model_id, _Do(done, save))
 
-    def remove(self, model_id: str) -> None:
-        """Drop a model at once. Its calls that are not done fail."""
-        self._send(model_id, None)
+    def remove(self, model_ids: Sequence[str], done: Done = lambda _: None) -> None:
+        """Drop models at once. Their calls that are not done fail.
+
+        ``done`` gets None when no file of theirs is open.
+        """
+
+        def remove() -> None:
+            for model in filter(None, map(self._models.get, model_ids)):
+                self._drop(model, "was removed")
+            done(None)
+
+        self._arrivals.append(remove)
+        self._wake()
 
     def has_work(self) -> bool:
         """See `BackgroundWork.has_work`."""
         return bool(self._arrivals or self._busy)
 
-    def _send(self, model_id: str, call: _Call | None, owner: str | None = None) -> None:
-        self._arrivals.append((model_id, owner, call))
+    def _send(self, model_id: str, call: _Call, owner: str | None = None) -> None:
+        self._arrivals.append(functools.partial(self._take, model_id, call, owner))
         self._wake()
 
     # These methods run in the engine's thread.
 
     def run_slice(self) -> None:
         """See `BackgroundWork.run_slice`: calls that need no pass, and one pass."""
-        self._take_arrivals()
+        while self._arrivals:
+            self._arrivals.popleft()()
         self._do_short_calls()
         self._do_pass()
 
-    def _take_arrivals(self) -> None:
-        while self._arrivals:
-            model_id, owner, call = self._arrivals.popleft()
-            model = self._models.get(model_id)
-            if call is None:
-                if model is not None:
-                    self._drop(model, "was removed")
-            elif (model is None) is (owner is None):
-                text = "is there already" if owner is not None else "is not there: it was never made, or removed"
-                call.done(CallFailed(f"The model {model_id} {text}."))
-            else:
-                if model is None:
-                    model = self._models[model_id] = _Model(model_id, str(owner))
-                model.calls.append(call)
-                self._busy[model_id] = model
+    def _take(self, model_id: str, call: _Call, owner: str | None) -> None:
+        """Queue a call of a model. With an owner, the call makes the model."""
+        model = self._models.get(model_id)
+        if (model is None) is (owner is None):
+            text = "is there already" if owner is not None else "is not there: it was never made, or removed"
+            return call.done(CallFailed(f"The model {model_id} {text}."))
+        if model is None:
+            model = self._models[model_id] = _Model(model_id, str(owner))
+        model.calls.append(call)
+        self._busy[model_id] = model
 
     def _drop(self, model: _Model, why: str) -> None:
         self._models.pop(model.id)

@@ -327,8 +327,7 @@ def test_models_that_are_paged_out_amid_their_calls_become_the_same(tmp_path: Pa
     in_slots = [model for pool in tight.tenants._pools.values() for model in pool.residents if model is not None]
     files = list((tmp_path / "tight" / "paged").iterdir())
     assert len(in_slots) + len(files) == len(KINDS) and len(in_slots) <= 1
-    for number in range(len(KINDS)):
-        tight.tenants.remove(f"m{number}")
+    tight.tenants.remove([f"m{number}" for number in range(len(KINDS))])
     tight.finish()
     assert not list((tmp_path / "tight" / "paged").iterdir())
 
@@ -398,6 +397,6 @@ def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(tmp_path: 
     assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
     assert equal(calls.tensors("one"), before)
     calls.rows("one", rows)
-    calls.tenants.remove("one")
+    calls.tenants.remove(["one"], calls.done("removed"))
     calls.finish()
-    assert "was removed" in calls.results["one"][-1].message
+    assert "was removed" in calls.results["one"][-1].message and calls.results["removed"] == [None]

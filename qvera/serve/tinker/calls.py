@@ -147,7 +147,7 @@ def _load(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes)
         raise InputError(f"path: {asked.path} is of another method, rank or targets than {model.id}.")
 
     def start(promise: str, done: Done) -> None:
-        tinker.tenants.remove(model.id)  # what `create_model` made, in the older form
+        tinker.tenants.remove([model.id])  # what `create_model` made, in the older form
         tinker.tenants.load(model.id, model.owner, found.directory / STATE, asked.optimizer, done)
 
     return Call(kind, start, lambda promise, _: {"path": asked.path, "model_id": model.id, "type": kind})

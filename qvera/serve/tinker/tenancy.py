@@ -192,24 +192,25 @@ class Tinker:
         with self._lock:
             if self._sessions.pop((session_id, owner), None) is None:
                 return
-            models = [model for model in self._models.values() if model.session == session_id]
+            models = [model.id for model in self._models.values() if model.session == session_id]
             for model in models:
-                del self._models[model.id]
-                self.tenants.remove(model.id)
+                del self._models[model]
         self.on_session_end(session_id)
-        write = partial(self._write_end, session_id, [model.id for model in models])
+        write = partial(self._write_end, session_id, models)
         if not self._do(write):  # the disk refused it
             self._work.put(write)
+        # the engine may be writing one of the files
+        directories = [self.directory / "sessions" / session_id, *map(self._states, models)]
+        self.tenants.remove(models, lambda _: self.put(partial(_delete, directories)))
 
     def _write_end(self, session_id: str, models: list[str]) -> None:
-        """Write down that a session has ended with its models, and delete what only they need."""
+        """Write down that a session has ended with its models."""
         for model in models:
             self._write_model_end(model, "The session has ended.")
         # the session last: after a kill before that it is still live, and ends once more
         for table, key in (("samplers", "session"), ("sessions", "id")):
             query = f"UPDATE {table} SET ended = ? WHERE {key} = ? AND ended IS NULL"
             self.database.rows(query, (time.time(), session_id))
-        shutil.rmtree(self.directory / "sessions" / session_id, ignore_errors=True)
 
     def _write_model_end(self, model: str, why: str) -> None:
         """Write down that a model has ended, and fail its calls that have no result."""
@@ -217,7 +218,6 @@ class Tinker:
             self.database.fail(row["id"], why, "user")
         self.database.saved(model, 2**31)  # none of its calls is done again
         self.database.rows("UPDATE models SET ended = ? WHERE id = ?", (time.time(), model))
-        shutil.rmtree(self._states(model), ignore_errors=True)
 
     def drop_unasked_samplers(self, session: str) -> None:
         """Delete unnamed adapters that no call of `kept_seconds` has asked for, but for the newest of each model."""
@@ -412,6 +412,7 @@ class Tinker:
                 with self._lock:
                     self._models.pop(model.id, None)
                 self._write_model_end(model.id, f"The model was not made: {result.message}")
+                _delete([self._states(model.id)])
         else:
             try:
                 found = call.finish(promise, result)
@@ -490,6 +491,8 @@ class Tinker:
             self._models[model.id] = model
             for promise in self.database.promises("target = ?", model.id):
                 key, seq, kind, body = (promise[name] for name in ("id", "seq", "kind", "body"))
+                if seq <= applied and kind != "forward_backward":
+                    model.barrier = max(model.barrier, seq)
                 if body is None:
                     if seq > applied:  # it has its result and changed nothing, or was refused
                         model.waiting[seq] = kind, key, None
@@ -504,3 +507,8 @@ class Tinker:
 def _require_room(what: str, count: int, most: int) -> None:
     if count >= most:
         raise ApiError(429, f"This key has {count:,} {what} open, and may have {most:,}.", retry_seconds=1)
+
+
+def _delete(directories: list[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)

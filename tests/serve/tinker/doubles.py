@@ -113,8 +113,13 @@ class ScriptedTenants:
 
         self._add(model_id, "save_adapter", run, done)
 
-    def remove(self, model_id: str) -> None:
-        self._calls.put(lambda: self.models.pop(model_id, None) and None)
+    def remove(self, model_ids: Sequence[str], done: Done = lambda _: None) -> None:
+        def run() -> None:
+            for model_id in model_ids:
+                self.models.pop(model_id, None)
+            done(None)
+
+        self._calls.put(run)
 
     def has_work(self) -> bool:
         return False

@@ -324,6 +324,21 @@ def test_an_ephemeral_sampler_has_the_weights_of_its_moment(server: TinkerServer
         assert json.load(file) == 2
 
 
+def test_the_files_of_a_session_go_when_the_engine_writes_none_of_them(server: TinkerServer) -> None:
+    session = server.session()
+    model = server.model(session)
+    places = [server.directory / "sessions" / session, server.directory / "models" / model.replace(":", "_")]
+    for place in places:
+        place.mkdir(parents=True)
+    server.tenants.runs.clear()
+    server.call("save_weights_for_sampler", {"model_id": model, "seq_id": 1, "sampling_session_seq_id": 0})
+    server.call(f"sessions/{session}/finish", {})
+    assert server.step(model, 2).status_code == 410
+    assert all(place.is_dir() for place in places)
+    server.tenants.runs.set()
+    soon(lambda: not any(place.exists() for place in places))
+
+
 def test_unnamed_samplers_that_nobody_asks_for_go_but_the_newest(server: TinkerServer) -> None:
     session = server.session()
     model, place = server.model(session), server.directory / "sessions" / session
