@@ -356,7 +356,9 @@ def put_on(model: nn.Module, config: QveraConfig, adapter: str = "default") -> P
     """Call `get_peft_model`. The config keeps its own name of the base, which PEFT would replace."""
     name, config.base_model_name_or_path = config.base_model_name_or_path, None
     saved = None if config.modules_to_save is None else list(config.modules_to_save)
-    peft_model = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
+    with warnings.catch_warnings():  # PEFT asks for it by the name that transformers has given up
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        peft_model = get_peft_model(model, config, adapter_name=adapter)  # type: ignore[arg-type]
     if saved is not None:
         config.modules_to_save = saved  # PEFT adds every name that a classification head may have
     if name is not None:

@@ -114,6 +114,10 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
     from qvera.utils.hub import leave_silent_hub
 
     run = Path(target)
+    if run.is_file():
+        raise InputError(f"{run}: is a file. Expected a run, an adapter directory or an exported checkpoint.")
+    if (runs := sorted(run.glob(f"*/{RECIPE_FILE}"))) and not (run / RECIPE_FILE).exists():
+        raise InputError(f"{run}: is a directory of runs. Name one of them, such as {runs[0].parent}.")
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)
     if (run / RECIPE_FILE).is_file():

@@ -244,11 +244,11 @@ def harness(
     from qvera.evaluation.load import find_target, open_target, require_answers, require_comparable
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    manager = find_tasks(names, include)
     target = find_target(run, recipe, name=adapter, needs_name=not base)
     require_answers(target, "qvera harness")
     if base:
         require_comparable(target)
+    manager = find_tasks(names, include)
     with progress(f"loading {run}"):
         opened = open_target(target, adapter=not base)
     system = None

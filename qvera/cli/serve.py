@@ -170,6 +170,8 @@ def serve(
 
             jobs = open_jobs(directory, served, answering, train_at_once)
             works.append(jobs.worker)
+        elif tinker:
+            say("Files and fine-tuning jobs are off: they need a directory of adapters (--adapters DIR).")
         if directory is not None and tinker:
             from qvera.serve.tinker.tenancy import open_tinker
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -67,7 +68,11 @@ def train(
         with for_who_still_reads():
             print_result(result.run_dir, result.run)
             sets = [part for override in overrides for part in ("--set", override)]
-            print(f"loss              {loss_line(result.run, shlex.join(['qvera', 'train', str(recipe), *sets]))}")
+            command, has_rewards = (
+                shlex.join(["qvera", "train", str(recipe), *sets]),
+                loaded.training.reward is not None,
+            )
+            print(f"loss              {loss_line(result.run, command, has_rewards)}")
 
 
 def launch(
@@ -194,7 +199,7 @@ NOTHING = 0.005  # below this share, shown as 0 %, more steps at the same rate a
 FEW_STEPS = 50  # from here on another rate was what helped (both: bench/loss_line.py)
 
 
-def loss_line(run: dict[str, Any], command: str) -> str:
+def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False) -> str:
     """What the loss did in a run, by its run.json; where that was little, what to do next by which command."""
     result = run["result"]
     pairs = [(one.get("eval_before"), one.get("eval_after")) for one in run.get("adapters", [result])]
@@ -209,14 +214,18 @@ def loss_line(run: dict[str, Any], command: str) -> str:
     share, steps, kind = (before - after) / abs(before or 1.0), result["steps"], "held-out" if scored else "training"
     change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
     answers = result.get("eval_after") or {}
-    if result.get("grad_norm_last") == 0 and result["train_loss_last"] and "reward" not in answers:
+    if has_rewards:
+        equal = "In the last step all answers to a prompt had equal rewards, of which nothing is learnt (equal_groups)."
+        return f"{change}. {equal}" if result.get("grad_norm_last") == 0 else f"{change}."
+    if result.get("grad_norm_last") == 0 and result["train_loss_last"]:
         dead = "and the last step had no gradient: nothing is learnt any more"
         return f"{change}, {dead}. Try a lower rate: {command} --find-lr"
     right, by_one = answers.get("exact_match"), answers.get("commonest_reference", 0.0)
     none_learnt = right is not None and right <= by_one and right < 1
-    if "reward" in answers or (share >= HARDLY and not none_learnt):
+    if share >= HARDLY and not none_learnt:
         return f"{change}."
-    longer = f"{command} --resume --set training.max_steps={2 * steps}"
+    shorter = re.sub(r" --set training\.(max_steps|num_train_epochs)=\S+", "", command)
+    longer = f"{shorter} --resume --set training.max_steps={2 * steps}"
     find = f"{command} --find-lr"
     first, last = result.get("train_loss_first"), result.get("train_loss_last")
     if share < 0 and first and last and last < first * (1 - HARDLY):

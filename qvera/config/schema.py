@@ -272,7 +272,7 @@ def parse_recipe(
         InputError: with every problem of the recipe, one a line.
     """
     if not isinstance(tree, dict):
-        got = "an empty file" if tree is None else type(tree).__name__
+        got = "nothing" if tree is None else type(tree).__name__
         raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
     tree = take_old_keys(tree, source, drop_removed=drop_idle_keys)
     while True:

@@ -139,8 +139,10 @@ class Task(ABC):
         if metrics and not data.has_held_out_rows:
             raise InputError("metrics: no rows are held out. Set data.eval_path, eval_split or eval_fraction.")
         for name, function in metrics.items():
-            if name in (*self.scores, *_ABOUT_SCORES) or not callable(function):
-                raise InputError(f"metrics: {name!r} is no function, or has the name of another score.")
+            if not callable(function):
+                raise InputError(f"metrics: {name!r} is no function.")
+            if name in (*self.scores, *_ABOUT_SCORES):
+                raise InputError(f"metrics: {name!r} is the name of another score here; take another name.")
             require_takes(function, 3, f"metrics: {name}")  # predictions, references, rows
         if loss is not None and (not self.takes_loss or training.label_smoothing or not callable(loss)):
             key = "training.label_smoothing" if self.takes_loss else f"training.objective {training.objective}"

@@ -19,7 +19,7 @@ from qvera.data.source import hub_datasets
 from qvera.distributed.group import for_all, in_group
 from qvera.training.run_dir import check_run_dir, mark_ended, require_writable, run_lock
 from qvera.utils.errors import InputError
-from qvera.utils.files import RECIPE_FILE, resolve_path
+from qvera.utils.files import RECIPE_FILE, cache_root, resolve_path
 from qvera.utils.hub import leave_silent_hub
 
 if TYPE_CHECKING:
@@ -155,6 +155,10 @@ def check_early(recipe: Recipe) -> None:
         raise InputError(
             "model.attn_implementation: flash_attention_2 needs the package flash-attn, which is not installed here. "
             "Install it, or remove the key: auto takes the fastest attention that is there."
+        )
+    if (root := cache_root()).exists() and not root.is_dir():
+        raise InputError(
+            f"{root}: is a file, and the cache needs a directory; see the environment variable QVERA_CACHE."
         )
     leave_silent_hub(recipe.model.path, *hub_datasets(recipe.data))
 

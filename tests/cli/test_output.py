@@ -132,6 +132,10 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     assert "had no gradient: nothing is learnt any more. Try a lower rate: qvera train my.yaml --find-lr" in dead
     few = line(5.53, 4.48, steps=17, exact=0)
     assert "in 17 steps, which are few. Go on: qvera train my.yaml --resume --set training.max_steps=34 " in few
+    result = {"steps": 9, "train_loss_first": 2.0, "train_loss_last": 1.95, "grad_norm_last": 0.0}
+    assert "all answers to a prompt had equal rewards" in loss_line({"result": result}, "", has_rewards=True)
+    longer = loss_line({"result": result | {"grad_norm_last": 1.0}}, "qvera train my.yaml --set training.max_steps=9")
+    assert "qvera train my.yaml --resume --set training.max_steps=18 " in longer
     entry: dict[str, Any] = {
         "eval_before": {"loss": 2.0},
         "eval_after": {"loss": 1.0},

@@ -187,7 +187,7 @@ def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
         (b"model: [unclosed", "not valid YAML"),
         (b"model: a\n\tdata: b", "not valid YAML"),
         (b"model: a\ndata:\n\tpath: b", "Indent with spaces, not with tabs."),
-        (b"", "a recipe is a mapping with at least `model` and `data`, got an empty file"),
+        (b"", "a recipe is a mapping with at least `model` and `data`, got nothing"),
         (b"- a\n- b\n", "got list"),
         ("model: a".encode("utf-16"), "the file looks like UTF-16. Convert it, for example: iconv -f UTF-16"),
         (

@@ -240,7 +240,7 @@ def test_a_metric_that_fails_is_named_with_its_row_and_costs_no_step(
         ({}, {"loss": "focal"}, "'focal' is no function"),
         ({}, {"metrics": [first_letters]}, "metrics: expected names with functions"),
         ({}, {"callbacks": print}, "callbacks: expected a list of callbacks"),
-        ({}, {"metrics": {"loss": first_letters}}, "'loss' is no function, or has the name of another score"),
+        ({}, {"metrics": {"loss": first_letters}}, "'loss' is the name of another score here"),
         ({}, {"metrics": {"mine": len}}, "metrics: mine: is called with 3 arguments, which it does not take"),
         ({}, {"loss": lambda logits: logits}, "loss: is called with 2 arguments"),
         ({}, {"callbacks": [lambda step, loss: None]}, "callbacks: <lambda>: is called with 1 argument"),

@@ -92,11 +92,7 @@ async def complete(request: Request, body: CompletionBody) -> Response:
             raise bad_request(f"prompt: expected 1 to {service.limits.answers} prompts, got {len(given)}.", "prompt")
         for prompt in given:
             if not isinstance(prompt, str) and prompt and max(prompt) >= service.texts.size:
-                raise bad_request(
-                    f"prompt: {max(prompt)} is no token of this model, whose vocabulary ends at "
-                    f"{service.texts.size - 1}.",
-                    "prompt",
-                )
+                raise bad_request(f"prompt: token ids of this model are 0 to {service.texts.size - 1:,}.", "prompt")
         encode = service.prompts.encoder.encode_prompt
         ids = [encode(each) if isinstance(each, str) else list(each) for each in given]
         return ids, body.grammar(service.grammars)

@@ -28,8 +28,8 @@ def training_of(request: Request) -> tuple[Access, Service, Jobs]:
     """The sender, the service, and its jobs. Raises ApiError 403 if the sender or the server does not train."""
     access, service = require(request, "train"), service_of(request)
     if service.jobs is None:
-        text = "This server takes no files or jobs: it was started without --training-dir, or with --tinker and no "
-        raise ApiError(403, f"{text}directory of adapters (--adapters DIR).", code="forbidden")
+        why = "without --training-dir" if service.tinker is None else "with --tinker and without --adapters DIR"
+        raise ApiError(403, f"This server takes no files or jobs: it was started {why}.", code="forbidden")
     return access, service, service.jobs
 
 

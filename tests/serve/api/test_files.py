@@ -214,4 +214,4 @@ def test_files_are_their_keys_own(start: Start, tmp_path: Path) -> None:
 def test_a_server_without_a_training_directory_says_so(served: Served) -> None:
     for answer in (send(served), served.post("/v1/fine_tuning/jobs", {"model": "tiny", "training_file": "file-1"})):
         assert answer.status_code == 403
-        assert "--training-dir, or with --tinker and no" in answer.json()["error"]["message"]
+        assert "it was started without --training-dir" in answer.json()["error"]["message"]
