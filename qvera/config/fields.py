@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self, get_args
 
@@ -90,7 +90,13 @@ class Section(BaseModel):
         return self
 
     def replace(self, **changes: object) -> Self:
-        """A copy with some keys changed; raises InputError like a recipe from a file."""
+        """A copy with some keys changed; raises InputError like a recipe from a file.
+
+        A mapping for a section changes those of its keys, and leaves the others.
+        """
+        for name, value in changes.items():
+            if isinstance(value, Mapping) and isinstance(section := getattr(self, name, None), Section):
+                changes[name] = section.replace(**value)
         return type(self)(**{**dict(self), **changes})
 
     def to_dict(self) -> dict[str, object]:

@@ -100,6 +100,10 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         if not kept.exists() and not (metrics.exists() and metrics.stat().st_size):
             return False
         resume = True
+    if existing.exists() and not (run_dir / "metrics.jsonl").exists():
+        raise InputError(
+            f"{existing}: is no run's, and a run there would write over it. Choose another training.output_dir."
+        )
     if not resume and existing.exists():
         holder = try_read_json(run_dir / RUN_OWNER) if status == "running" else None
         add = "Add"

@@ -117,6 +117,8 @@ TABLE: dict[str, tuple[Any, ...]] = {
     # /proc takes no directories, not even root's
     "output not writable": (TRAIN, "/proc", recipe("training", output_dir="/proc/qvera-run")),
     "output holds files of a run": (TRAIN, " more) and no recipe.yaml", holds_a_run, drop("out/recipe.yaml")),
+    "a recipe that the run would write over": (f"{TRAIN} --set training.output_dir=.", "recipe.yaml: is no run's"),
+    "the same with --resume": (f"{TRAIN} --resume --set training.output_dir=.", "recipe.yaml: is no run's"),
     "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
     "no such run": ("info nothing", "no such directory"),
     "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),

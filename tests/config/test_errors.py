@@ -366,6 +366,7 @@ def test_a_source_of_a_mixture_has_no_key_whose_switch_is_off() -> None:
 def test_a_changed_copy_and_a_section_made_in_python_are_checked_like_a_file() -> None:
     recipe = parse_recipe(MINIMAL, "my.yaml")
     other = recipe.replace(adapter=recipe.adapter.replace(rank=8))
+    assert other.replace(adapter={"dropout": 0.5}).adapter == other.adapter.replace(dropout=0.5)
     assert (other.adapter.rank, recipe.adapter.rank) == (8, 256)
     assert other.model == recipe.model
     with pytest.raises(InputError, match=r"limit: should be greater than or equal to 1, got -3\."):

@@ -100,7 +100,7 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         # others need not know where it is
         return bad_request(str(error) if root is None else str(error).replace(f"{root}/", ""))
     if isinstance(error, RequestValidationError):
-        # A wrong value says more than a key that is missing beside it.
+        # A wrong value says more than a key that is missing beside it, and of a union the branch that got furthest.
         errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")
         first: dict[str, Any] = errors[0]
         if first["type"] == "json_invalid":
@@ -110,7 +110,8 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
             return bad_request("The body is empty. Expected JSON.")
         if first["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
             return bad_request("The body is only read as JSON with the header Content-Type: application/json; send it.")
-        where = _keys(first)
+        wrong = [_keys(one) for one in errors if one["type"] != "missing"] or [_keys(first)]
+        where = max((keys for keys in wrong if keys[:1] == wrong[0][:1]), key=len)
         said = dict.fromkeys(one["msg"].replace(_DICTIONARY, "an object") for one in errors if _keys(one) == where)
         return bad_request(f"{'.'.join(where) or 'The body'}: {'. Or: '.join(said)}.", where[0] if where else None)
     if isinstance(error, HTTPException):

@@ -250,6 +250,8 @@ class _Form:
             if self.upload is not None:
                 raise bad_request("file: is there twice; send one file.", "file")
             file_name = options.get(b"filename", b"").decode("utf-8", "replace")[:_FIELD_BYTES]
+            if not file_name:
+                raise bad_request("file: is a text without a file's name; with curl: -F file=@rows.jsonl.", "file")
             self.upload = Upload(self._directory, self._owner, file_name)
         elif name == "purpose":
             self._purpose = b""

@@ -87,7 +87,7 @@ class ResponsesBody(Body):
         "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "previous_response_id": (),
         "prompt": (), "reasoning": ({}, {"effort": "none"}), "top_logprobs": (0,), "truncation": ("disabled",),
     }  # fmt: skip
-    elsewhere = {"messages": "input", "response_format": "text.format", "max_tokens": "max_output_tokens"}
+    elsewhere = {"messages": "'input'", "response_format": "'text.format'", "max_tokens": "'max_output_tokens'"}
     model: Text
     input: Text | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: Text | None = None

@@ -65,7 +65,7 @@ class Body(BaseModel):
     Attributes:
         ignored: keys of OpenAI's that change nothing here.
         neutral: keys that would change ``outcome`` and are not supported, with the values that ask for nothing.
-        elsewhere: keys of another path → what they are called here.
+        elsewhere: keys of another API → what to write here.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset()
@@ -90,7 +90,7 @@ class Body(BaseModel):
             if key not in self.neutral:
                 hint = did_you_mean(shortened_name(key), type(self).model_fields)
                 if key in self.elsewhere:
-                    hint = f"; here it is {self.elsewhere[key]!r}."
+                    hint = f"; here it is {self.elsewhere[key]}."
                 raise bad_request(f"Unknown key {where!r}{hint}", where, "unknown_parameter")
             if value not in self.neutral[key]:
                 raise bad_request(
@@ -267,6 +267,7 @@ class MessageBody(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
+    elsewhere = {"system": "a message of the role 'system'", "max_output_tokens": "'max_completion_tokens'"}
     messages: Annotated[list[MessageBody], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False

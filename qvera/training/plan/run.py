@@ -385,7 +385,7 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     """Return the recipe with ``section.key`` values replaced."""
     for key, value in settings.items():
         section, _, name = key.partition(".")
-        recipe = recipe.replace(**{section: getattr(recipe, section).replace(**{name: value})})
+        recipe = recipe.replace(**{section: {name: value}})
     return recipe
 
 

@@ -172,6 +172,7 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "stock", "argum
 CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "ana"}, 404, "model", "did you mean 'anna'?"),
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
+    ({"system": "knit"}, 400, "system", "Unknown key 'system'; here it is a message of the role 'system'."),
     ({"temperature": float("nan")}, 400, "temperature", "finite"),
     ({"model": "x" * 100_000}, 404, "model", "xxx…"),
     ({"y" * 100_000: 1}, 400, "y" * 200 + "…", "Unknown key"),
@@ -189,7 +190,7 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "half a character"),
     ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
     ({"stop": [""]}, 400, "stop", "1 to 256 characters"),
-    ({"stop": [1]}, 400, "stop", "stop: Input should be a valid string"),
+    ({"stop": [1]}, 400, "stop", "stop.0: Input should be a valid string"),
     ({"stop": 7}, 400, "stop", "stop: Input should be a valid string. Or: Input should be a valid list."),
     ({"top_logprobs": 2}, 400, "top_logprobs", "logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "at most 20"),

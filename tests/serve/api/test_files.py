@@ -103,6 +103,7 @@ WRONG_FORMS: list[tuple[dict[str, Any], str]] = [
     (form(('name="purpose"', b"x" * 2000), FILE), "purpose: is longer than 1000 bytes"),
     (form(PURPOSE, FILE, FILE), "file: is there twice"),
     (form(PURPOSE, ('name="file"; filename="a.exe"', b"{}")), "a.exe: can't read a file that ends in '.exe'"),
+    (form(PURPOSE, ('name="file"', b"rows.jsonl")), "with curl: -F file=@rows.jsonl"),
     (form(PURPOSE, ('name="colour"', b"red"), FILE), "Unknown key 'colour'"),
     (form(PURPOSE, ('name="expires_after[seconds]"', b"9"), FILE), "expires_after: is not supported"),
     (form(*[PURPOSE] * 9), "more than 8 parts"),

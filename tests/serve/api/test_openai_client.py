@@ -138,6 +138,7 @@ def test_a_loop_of_function_calls_by_responses(start: Start) -> None:
             ({"tools": tools, "tool_choice": {"type": "function", "name": "!"}}, "tool_choice", "tool_choice"),
             ({"input": [{"content": "x"}]}, "input", "input.0.role"),
             ({"input": [{"role": "user"}]}, "input", "a message has content"),
+            ({"input": [{"role": "user", "content": [{"type": "text"}]}]}, "input", "input.0.content.0.type: .*input_text"),
             ({"max_output_tokens": 999}, "", "999 new ones are asked for"),
             ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "thing"}}}}, "text", "text.format.schema"),
         ]  # fmt: skip
