@@ -212,10 +212,10 @@ class Tinker:
             query = f"UPDATE {table} SET ended = ? WHERE {key} = ? AND ended IS NULL"
             self.database.rows(query, (time.time(), session_id))
 
-    def _write_model_end(self, model: str, why: str) -> None:
+    def _write_model_end(self, model: str, why: str, category: Literal["user", "server"] = "user") -> None:
         """Write down that a model has ended, and fail its calls that have no result."""
         for row in self.database.rows("SELECT id FROM promises WHERE target = ? AND state = 'pending'", (model,)):
-            self.database.fail(row["id"], why, "user")
+            self.database.fail(row["id"], why, category)
         self.database.saved(model, 2**31)  # none of its calls is done again
         self.database.rows("UPDATE models SET ended = ? WHERE id = ?", (time.time(), model))
 
@@ -358,7 +358,7 @@ class Tinker:
             model.in_engine = True
             if model.applied_seq >= 0:
                 file = self._states(model.id) / f"{model.applied_seq}.safetensors"
-                self.tenants.load(model.id, model.owner, file, True, lambda _: None)
+                self.tenants.load(model.id, model.owner, file, True, partial(self._after_load, model))
         model.unsaved_since = model.unsaved_since or time.monotonic()
 
         def done(result: Any) -> None:
@@ -371,6 +371,15 @@ class Tinker:
         except Exception as error:
             _logger.exception("%s of %s", call.kind, model.id)
             done(CallFailed(f"It can't begin: {first_line(error)}", "server"))
+
+    def _after_load(self, model: TrainedModel, result: Any) -> None:
+        """End a model whose state can't be read back, before the engine says why its calls fail."""
+        if isinstance(result, CallFailed):
+            _logger.error("%s can't be brought back after a restart: %s", model.id, result)
+            with self._lock:
+                self._models.pop(model.id, None)
+            why = "The server could not bring the model back after a restart; load its last saved state."
+            self.put(partial(self._write_model_end, model.id, why, "server"))
 
     def _states(self, model_id: str) -> Path:
         return self.directory / "models" / model_id.replace(":", "_")

@@ -65,7 +65,10 @@ class ScriptedTenants:
 
     def load(self, model_id: str, owner: str, file: Path, with_optimizer: bool, done: Done) -> None:
         def load() -> None:
-            numbers = Numbers(**json.loads(file.read_text()))
+            try:
+                numbers = Numbers(**json.loads(file.read_text()))
+            except ValueError:
+                raise CallFailed(f"{file}: is damaged") from None
             self.models[model_id] = numbers if with_optimizer else Numbers(numbers.value)
 
         self._add(model_id, "load", load, done)

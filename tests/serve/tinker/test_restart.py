@@ -85,6 +85,18 @@ def test_a_call_that_comes_after_its_turn_fails_after_a_restart_too(start_tinker
     assert second.result(second.step(model, 3))["metrics"]["grad_norm:mean"] == 0
 
 
+def test_a_model_whose_state_is_damaged_ends_and_that_is_the_servers_fault(start_tinker: StartTinker) -> None:
+    first = start_tinker(save_seconds=0.0)
+    model = first.model()
+    soon(lambda: first.tinker.database.rows("SELECT 1 FROM models WHERE applied_seq = 0"))
+    (file,) = (first.directory / "models").glob("*/*.safetensors")
+    file.write_text("damaged")
+    second = start_tinker()
+    failed = second.result(second.step(model, 1))
+    assert failed["category"] == "server" and "could not bring the model back" in failed["error"]
+    assert second.step(model, 2).status_code == 410
+
+
 def test_a_session_that_had_ended_stays_ended(start_tinker: StartTinker) -> None:
     first = start_tinker()
     session = first.session()
