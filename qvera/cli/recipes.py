@@ -74,7 +74,8 @@ def init(
         qvera init recipe.yaml --model meta-llama/Llama-2-7b-hf --data rows.csv
     """
     if out.suffix not in (".yaml", ".yml"):
-        raise InputError(f"{out}: is the name of the recipe to write; expected one that ends in .yaml.")
+        hint = f" Rows go to --data {out}." if out.exists() else ""
+        raise InputError(f"{out}: is the name of the recipe to write; expected one that ends in .yaml.{hint}")
     require_new_file(out)
     if objective == "grpo":
         raise InputError(
@@ -155,9 +156,10 @@ def _with_found_columns(recipe: Recipe) -> Recipe:
     from qvera.data.source import survey
 
     try:
-        for held_out in (False, True) if recipe.data.held_out_path is not None else (False,):
-            survey(recipe.data, held_out)
-        return recipe
+        parts = (False, True) if recipe.data.held_out_path is not None else (False,)
+        formats = {survey(recipe.data, held_out).format.name for held_out in parts}
+        # held-out rows may have another format than those that are trained
+        return recipe.replace(data=recipe.data.replace(format=formats.pop() if len(formats) == 1 else "auto"))
     except UnaskedPreferences as error:
         raise InputError(f"{error} Here: --objective dpo.") from None
     except MissingColumn as error:
@@ -174,7 +176,7 @@ def _with_found_columns(recipe: Recipe) -> Recipe:
         console.print(str(error), markup=False, highlight=False)
     prompt = _ask("--prompt-column", "Column with the prompt")
     answer = _ask("--answer-column", "Column with the answer")
-    return _with_columns(recipe, prompt, answer)
+    return _with_found_columns(_with_columns(recipe, prompt, answer))
 
 
 def _ask(option: str, question: str) -> str:
@@ -223,7 +225,7 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, conte
     held_out = min(0.1, 200 / max(1, stats.train_rows)) if divides else 0.0
     held_out_rows = stats.eval_rows or round(stats.train_rows * held_out)
     lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
-    rows = f"  path: {yaml_text(data.path)}\n  format: {stats.format}"
+    rows = f"  path: {yaml_text(data.path)}\n  format: {data.format}"
     for key in ("eval_path", "columns", "adapter_column", "system"):
         if value := getattr(data, key):
             rows += f"\n  {key}: {yaml_text(value)}"

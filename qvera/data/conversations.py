@@ -126,22 +126,23 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     elif format == "prompt" and "prompt" not in row.fields and "messages" in row.fields:
         columns = {"prompt": "messages", **columns}
     known = sorted({name for kind in FORMATS.values() for name in kind.fields})
-    found = ", ".join(map(str, row.fields)) or "none"
+    header = " in the header, line 1" if row.file is not None and row.file.suffix.lower() in (".csv", ".tsv") else ""
+    found = f"Columns found{header}: {', '.join(map(str, row.fields)) or 'none'}."
     for ours, theirs in columns.items():
         if ours not in known:
             is_turned = ours in row.fields and theirs in known
             hint = f". Turn it around: {{{theirs}: {ours}}}." if is_turned else did_you_mean(ours, known)
             raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
         if theirs not in row.fields:
-            hint = did_you_mean(theirs, row.fields)
-            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint} Columns found: {found}.")
+            hint = f"{did_you_mean(theirs, row.fields)} {found} Rename the one that is meant, or change data.columns."
+            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint}")
     # Our names of the fields that the row has, called so in the file or in data.columns.
     present = {name for name in known if name in columns or name in row.fields}
+    detected = [name for name, kind in FORMATS.items() if kind.trains in ("answers", "texts")]
+    matches = [name for name in detected if present.issuperset(FORMATS[name].required)]
+    # A column that the recipe names is meant to be read: formats that read it come first.
+    matches.sort(key=lambda name: not set(columns) & set(FORMATS[name].fields))
     if format == "auto":
-        detected = [name for name, kind in FORMATS.items() if kind.trains in ("answers", "texts")]
-        matches = [name for name in detected if present.issuperset(FORMATS[name].required)]
-        # A column that the recipe names is meant to be read: formats that read it come first.
-        matches.sort(key=lambda name: not set(columns) & set(FORMATS[name].fields))
         if not matches and present.issuperset(FORMATS["preference"].required):
             raise UnaskedPreferences(
                 f"{row.source}: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train "
@@ -150,15 +151,15 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         if not matches:
             shapes = "; ".join(f"{name} ({', '.join(FORMATS[name].required)})" for name in detected)
             raise UnknownFormat(
-                f"{row.source}: the columns match no known format. Columns found: {found}. Known: {shapes}. "
+                f"{row.source}: the columns match no known format. {found} Known: {shapes}. "
                 "Rename yours, or name them in a recipe: data.columns: {prompt: question, completion: answer}."
             )
         format = matches[0]
     if missing := [name for name in FORMATS[format].required if name not in present]:
+        auto = f": auto reads it as {matches[0]}" if matches and format in detected else ""
         raise MissingColumn(
             f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
-            f"Columns found: {found}. Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another "
-            "data.format."
+            f"{found} Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another data.format{auto}."
         )
     # optional columns are read wherever a row has them, though the first row may not
     read = {name: columns.get(name, name) for name in FORMATS[format].fields}
@@ -254,9 +255,11 @@ class _Cells:
     def turns(self, name: str) -> list[Turn]:
         value = _from_json(self.value(name))
         if not isinstance(value, list):
+            is_repr = isinstance(value, str) and value.lstrip().startswith("[{'")
+            hint = " That is Python's repr; write it as JSON (json.dumps)." if is_repr else ""
             raise InputError(
                 f'{self.where(name)} must be a list of turns such as {{"role": "user", "content": "..."}}, '
-                f"got {describe(value)}."
+                f"got {describe(value)}.{hint}"
             )
         if not value:
             raise InputError(f"{self.where(name)} is an empty list. Expected at least one user and one assistant turn.")
@@ -579,7 +582,7 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
         named = {ours: theirs for ours, theirs in columns.items() if ours not in _ANSWERS.values() or theirs in fields}
         for question, answer in _ANSWERS.items():
             asked, answered = (named.get(name, name) for name in (question, answer))
-            if asked in fields and not fields.get(answered):
+            if asked in fields and not fields.get(answered) and fields.keys() >= set(named.values()):
                 fields[answered] = "-"  # a row without its answer is read like a training row
         filled = replace(row, fields=fields)
         parsed = parse_row(filled, detect_format(filled, format, named), section.system)

@@ -29,6 +29,11 @@ _logger = logging.getLogger(__name__)
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BATCH_BYTES = 16 * 2**20
 _ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
+_NO_ROWS = {
+    b"PK\x03\x04": "is a zip, such as an Excel workbook. Save it as CSV.",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fetch that: git lfs pull.",
+}
+"""The first bytes of a file that holds no rows, whatever its name → what it is, and what to do."""
 _TRAIN_NAME = re.compile(r"(^|[^a-z])train", re.IGNORECASE)
 _HELD_OUT_NAME = re.compile(r"(^|[^a-z])(test|valid|validation|val|eval|dev|held[-_]?out)([^a-z]|$)", re.IGNORECASE)
 
@@ -107,13 +112,18 @@ def read_file(
         **{suffix: functools.partial(read, most_characters=most_characters) for suffix, read in of_lines.items()},
     }
     reader = reader or readers.get(file.suffix.lower())
-    if reader is None:
-        raise InputError(
-            f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
-            "convert the file, or rename it if it is one of these."
-        )
     empty = True
     try:
+        with file.open("rb") as stream:
+            head = stream.read(max(map(len, _NO_ROWS)))
+        for first, what in _NO_ROWS.items():
+            if head.startswith(first):
+                raise InputError(f"{file}: {what}")
+        if reader is None:
+            raise InputError(
+                f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
+                "convert the file, or rename it if it is one of these."
+            )
         for row in reader(file):
             empty = False
             yield row
@@ -373,7 +383,9 @@ def _read_json(file: Path) -> Iterator[RawRow]:
         lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict)]
         if len(lists) != 1 or "messages" in value or "conversations" in value:
             keys = ", ".join(map(str, list(value)[:8]))
-            raise InputError(f"{file}: expected a JSON list of objects, got one object with the keys {keys}.")
+            are_columns = all(isinstance(item, dict) for item in value.values())
+            hint = ' From pandas: to_json("rows.jsonl", orient="records", lines=True).' if are_columns else ""
+            raise InputError(f"{file}: expected a JSON list of objects, got one object with the keys {keys}.{hint}")
         value = lists[0]
     if not isinstance(value, list):
         raise InputError(f"{file}: expected a JSON list of objects, got {describe(value)}.")

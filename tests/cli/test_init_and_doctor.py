@@ -100,6 +100,7 @@ def test_options_of_init_that_say_too_little_or_too_much_are_told(init: Init, ou
     assert "docs/rewards.md has such a recipe" in init(rows, "--objective", "grpo", code=2)
     assert main(["init", str(out.with_suffix(".json"))]) == 2
     assert "expected one that ends in .yaml" in capsys.readouterr().err
+    assert "Columns found in the header, line 1: mail, about." in init(rows, code=2)
 
 
 def test_a_short_run_of_a_new_recipe_saves_ten_times(init: Init, out: Path) -> None:
@@ -162,6 +163,12 @@ def test_a_new_recipe_takes_a_file_of_held_out_rows(init: Init, out: Path, tiny_
     recipe = load_recipe(out)
     assert (recipe.data.eval_path, recipe.data.eval_fraction) == (str(tmp_path / "test.jsonl"), 0.0)
     assert recipe.training.exact_match_rows == 7
+    (tmp_path / "test.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "red"}]})
+    )
+    init(tiny_rows, "--eval-data", str(tmp_path / "test.jsonl"))
+    assert load_recipe(out).data.format == "auto", "the two files have different formats"
+    assert main(["preview", str(out)]) == 0
     out.unlink()
     assert "nowhere.jsonl: no such file" in init(tiny_rows, "--eval-data", "nowhere.jsonl", code=2)
 

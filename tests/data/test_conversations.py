@@ -120,8 +120,11 @@ def test_roles_parts_tools_and_weights() -> None:
     [
         ({"q": "x", "a": "y"}, {}, "match no known format. Columns found: q, a. Known: .*alpaca .instruction, output"),
         ({"q": "x"}, {"format": "text"}, "format text needs the column text. Columns found: q"),
+        ({"q": "x"}, {"format": "text"}, r"or set another data\.format\.$"),
+        ({"text": "x"}, {"format": "alpaca"}, r"or set another data\.format: auto reads it as text\.$"),
+        ({"text": "x"}, {"format": "preference"}, r"or set another data\.format\.$"),
         ({"q": "x"}, {"format": "alpaca"}, "format alpaca needs the columns instruction, output"),
-        ({"q": "x"}, {"columns": {"text": "Q"}}, r"no column 'Q' .data\.columns\.text.. Columns found: q"),
+        ({"q": "x"}, {"columns": {"text": "Q"}}, r"'Q' .data\.columns\.text.. Columns found: q\. Rename the one"),
         ({"question": "x"}, {"columns": {"text": "questoin"}}, "did you mean 'question'"),
         ({"q": "x"}, {"columns": {"promt": "q"}}, "'promt' is not a field that rows have; did you mean 'prompt'"),
         ({"q": "x"}, {"columns": {"q": "prompt"}}, "'q' is not a field that rows have. Turn it around: .prompt: q."),
@@ -138,6 +141,11 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"instruction": "i", "output": ["o"]}, {}, "output must be text, got a list"),
         ({"q": 1, "a": "b"}, {"columns": {"prompt": "q", "completion": "a"}}, "7: q must be text, got a number"),
         ({"messages": "hi"}, {}, "messages must be a list of turns .*got a string .'hi'"),
+        (
+            {"messages": "[{'role': 'user'}]"},
+            {},
+            r"got a string .*\. That is Python's repr; write it as JSON .json\.dumps",
+        ),
         ({"messages": {"role": "user"}}, {}, "messages must be a list of turns .*got an object"),
         ({"messages": []}, {}, "messages is an empty list"),
         ({"messages": [USER, "yes"]}, {}, r"messages\[1\] must be an object .*got a string"),
@@ -186,8 +194,8 @@ def test_prompts_need_the_recipes_column_of_prompts_and_no_other(tmp_path: Path)
     section = DataSection(path="rows.jsonl", columns={"completion": "cuisine", "prompt": "dish"})
     file.write_text('{"dish": "sushi"}\n{"dish": "pizza", "cuisine": "italian"}\n')
     assert [row.turns[-1].content for row in read_prompts(file, section)] == ["sushi", "pizza"]
-    for row, found in (({"prompt": "a"}, "prompt"), ({"prompt": "a", "cuisine": "thai"}, "prompt, cuisine")):
+    for row in ({"prompt": "a"}, {"prompt": "a", "cuisine": "thai"}, {"instruction": "a"}):
         file.write_text(json.dumps(row) + "\n")
-        said = rf"p.jsonl:1: no column 'dish' \(data.columns.prompt\)\. Columns found: {found}\.$"
+        said = rf"p.jsonl:1: no column 'dish' \(data.columns.prompt\)\. Columns found: {', '.join(row)}\. Rename"
         with pytest.raises(InputError, match=said):
             read_prompts(file, section)
