@@ -293,6 +293,7 @@ class _Part:
     count: int  # how many slots that is
     index: Tensor | None  # each token's (or row's) place among these slots; None: there is only one slot
     fixed: bool = False  # see `TokenSlots.fixed`
+    ends: Sequence[int] = ()  # `TokenSlots.ends` of the index
     tokens: dict[int, TokenSlots] = field(default_factory=dict)  # by the number of tokens in a pass
 
     def add(self, layer: QveraLinear, x: Tensor, y: Tensor) -> Tensor:
@@ -332,7 +333,8 @@ class _Part:
         if total not in self.tokens:
             known = len(self.index)  # with fewer entries than tokens it has one for each row
             index = self.index if total == known else self.index.repeat_interleave(total // known)
-            self.tokens[total] = TokenSlots(index, self.count, fixed=self.fixed)
+            ends = tuple(end * (total // known) for end in self.ends)
+            self.tokens[total] = TokenSlots(index, self.count, ends, self.fixed)
         return self.tokens[total]
 
 
@@ -373,6 +375,9 @@ class MixedForward:
                 arrays["slots"] = np.resize(slots, count)  # the repeated slots at the end have no tokens
             if tokens is not None:
                 arrays["index"] = np.repeat(arrays["index"], tokens)
+            ends: list[int] = []
+            if not (held or self._fixed) and (np.diff(arrays["index"]) >= 0).all():
+                ends = np.searchsorted(arrays["index"], np.arange(count + 1)).tolist()
             if held:
                 keys.append((bank.adapter, count, len(arrays["index"])))
                 if keys[-1] not in self._held:
@@ -380,7 +385,7 @@ class MixedForward:
                 sent = self._held[keys[-1]].fill(arrays)
             else:
                 sent = accelerator.tensors_on(self._device, arrays)
-            self._parts.append(_Part(bank, sent.get("slots"), count, sent["index"], self._fixed))
+            self._parts.append(_Part(bank, sent.get("slots"), count, sent["index"], self._fixed, ends))
         # ordinary adapters: the rows that use one, or nothing to send where all do
         for name in dict.fromkeys(user for user in users if isinstance(user, str)):
             rows = np.array([i for i, user in enumerate(users) if user == name], dtype=np.int64)

@@ -412,7 +412,8 @@ class Tenants:
         if not chosen:
             return
         pool, gradients = chosen[0][0].pool, not chosen[0][1].forward_only
-        chosen.sort(key=lambda one: (one[1].loss, one[1].settings))  # rows of one loss stand together
+        # rows of one loss stand together, and of these the rows of one model
+        chosen.sort(key=lambda one: (one[1].loss, one[1].settings, one[0].slot))
         rows = [PassRow(one.slot, call.rows[i], call.loss, call.settings) for one, call, i in chosen]
         chunk = self._settings.loss_chunk_tokens
         found = self._result_of(lambda: run_pass(pool.lent, pool.bank, rows, chunk, self._is_training, gradients))

@@ -98,7 +98,7 @@ def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpo
         row = bank.gradients[slot]
         for key in trained:
             found, expected = bank.layout.columns[key].of(row), alone[slot][key]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-6 * max(1.0, expected.abs().max().item()))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=4e-6 * max(1.0, expected.abs().max().item()))
 
 
 def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:

@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvera.adapters.products.functional import add_product
 from qvera.adapters.projection import vera_scale
 from qvera.kernels import once_differentiable
-from qvera.kernels.low_rank import scaled_columns, wide_product
+from qvera.kernels.low_rank import narrow_product, scaled_columns, wide_product
 from qvera.models import linear
 from qvera.utils import accelerator
 
@@ -158,23 +159,28 @@ _ALIGNED = 8
 """torch's grouped product takes matrices whose sides are multiples of this, in 16 bits."""
 
 
+def _takes_groups(x: Tensor, weights: Tensor) -> bool:
+    """Whether one launch multiplies the rows of all slots."""
+    is_aligned = all(side % _ALIGNED == 0 for side in weights.shape[1:])
+    return is_aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device)
+
+
 def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
     """Each slot's rows of x [T, k], sorted by slot, times its own matrix of ``weights`` [R, k, m]: [T, m]."""
     if tokens is None:
-        return x @ weights[0].to(x.dtype)
+        return narrow_product(x, weights[0].to(x.dtype))
     if tokens.fixed:
         # every row times every slot's matrix, of which one result is taken: the shapes are those of any other batch
         index, out = tokens.index[tokens.sorted[0]].unsqueeze(1), x.new_zeros(len(x), weights.shape[-1])
         for slot, weight in enumerate(weights):
             out = torch.where(index == slot, x @ weight.to(x.dtype), out)
         return out
-    is_aligned = all(side % _ALIGNED == 0 for side in weights.shape[1:])
-    if is_aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device):
+    if _takes_groups(x, weights):
         ends = F.pad(tokens.sorted[1][1:], (0, 1), value=len(x))  # made on the device: a graph may record it
         return F.grouped_mm(x, weights.to(x.dtype), offs=ends.int())
     out = x.new_empty(len(x), weights.shape[-1])
     for weight, (start, end) in zip(weights, tokens.bounds, strict=True):
-        torch.mm(x[start:end], weight.to(x.dtype), out=out[start:end])
+        out[start:end] = narrow_product(x[start:end], weight.to(x.dtype))
     return out
 
 
@@ -192,9 +198,16 @@ class _PairSlots(torch.autograd.Function):
         ctx.scale, ctx.tokens = scale, tokens
         z = _by_slot(_sorted_rows(x, tokens), A.transpose(1, 2), tokens)
         ctx.save_for_backward(x, z, A, B)
-        added = _by_slot(z, B.transpose(1, 2), tokens).to(base.dtype)
-        rows = base.reshape(-1, base.shape[-1])
         if tokens is None:
+            return add_product(base, z, B[0], scale)
+        rows, outward = base.reshape(-1, base.shape[-1]), B.transpose(1, 2)
+        if tokens.ends and base.dtype == z.dtype and not _takes_groups(z, outward):
+            out = torch.empty_like(rows)
+            for weight, (start, end) in zip(outward, tokens.bounds, strict=True):
+                torch.addmm(rows[start:end], z[start:end], weight.to(z.dtype), alpha=scale, out=out[start:end])
+            return out.view(base.shape)
+        added = _by_slot(z, outward, tokens).to(base.dtype)
+        if tokens.ends:
             return rows.add(added, alpha=scale).view(base.shape)
         return rows.index_add(0, tokens.sorted[0], added, alpha=scale).view(base.shape)  # each row once
 
@@ -214,7 +227,7 @@ class _PairSlots(torch.autograd.Function):
                 grad_A = _sums_by_slot(h, _sorted_rows(x, tokens), A.dtype, tokens)
             if need_x:
                 grad_x = _by_slot(h, A, tokens)
-                if tokens is not None:
+                if tokens is not None and not tokens.ends:
                     grad_x = torch.empty_like(grad_x).index_copy_(0, tokens.sorted[0], grad_x)
                 grad_x = grad_x.view(x.shape)
         return (g if need_base else None), grad_x, grad_A, grad_B, None, None
@@ -222,7 +235,7 @@ class _PairSlots(torch.autograd.Function):
 
 def _sorted_rows(x: Tensor, tokens: TokenSlots | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    return rows if tokens is None else rows[tokens.sorted[0]]
+    return rows if tokens is None or tokens.ends else rows[tokens.sorted[0]]
 
 
 def pair_slots(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None) -> Tensor:
