@@ -32,6 +32,7 @@ from qvera.cli.common import (
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, Interrupted
 from qvera.utils.files import disk_errors, file_stamp, replace_text
+from qvera.utils.formatting import shortened
 
 if TYPE_CHECKING:
     from qvera.data import Turn
@@ -77,6 +78,11 @@ def generate(
     require_new_file(out)
     if (prompts is None) == (not prompt):
         raise InputError("takes a file PROMPTS, or --prompt TEXT; give one of them.")
+    if prompts is not None and len(str(prompts).split()) > 1 and not os.path.exists(prompts):  # which takes any length
+        raise InputError(
+            f"{shortened(str(prompts))!r}: no such file. Expected one of rows, or .txt with one prompt a line. "
+            "A prompt itself goes to --prompt."
+        )
     if not image and not all(text.strip() for text in prompt or ()):
         raise InputError("--prompt: is empty, so there is nothing to answer.")
     if image and prompts is not None:

@@ -139,7 +139,8 @@ _SHORT_NAMES = {
     "lr": "learning_rate", "r": "rank", "lora_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
     "target_modules": "targets", "epochs": "num_train_epochs", "batch_size": "global_batch_size",
     "optimizer": "optim", "scheduler": "lr_scheduler_type", "bs": "global_batch_size",
-    "per_device_batch_size": "per_device_train_batch_size",
+    "per_device_batch_size": "per_device_train_batch_size", "sequence_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
 }  # fmt: skip
 """Other tools' names that no key here resembles."""
 
@@ -240,24 +241,28 @@ def _model_of(annotation: object) -> type[BaseModel] | None:
 
 def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: type[BaseModel]) -> str:
     known = list(holder.model_fields)
-    if parents == ["training"]:
+    if parents in ([], ["training"]):
         advice, package = _INSTEAD.get(name), importlib.util.find_spec("transformers")
-        if advice is None and package is not None and package.origin is not None:
+        if parents and advice is None and package is not None and package.origin is not None:
             # TrainingArguments as text: importing it would take seconds
             text = (Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8")
             if re.search(rf"^    {re.escape(name)}: ", text, re.MULTILINE):
                 advice = "it is a TrainingArguments field that this loop does not have; remove it"
         if advice is not None:
-            return f"is not a key of this section: {advice}."
+            return f"is not a key here: {advice}."
     if ":" in name:
         return "unknown key. Put a space after the colon."
     name = _SHORT_NAMES.get(name, name)
+    elsewhere: dict[str, str] = {}  # key → the first other section that has it
     for section, field in root.model_fields.items():
-        model = _model_of(field.annotation)
-        if model is not None and parents != [section] and name in model.model_fields:
-            return f"unknown key. There is `{section}.{name}`: move it there."
+        if (model := _model_of(field.annotation)) is not None and parents != [section]:
+            elsewhere = {**dict.fromkeys(model.model_fields, section), **elsewhere}
+    if name in elsewhere:
+        return f"unknown key. There is `{elsewhere[name]}.{name}`: move it there."
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"unknown key. Did you mean `{near[0]}`?"
+    if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75):
+        return f"unknown key. There is `{elsewhere[near[0]]}.{near[0]}`."
     return f"unknown key. Known here: {', '.join(known)}."
 
 

@@ -336,6 +336,8 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         return tree, lines
     except yaml.YAMLError as error:
         hint = " Indent with spaces, not with tabs." if "character '\\t'" in str(error) else ""
+        if "unknown escape" in str(error) or "expected escape" in str(error):
+            hint = " In double quotes a backslash begins an escape: use single quotes."
         raise InputError(f"{source}: not valid YAML: {_indentation(error, text) or error}{hint}") from None
     except RecursionError:
         raise InputError(

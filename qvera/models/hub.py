@@ -17,10 +17,11 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub has
 
+from qvera.config.schema import load_recipe
 from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, did_you_mean, first_line
-from qvera.utils.files import ADAPTER_CONFIG, resolve_path
+from qvera.utils.files import ADAPTER_CONFIG, RECIPE_FILE, resolve_path
 from qvera.utils.hub import hub_hint
 from qvera.utils.safetensors_io import INDEX, weight_map
 
@@ -156,7 +157,11 @@ def require_model_files(name: str) -> None:
             )
         return
     if not (path / "config.json").is_file():
-        raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.")
+        hint = ""
+        if (recipe := path / RECIPE_FILE).is_file() and (adapter := path / "adapter").is_dir():
+            base = load_recipe(recipe, of_a_run=True).model.path
+            hint = f" It is a run: name its base, {base}. To go on from its adapter: adapter.init_from: {adapter}."
+        raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.{hint}")
     if (path / INDEX).is_file():
         weight_map(path / INDEX)  # transformers would follow its names anywhere
     if not any(path.glob("*.safetensors")):

@@ -5,6 +5,7 @@ What one room alone refuses (a recipe, a model, an export) is tested there."""
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,9 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "the same with --resume": (f"{TRAIN} --resume --set training.output_dir=.", "recipe.yaml: is no run's"),
     "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
     "no such run": ("info nothing", "no such directory"),
+    "rows in place of a recipe's name": ("init rows.jsonl", "in .yaml. Rows go to --data rows.jsonl."),
+    "a run for a base": ("init new.yaml --model run --data rows.jsonl", "name its base, model. To go on", OWN_BASE),
+    "a prompt for a file": ('generate run "A shawl in DK yarn"', "A prompt itself goes to --prompt."),
     "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),
     "file for a run": ("info rows.jsonl", "rows.jsonl: is a file, not a directory"),
     "neither run nor adapter": ("info model", "is neither a run"),
@@ -209,7 +213,7 @@ def test_bad_input(name: str, scratch: Path, tmp_path: Path, capsys: Any, monkey
     for edit in edits:
         edit()
     before = snapshot(tmp_path)
-    code = main(line.split())
+    code = main(shlex.split(line))
     message = capsys.readouterr().err
     said = message[message.rindex(f"qvera {line.split()[0]}: ") :]
     assert expected in said

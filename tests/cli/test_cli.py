@@ -136,7 +136,7 @@ def test_a_run_is_read_although_its_recipe_has_keys_without_effect_or_a_removed_
     keys["training"]["output_dir"] = str(old)
     for key, value, problem in (
         ("bilevel_share", 0.4, "has no effect without training.bilevel"),
-        ("loss_scale_window", 9, "is not a key of this section: remove it"),
+        ("loss_scale_window", 9, "is not a key here: remove it"),
     ):
         keys["training"][key] = value
         recipe.write_text(yaml.safe_dump(keys))

@@ -88,6 +88,9 @@ def test_all_problems_are_reported_at_once() -> None:
         ("adapter.r", "Did you mean `rank`?"),
         ("adapter.lora_alpha", "Did you mean `alpha`?"),
         ("lr", "There is `training.learning_rate`: move it there."),
+        ("num_epochs", "There is `training.num_train_epochs`."),
+        ("sequence_len", "There is `data.max_length`: move it there."),
+        ("micro_batch_size", "There is `training.per_device_train_batch_size`: move it there."),
         ("data.path:rows", "Put a space after the colon."),
         ("export.zzzzzz", "Known here: dtype, base, "),
     ],
@@ -146,7 +149,8 @@ ADVICE = {
 def test_training_arguments_fields_get_advice() -> None:
     for name, words in ADVICE.items():
         sentence = problems(with_value(f"training.{name}", 1))[f"training.{name}"]
-        assert sentence.startswith("is not a key of this section: ") and words in sentence
+        assert sentence.startswith("is not a key here: ") and words in sentence
+    assert ADVICE["bf16"] in problems(with_value("bf16", True))["bf16"], "beside the sections, as Axolotl has it"
 
 
 # From files.
@@ -199,6 +203,8 @@ def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
             "line 4 is indented by 4 spaces, line 3 by 2. Keys of one section",
         ),
         (b"model: a\ndata:\n  path: b: c", "mapping values are not allowed here"),
+        (rb'model: "C:\Users\me"', "In double quotes a backslash begins an escape: use single quotes."),
+        (rb'model: "C:\models\me"', "In double quotes a backslash begins an escape: use single quotes."),
         (b"model: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
