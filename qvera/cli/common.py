@@ -116,8 +116,7 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
     run = Path(target)
     if run.is_file():
         raise InputError(f"{run}: is a file. Expected a run, an adapter directory or an exported checkpoint.")
-    if (runs := sorted(run.glob(f"*/{RECIPE_FILE}"))) and not (run / RECIPE_FILE).exists():
-        raise InputError(f"{run}: is a directory of runs. Name one of them, such as {runs[0].parent}.")
+    refuse_runs(run)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)
     if (run / RECIPE_FILE).is_file():
@@ -125,6 +124,13 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
     elif (config := try_read_json(run / ADAPTER_CONFIG)) is not None:
         target = config.get("base_model_name_or_path") or target
     leave_silent_hub(str(target))
+
+
+def refuse_runs(directory: Path) -> None:
+    """Raise InputError for a directory that holds runs, and is neither a run nor a checkpoint itself."""
+    runs = sorted(directory.glob(f"*/{RECIPE_FILE}"))
+    if runs and not any((directory / name).exists() for name in (RECIPE_FILE, "config.json")):
+        raise InputError(f"{directory}: is a directory of runs. Name one of them, such as {runs[0].parent}.")
 
 
 def require_packages(extra: str, *names: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qvera.cli.common import argument, check_target, flag, number, option, progress, require_packages, say
+from qvera.cli.common import argument, check_target, flag, number, option, progress, refuse_runs, require_packages, say
 from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
@@ -116,6 +116,8 @@ def serve(
     require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
 
     check_target(model)
+    if adapters is not None:
+        refuse_runs(adapters)
 
     import dataclasses
 

@@ -79,6 +79,9 @@ class Section(BaseModel):
     # hide the problems of the others
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
+    def __setattr__(self, name: str, value: object) -> None:
+        raise InputError(f"{name}: a recipe does not change; its `replace` makes a copy with other values.")
+
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for keys that are valid alone but not together."""
         return iter(())

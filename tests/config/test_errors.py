@@ -43,7 +43,7 @@ def test_the_minimal_recipe_has_every_default() -> None:
     recipe.training.report_to.append("wandb")
     recipe.data.columns["a"] = "b"
     assert (other.training.report_to, other.data.columns) == (["auto"], {}), "defaults are not shared"
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(InputError, match="rank: a recipe does not change; its `replace` makes"):
         recipe.adapter.rank = 8  # type: ignore[misc]
 
 

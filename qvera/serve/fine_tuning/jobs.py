@@ -118,7 +118,8 @@ class Jobs:
             try:
                 files.append(self.database.file(file_id, job.owner))
             except UnknownRecord:
-                raise Refused(f"{param}: there is no file {file_id[:100]!r}.", param, "invalid_file") from None
+                text = f"{param}: there is no file {file_id[:100]!r}; expected an id that POST /v1/files gave."
+                raise Refused(text, param, "invalid_file") from None
             if (purpose := files[-1].purpose) != TRAINING:
                 raise Refused(f"{param}: {file_id} has the purpose {purpose!r}; expected {TRAINING!r}.", param)
         if job.validation_file == job.training_file:

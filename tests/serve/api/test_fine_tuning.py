@@ -148,7 +148,7 @@ def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monke
 ONE_EPOCH = {"hyperparameters": {"n_epochs": 1}}
 WRONG_BODIES: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "anna"}, "model", "expected the base, 'tiny'"),
-    ({"training_file": "../x"}, "training_file", "there is no file '../x'"),
+    ({"training_file": "../x"}, "training_file", "there is no file '../x'; expected an id"),
     ({"validation_file": "file-no"}, "validation_file", "there is no file"),
     ({"integrations": [{"type": "wandb"}]}, "integrations", "not supported"),
     ({"method": {"type": "dpo", "dpo": {}}}, "method", "supervised"),
