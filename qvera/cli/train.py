@@ -68,11 +68,8 @@ def train(
         with for_who_still_reads():
             print_result(result.run_dir, result.run)
             sets = [part for override in overrides for part in ("--set", override)]
-            command, has_rewards = (
-                shlex.join(["qvera", "train", str(recipe), *sets]),
-                loaded.training.reward is not None,
-            )
-            print(f"loss              {loss_line(result.run, command, has_rewards)}")
+            command = shlex.join(["qvera", "train", str(recipe), *sets])
+            print(f"loss              {loss_line(result.run, command, loaded.training.reward is not None)}")
 
 
 def launch(
