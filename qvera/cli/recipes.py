@@ -99,17 +99,18 @@ def init(
     recipe = _with_found_columns(_with_columns(recipe, prompt_column, answer_column))
     check_early(recipe)
 
-    from qvera.data import build_datasets
-    from qvera.models.model_class import empty_model
-    from qvera.models.structure import context_limit
-    from qvera.models.tokenizer import load_processor
-    from qvera.tasks import task_of
+    with progress(f"looking at {model}"):
+        from qvera.data import build_datasets
+        from qvera.models.model_class import empty_model
+        from qvera.models.structure import context_limit
+        from qvera.models.tokenizer import load_processor
+        from qvera.tasks import task_of
 
+        model_class = task_of(recipe).exported_class
+        empty = empty_model(recipe.model, model_class=model_class)
+        processor = load_processor(recipe.model, model_class)
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
-    model_class = task_of(recipe).exported_class
-    empty = empty_model(recipe.model, model_class=model_class)
-    processor = load_processor(recipe.model, model_class)
     datasets = build_datasets(recipe.data, processor, console)
     if system is None:
         recipe, datasets = _with_labels_named(recipe, datasets, processor)

@@ -150,7 +150,8 @@ class Phase:
             self._bars.update(self._task, description=self._line(), completed=count.done, total=count.total)
         elif now >= count.next_line:
             count.next_line = now + min(LINE_SECONDS, max(FIRST_SECONDS, now - count.began))
-            self._print(self._line())
+            so_far = f", {duration(now - count.began)} so far" if count.total is None else ""
+            self._print(f"{self._line()}{so_far}")
 
     def _watch(self) -> None:
         """Keep the display and the file fresh from a thread, because a single step may take minutes."""
