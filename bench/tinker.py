@@ -175,8 +175,8 @@ async def measure(contenders: list[Contender], base: str, keys: list[str], args:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
             http = await stack.enter_async_context(httpx.AsyncClient(base_url=one.url, timeout=600, limits=limits))
             name = base if one.name != "qvera" or not args.vera else f"{base}:vera-{args.rank}"
-            await one.settle(http, name, keys if one.name == "qvera" else ["x"], args.rank, args.rows)
             stack.callback(asyncio.create_task(send_heartbeats(one.tenants)).cancel)
+            await one.settle(http, name, keys if one.name == "qvera" else ["x"], args.rank, args.rows)
             print(one.name, one.facts, flush=True)
         turns = {(one, n): itertools.cycle(one.tenants[:n]) for one in contenders for n in one.counts}
         for number in range(args.rounds + 1):
