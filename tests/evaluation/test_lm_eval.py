@@ -152,7 +152,11 @@ def test_tasks_that_are_not_there(run: Path, tasks: Path, capsys: Any) -> None:
     assert "lm-eval could not run it" in capsys.readouterr().err
 
 
-def test_without_lm_eval_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_without_lm_eval_it_says_what_to_install(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
-    assert main(["harness", str(tmp_path), "--tasks", "arc_easy"]) == 2
+    assert main(["harness", str(trained_run), "--tasks", "arc_easy"]) == 2
     assert "pip install 'qvera[harness]'" in capsys.readouterr().err
+    assert main(["harness", str(tmp_path), "--tasks", "arc_easy"]) == 2
+    assert "is neither a run" in capsys.readouterr().err  # which is said first: to install it takes long
