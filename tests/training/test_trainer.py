@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ def test_a_terminal_that_is_closed_stops_the_run_and_it_is_saved(write_recipe: A
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm", COLUMNS="200")
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, and the test never end
         os.execv(sys.executable, [sys.executable, "-m", "qvera", "train", str(recipe)])
     shown = b""
     while b"tokens/s" not in shown:  # on the bar after the first step
