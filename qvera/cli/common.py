@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qvera.config.sections import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError
-from qvera.utils.files import ADAPTER_CONFIG, NO_SPACE, RECIPE_FILE, try_read_json
+from qvera.utils.files import ADAPTER_CONFIG, NO_SPACE, RECIPE_FILE, no_directory, try_read_json
 from qvera.utils.progress import Phase
 
 
@@ -115,7 +115,7 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
 
     run = Path(target)
     if run.is_file():
-        raise InputError(f"{run}: is a file. Expected a run, an adapter directory or an exported checkpoint.")
+        raise InputError(f"{no_directory(run)}. Expected a run, an adapter directory or an exported checkpoint.")
     refuse_runs(run)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)

@@ -159,7 +159,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
         drop("recipe.yaml"),
     ),
     "a directory of runs for adapters": ("serve model --adapters .", "a directory of runs. Name", drop("recipe.yaml")),
-    "a recipe in place of its run": ("serve recipe.yaml", "recipe.yaml: is a file. Expected a run"),
+    "a recipe in place of its run": ("serve recipe.yaml", "recipe.yaml: is a file, not a directory. Expected a run"),
     "eval of a model without rows": ("eval model", "Name a file with --data FILE"),
     "eval beside an unknown base": ("eval model --data rows.jsonl --with-base", "there is none to compare with"),
     "eval by no recipe": ("eval model --recipe model", "expected a recipe file, or a run directory"),
