@@ -19,7 +19,7 @@ from rich.console import Console
 
 from qvera.config.fields import Positive, Seed, value_problem
 from qvera.config.schema import Recipe, load_recipe, parse_recipe
-from qvera.config.sections import ExportKind, LrRange
+from qvera.config.sections import ExportDtype, ExportKind, LrRange
 from qvera.data import Turn
 from qvera.data.conversations import Conversation, read_messages
 from qvera.evaluation import generate as answering
@@ -352,7 +352,7 @@ class Model:
         *,
         to: ExportKind = "merged",
         rank: Positive | None = None,
-        dtype: str | None = None,
+        dtype: ExportDtype | None = None,
         quantize: str | None = None,
         base: Literal["original", "dequantized"] | None = None,
         compare: bool = True,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qvera
 from qvera.cli.main import main
@@ -122,6 +123,8 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         run.generate("say red 1", adapter="anna")
     with pytest.raises(qvera.InputError, match="anna: is for a run that trained many adapters"):
         qvera.load(trained_run, ["anna"])
+    with pytest.raises(qvera.InputError, match="^dtype: should be 'float16', 'bfloat16', .*, got torch.float16"):
+        run.export(tmp_path / "lora", to="lora", dtype=torch.float16)  # type: ignore[arg-type]  # wrong on purpose
     certificate = run.export(tmp_path / "lora", to="lora", dtype="float32")
     assert certificate is not None
     assert certificate == json.loads((tmp_path / "lora" / "qvera_export.json").read_text(encoding="utf-8"))

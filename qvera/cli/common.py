@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -57,9 +57,6 @@ AdapterName = Annotated[str | None, option("NAME", f"{_ADAPTER}.", "--adapter")]
 AdapterNames = Annotated[list[str], repeated("NAME", f"{_ADAPTER} (repeatable).", "--adapter")]
 Json = Annotated[bool, flag("--json", "Print JSON.")]
 HtmlFile = Annotated[Path | None, option("FILE", "Write a page for a browser.")]
-
-Dtype = Literal["float16", "bfloat16", "float32"]
-GgufDtype = Literal["float16", "bfloat16", "float32", "q8_0"]
 
 # What `qvera launch` passes on to `qvera train`.
 Resume = Annotated[bool, flag("--resume", "Continue from the newest intact checkpoint.")]

@@ -13,8 +13,6 @@ from typer.core import TyperCommand
 from qvera.cli.common import (
     AdapterName,
     AdapterNames,
-    Dtype,
-    GgufDtype,
     RunPath,
     argument,
     check_target,
@@ -25,7 +23,7 @@ from qvera.cli.common import (
     require_new_file,
     say,
 )
-from qvera.config.sections import ExportKind
+from qvera.config.sections import Dtype, ExportDtype, ExportKind
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.files import replace_text, require_empty
@@ -41,7 +39,7 @@ def export(
     adapter: AdapterName = None,
     to: Annotated[ExportKind, typer.Option(help="What to write.")] = "merged",
     rank: Annotated[int | None, option("K", "With --to lora or gguf-lora: keep the best K directions.")] = None,
-    dtype: Annotated[GgufDtype | None, typer.Option(help="Default: the recipe's, float16. q8_0: GGUF only.")] = None,
+    dtype: Annotated[ExportDtype | None, typer.Option(help="Default: the recipe's, float16. q8_0: GGUF only.")] = None,
     quantize: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="With --to merged: write in 4 bits.")] = None,
     base: Annotated[Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's.")] = None,
     no_compare: Annotated[bool, flag("--no-compare", "Do not measure the difference.")] = False,

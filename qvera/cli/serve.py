@@ -112,6 +112,13 @@ def serve(
         raise InputError("--batch-invariant needs continuous batches: leave out --engine static.")
     if tinker and training_dir is None:
         raise InputError("--tinker: keeps what is trained in a directory; name one with --training-dir DIR.")
+    from qvera.evaluation.named_adapters import adapters_root
+
+    if training_dir is not None and not tinker and adapters is None and adapters_root(Path(model)) is None:
+        raise InputError(
+            "--training-dir: what is trained becomes a model of the directory of adapters, and there is none. Name one "
+            "with --adapters DIR; it may be empty."
+        )
     for_training = ["python_multipart"] * (training_dir is not None) + ["zstandard"] * tinker  # of uploads, of bodies
     require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
 

@@ -345,12 +345,15 @@ class ModelSection(Section):
 
 ExportKind = Literal["merged", "lora", "peft", "gguf", "gguf-lora"]
 """``qvera export --to``."""
+Dtype = Literal["float16", "bfloat16", "float32"]
+ExportDtype = Literal[Dtype, "q8_0"]
+"""``qvera export --dtype``."""
 
 
 class ExportSection(Section):
     """The defaults of ``qvera export``; its flags override them."""
 
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    dtype: Dtype = "float16"
     """The dtype of the exported weights."""
     base: Literal["original", "dequantized"] = "dequantized"
     """Merge into the dequantized weights that the vectors were trained with, so that the export answers as the run

@@ -437,9 +437,10 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
         console.print(Text("Training rows by length (tokens)", style="bold"))
         edges, highest = stats.histogram_edges, max(stats.histogram_counts, default=0)
         digits = len(f"{edges[-1]:,}")
+        width = max(min(_BAR_WIDTH, console.width - 2 * digits - len(f" –     {highest:,}")), 1)
         for low, high, count in zip(edges[:-1], edges[1:], stats.histogram_counts, strict=True):
-            bar = "█" * max(round(_BAR_WIDTH * count / highest), 1 if count else 0)
-            console.print(Text(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{_BAR_WIDTH}}  {count:,}"))
+            bar = "█" * max(round(width * count / highest), 1 if count else 0)
+            console.print(Text(f"{low:>{digits},} – {high - 1:>{digits},}  {bar:<{width}}  {count:,}"))
     for example in datasets.first_rows(max(_SHOWN_ROWS, len(stats.sources)) if rows is None else rows):
         console.print()
         if example.is_labelled:
@@ -533,6 +534,11 @@ def data_warnings(stats: DataStats) -> list[str]:
     if stats.labels is not None and (similar := similar_names(stats.labels.names)):
         shown = "; ".join(" and ".join(map(repr, group)) for group in similar[:3])
         lines.append(f"Labels that differ only by case or spaces are classes of their own: {shown}. Is that meant?")
+    if 2 * stats.unanswered_rows > stats.train_rows + stats.eval_rows:
+        lines.append(
+            f"Conversations that end with a user's turn: {stats.unanswered_rows:,}. Only what the assistant says is "
+            "trained. Are the two roles swapped?"
+        )
     if len(stats.verdicts) == 1:
         kind, other = ("good", "false") if True in stats.verdicts else ("bad", "true")
         lines.append(f"All rows are {kind} answers, and kto learns from both kinds. Add rows with the label {other}.")

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -213,12 +213,14 @@ class RowCounts:
     split_rows: int = 0
     split_parts: int = 0
     special_token_rows: int = 0
+    unanswered_rows: int = 0  # conversations that end with a user's turn, which is not trained
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: RowCounts) -> None:
         """Add the counts of ``other``, whose rows come after these."""
-        for name in ("truncated_rows", "truncated_tokens", "split_rows", "split_parts", "special_token_rows"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for one in fields(RowCounts):
+            if one.name != "dropped":
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
         for reason, sources in other.dropped.items():
             self.dropped.setdefault(reason, []).extend(sources)
 
@@ -277,6 +279,7 @@ class RowTokenizer:
                 rendered.append((row.text, []))
             else:
                 texts = [turn.content + (turn.context or "") for turn in row.turns]
+                self._counts.unanswered_rows += row.turns[-1].role == "user" and self.section.train_on != "all"
                 needed = [] if self.section.train_on == "all" else self._trained_turns(row)
                 rendered.append(self.template.lay_out(row, needed))
             self._counts.special_token_rows += any(map(self.template.special.search, texts))

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from qvera.adapters.adapter_file import read_config, require_base
-from qvera.config.sections import ExportKind, ExportSection
+from qvera.config.sections import ExportDtype, ExportKind, ExportSection
 from qvera.data import resolve_template
 from qvera.evaluation.load import Artifact, require_adapter, require_answers, template_beside, template_name
 from qvera.exporting import lora
@@ -36,7 +36,7 @@ def export(
     *,
     to: ExportKind = "merged",
     rank: int | None = None,
-    dtype: str | None = None,
+    dtype: ExportDtype | None = None,
     quantize: str | None = None,
     base: Literal["original", "dequantized"] | None = None,
     compare: bool = True,

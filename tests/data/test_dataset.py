@@ -141,6 +141,22 @@ def preflight(data: Datasets, tokenizer: Any, rows: int | None = None) -> str:
     return out.getvalue()
 
 
+def test_preflight_asks_whether_the_roles_are_swapped(read: Read, base_tokenizer: Any) -> None:
+    swapped = [("assistant", "what is red?"), ("user", "a colour")]
+    turns = [("user", "hello"), *swapped]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]} for _ in range(4)]
+    shown = preflight(read(rows), base_tokenizer)
+    assert "Conversations that end with a user's turn: 4." in shown
+    assert "swapped" not in preflight(read([{"messages": rows[0]["messages"][:2]}]), base_tokenizer)
+
+
+def test_preflight_draws_its_bars_in_a_narrow_terminal(read: Read, base_tokenizer: Any) -> None:
+    data, out = read([{"prompt": "a " * i, "completion": "b"} for i in range(1, 40)]), io.StringIO()
+    print_preflight(data, base_tokenizer, Console(file=out, width=40), 0)
+    bars = [line for line in out.getvalue().splitlines() if "█" in line]
+    assert len(bars) > 1 and all(line.rstrip()[-1].isdigit() for line in bars)
+
+
 def test_preflight_of_rows_whose_label_is_not_read_names_the_classifier(read: Read, smollm2_tokenizer: Any) -> None:
     data = read([{"text": f"it is {i}", "label": "good"} for i in range(4)], smollm2_tokenizer)
     shown = preflight(data, smollm2_tokenizer)

@@ -168,6 +168,8 @@ def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
         rows(str(tmp_path / "trian.jsonl"))
     with pytest.raises(InputError, match="no directory"):
         rows(str(tmp_path / "nowhere" / "train.jsonl"))
+    with pytest.raises(InputError, match=r"Variables such as \$HOME are not filled in"):
+        rows("$HOME/train.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no data files in this directory .it is empty"):
         rows(str(tmp_path / "empty"))

@@ -20,6 +20,8 @@ DOWNLOADS = f"{TINKER}downloads/"
 _NAME_CHARACTERS = 200
 _PARTS_OF_PYDANTIC = ("function-", "[key]", "constrained-", "literal[", "list[")
 _DICTIONARY = "a valid dictionary or object to extract fields from"
+_PATHS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
+"""The key of a prompt → the path that takes it."""
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -113,7 +115,10 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         wrong = [_keys(one) for one in errors if one["type"] != "missing"] or [_keys(first)]
         where = max((keys for keys in wrong if keys[:1] == wrong[0][:1]), key=len)
         said = dict.fromkeys(one["msg"].replace(_DICTIONARY, "an object") for one in errors if _keys(one) == where)
-        return bad_request(f"{'.'.join(where) or 'The body'}: {'. Or: '.join(said)}.", where[0] if where else None)
+        text = f"{'.'.join(where) or 'The body'}: {'. Or: '.join(said)}."
+        if first["type"] == "missing" and where[0] in _PATHS:
+            text += "".join(f" {key!r} is a key of {path}." for key, path in _PATHS.items() if key in error.body)
+        return bad_request(text, where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
             with_version = f"/v1{request.url.path}"

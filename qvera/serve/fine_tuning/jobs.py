@@ -265,13 +265,9 @@ def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_o
 
     They continue once it is entered (``with``).
 
-    Raises InputError if there is no directory for adapters, or the served recipe can't train several at once.
+    Raises InputError if the directory of adapters can't be written, or the served recipe can't train several at once.
     """
-    if served.store.root is None:
-        raise InputError(
-            "--training-dir: what is trained becomes a model of the directory of adapters, and there is none. Name one "
-            "with --adapters DIR; it may be empty."
-        )
+    assert served.store.root is not None
     require_writable(served.store.root / "adapter", "--adapters")
     recipes, base = Recipes(served.opened.target), served.opened.base
     trainer = OnlineTrainer(base, recipes.server, at_once)

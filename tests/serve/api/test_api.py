@@ -232,6 +232,20 @@ def test_a_bad_call_is_answered_in_openais_form(served: Served) -> None:
     assert served.engine.requests == []
 
 
+def test_a_prompt_of_another_path_is_told_its_path(served: Served) -> None:
+    def said(path: str, **body: object) -> str:
+        return str(httpx.post(f"{served.url}{path}", json={"model": "tiny", **body}).json()["error"]["message"])
+
+    messages = [{"role": "user", "content": "hi"}]
+    wanted = "prompt: Field required. 'messages' is a key of /v1/chat/completions."
+    assert said("/v1/completions", messages=messages) == wanted
+    assert (
+        said("/v1/chat/completions", prompt="hi") == "messages: Field required. 'prompt' is a key of /v1/completions."
+    )
+    assert said("/v1/responses", messages=messages) == wanted.replace("prompt", "input")
+    assert said("/v1/completions") == "prompt: Field required."
+
+
 def test_keys_that_change_nothing_are_taken(served: Served) -> None:
     ignored = {"user": "me", "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": True, "logit_bias": {}}
     ignored |= {"tools": [TOOL], "tool_choice": "none"}

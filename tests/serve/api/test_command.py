@@ -152,6 +152,7 @@ def test_a_base_with_a_directory_of_adapters(run: Path, tiny_model_dir: Path, tm
         (["x", "--host", "example.com"], "needs --keys FILE"),
         (["x", "--adapters", "nowhere"], "--adapters nowhere: is no directory"),
         (["x", "--keys", "nowhere.json"], "qvera serve --new-key NAME --keys FILE"),
+        (["x", "--training-dir", "jobs"], "with --adapters DIR; it may be empty"),
         (["--new-key", "me"], "--keys FILE"),
         (["x", "--may", "use"], "give --new-key NAME"),
         ([], "name what to serve"),
