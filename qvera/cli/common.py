@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,16 +14,33 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperOption
 
 from qvera.config.sections import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError
-from qvera.utils.files import ADAPTER_CONFIG, NO_SPACE, RECIPE_FILE, no_directory, try_read_json
+from qvera.utils.files import ADAPTER_CONFIG, NO_SPACE, RECIPE_FILE, no_directory, refuse_runs, try_read_json
 from qvera.utils.progress import Phase
 
 
 def option(metavar: str, help: str, *names: str) -> Any:
     """An option that takes a value. ``names``: where it is not called as its parameter."""
     return typer.Option(*names, metavar=metavar, help=help)
+
+
+_ENDINGS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".pdf", ".tsv", ".xlsx", ".yaml"})
+"""Of files that other tools open by their names."""
+
+
+class Command(TyperCommand):
+    """A command whose options of one value are not given twice: the first would be lost without a word."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Raise a usage error that names the option."""
+        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        for param in given:
+            if isinstance(param, TyperOption) and not (param.multiple or param.is_flag) and given.count(param) > 1:
+                raise typer.BadParameter("is given twice, and takes one value.", ctx, param)
+        return super().parse_args(ctx, args)
 
 
 def number(help: str, least: float = 1) -> Any:
@@ -111,6 +129,11 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
     from qvera.utils.hub import leave_silent_hub
 
     run = Path(target)
+    if re.match(r"\w+:/|[\w.-]+:\d+(/|$)", str(target)) and not run.exists():
+        raise InputError(
+            f"{target}: is no directory here. A run is named by its directory, or as USER/NAME on the hub; a server, "
+            "for chat and generate, as http://HOST:PORT."
+        )
     if run.is_file():
         raise InputError(f"{no_directory(run)}. Expected a run, an adapter directory or an exported checkpoint.")
     refuse_runs(run)
@@ -121,13 +144,6 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
     elif (config := try_read_json(run / ADAPTER_CONFIG)) is not None:
         target = config.get("base_model_name_or_path") or target
     leave_silent_hub(str(target))
-
-
-def refuse_runs(directory: Path) -> None:
-    """Raise InputError for a directory that holds runs, and is neither a run nor a checkpoint itself."""
-    runs = sorted(directory.glob(f"*/{RECIPE_FILE}"))
-    if runs and not any((directory / name).exists() for name in (RECIPE_FILE, "config.json")):
-        raise InputError(f"{directory}: is a directory of runs. Name one of them, such as {runs[0].parent}.")
 
 
 def require_packages(extra: str, *names: str) -> None:
@@ -141,8 +157,13 @@ def require_packages(extra: str, *names: str) -> None:
         )
 
 
-def require_new_file(path: Path | None) -> None:
-    """Raise InputError where an output file exists or can't be made, before any work goes into it."""
+def require_new_file(path: Path | None, ending: str = "") -> None:
+    """Raise InputError where an output file exists or can't be made, before any work goes into it.
+
+    ``ending``: that of its format, such as ``.jsonl``; a name with the ending of another format is refused.
+    """
+    if path is not None and ending and path.suffix.lower() in _ENDINGS - {ending}:
+        raise InputError(f"{path}: {ending[1:].upper()} is written into it; expected a name that ends in {ending}.")
     if path is not None and path.exists():
         raise InputError(f"{path}: exists; nothing is overwritten, name another file.")
     if path is not None and not os.access(path.absolute().parent, os.W_OK):

@@ -81,9 +81,9 @@ def evaluate(
         for name, is_given in {**for_answers, "--predictions": predictions is not None}.items():
             if is_given:
                 raise InputError(f"{name}: is for answers, and --no-generation asks for none; drop one of them.")
+    for path, ending in ((json_file, ".json"), (predictions, ".jsonl"), (html, ".html")):
+        require_new_file(path, ending)
     written = [path for path in (json_file, predictions, html) if path is not None]
-    for path in written:
-        require_new_file(path)
     if len({path.absolute() for path in written}) < len(written):
         raise InputError(f"{written[0]}: --json, --predictions and --html need a file each.")
     judging = _judge_of(judge, judge_model, judge_against, judge_prompt, no_generation)
@@ -220,7 +220,7 @@ def harness(
     adapter: AdapterName = None,
     base: Annotated[bool, flag("--base", "The base model without the adapter.")] = False,
     limit: Annotated[int | None, number("Documents of each task (default: all).")] = None,
-    few_shot: Annotated[int | None, option("N", "Examples before each question.")] = None,
+    few_shot: Annotated[int | None, number("Examples before each question.", 0)] = None,
     batch_size: Annotated[int, number("Requests at a time.")] = 8,
     chat: Annotated[bool, flag("--chat", "Put prompts through the chat template.")] = False,
     json_file: Annotated[
@@ -236,7 +236,7 @@ def harness(
     Example:
         qvera harness runs/quickstart --tasks arc_easy --limit 100
     """
-    require_new_file(json_file)
+    require_new_file(json_file, ".json")
     check_target(run, adapter)
 
     from qvera.evaluation.generate import PromptWriter

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from qvera.cli.common import (
     AdapterName,
     AdapterNames,
+    Command,
     RunPath,
     argument,
     check_target,
@@ -81,16 +81,18 @@ def export(
     )
 
 
-class Weights(TyperCommand):
-    """Lets ``--weights`` take several numbers: ``--weights 1 -1``."""
+class Weights(Command):
+    """Lets ``--weights`` take several numbers: ``--weights 1 -1``, or ``--weights 0.5,0.5``."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Repeat the option before each number."""
         found: list[str] = []
         for arg in args:
-            if found[-2:-1] == ["--weights"] and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", arg):
-                found.append("--weights")
-            found.append(arg)
+            if "--weights" in found[-2:] and re.fullmatch(r"([-+]?[\d.]+([eE][-+]?\d+)?,?)+", arg):
+                found = found[: -1 if found[-1] == "--weights" else None]
+                found += [part for weight in arg.split(",") for part in ("--weights", weight)]
+            else:
+                found.append(arg)
         return super().parse_args(ctx, found)
 
 
@@ -215,7 +217,7 @@ def card(
         require_repository_name(repo)
     subject = find_subject(path, adapter)
     file = out or subject.directory / "README.md"
-    require_new_file(file)
+    require_new_file(file, ".md")
     replace_text(file, model_card(subject, repo))
     print(f"{file}: the card of {path}")
 

@@ -31,7 +31,7 @@ from qvera.cli.common import (
 )
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, Interrupted
-from qvera.utils.files import disk_errors, file_stamp, replace_text
+from qvera.utils.files import disk_errors, file_stamp, refuse_file_name, replace_text
 from qvera.utils.formatting import shortened
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def generate(
     Example:
         qvera generate runs/quickstart prompts.txt --out answers.jsonl
     """
-    require_new_file(out)
+    require_new_file(out, ".jsonl")
     if (prompts is None) == (not prompt):
         raise InputError("takes a file PROMPTS, or --prompt TEXT; give one of them.")
     if prompts is not None and len(str(prompts).split()) > 1 and not os.path.exists(prompts):  # which takes any length
@@ -87,6 +87,8 @@ def generate(
         raise InputError("--prompt: is empty, so there is nothing to answer.")
     if image and prompts is not None:
         raise InputError("--image: goes with --prompt; a file of prompts has images in its rows.")
+    for text in prompt or ():
+        refuse_file_name(text, "--prompt")
     asked = [_with_images(text, image or []) for text in prompt or ()]
 
     from qvera.serve.client import ServerClient, server_url

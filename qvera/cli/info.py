@@ -101,7 +101,7 @@ def compare(
     """
     from qvera.evaluation.report.compare import compare_runs
 
-    require_new_file(html)
+    require_new_file(html, ".html")
     found = compare_runs(runs, adapters)
     if html is not None:
         from qvera.evaluation.report.pages import compare_page

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from qvera.cli import cache, doctor, eval, export, generate, info, quickstart, recipes, serve, train
-from qvera.cli.common import command_streams, flag, help_of, report, with_exit_code
+from qvera.cli.common import Command, command_streams, flag, help_of, report, with_exit_code
 from qvera.config import plugins
 from qvera.utils.cores import fitting_threads
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
@@ -74,7 +74,7 @@ def build_app() -> typer.Typer:
             help=text,
             epilog=f"Example: {example}",
             rich_help_panel=panel,
-            cls=export.Weights if function is export.merge_adapters else None,
+            cls=export.Weights if function is export.merge_adapters else Command,
         )(with_exit_code(command or name, function, lambda: tracebacks[0]))
 
     for panel, functions in PANELS.items():
@@ -86,6 +86,16 @@ def build_app() -> typer.Typer:
     app.add_typer(cached, name="cache", rich_help_panel=panel)
     return app
 
+
+_INSTEAD = {
+    "report": "`qvera train` writes report.html into each run, and `qvera ui` shows runs",
+    "ls": "`qvera ui` shows runs, `qvera info` one of them",
+    "list": "`qvera ui` shows runs, `qvera info` one of them",
+    "pull": "A command that takes a run takes USER/NAME of the hub too, and fetches it",
+    "download": "A command that takes a run takes USER/NAME of the hub too, and fetches it",
+    "login": "The hub's token is stored by `hf auth login`",
+}
+"""A command that other tools have → what to do here."""
 
 # Typer has no public name for what a mistyped command, option or value raises; BadParameter is the public kind of it.
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -113,8 +123,9 @@ def _run(arguments: list[str] | None) -> int:
         at = getattr(error, "ctx", None)
         command = at.command_path if at is not None else "qvera"
         text = error.format_message().replace("Value error, ", "")  # pydantic's
-        if "No such command 'report'" in text:  # typer would offer `export`
-            text = "No such command 'report'. `qvera train` writes report.html into each run, and `qvera ui` shows runs"
+        for name, instead in _INSTEAD.items() if command == "qvera" else ():
+            if f"No such command {name!r}" in text:
+                text = f"No such command {name!r}. {instead}"
         if "unexpected extra argument" in text and "--set" in (arguments or sys.argv):
             text += ". Each key takes its own --set, and a value with spaces quotes: --set 'a.b={c: d}'"
         end = "" if text.endswith((".", "?")) else "."

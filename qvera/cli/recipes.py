@@ -323,7 +323,7 @@ def preview(
     from qvera.training.trainer import check_early
 
     loaded = load_recipe(recipe, overrides)
-    require_new_file(html)
+    require_new_file(html, ".html")
     check_early(loaded)
 
     from qvera.data import build_datasets, data_warnings, decode, print_preflight

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qvera.cli.common import argument, check_target, flag, number, option, progress, refuse_runs, require_packages, say
+from qvera.cli.common import argument, check_target, flag, number, option, progress, require_packages, say
 from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
+from qvera.utils.files import refuse_runs
 from qvera.utils.formatting import counted
 
 if TYPE_CHECKING:
@@ -21,6 +23,15 @@ if TYPE_CHECKING:
 
 
 _ENGINE = EngineSettings()
+_TRAIN_AT_ONCE, _MAX_RANK = 8, 64
+
+
+def _address(host: str) -> str:
+    if re.search(r"/|^[^:]*:\d+$", host):
+        raise typer.BadParameter(f"{host!r} is more than an address such as 127.0.0.1; a port goes to --port.")
+    return host
+
+
 Port = Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: a free one.")]
 
 
@@ -29,7 +40,9 @@ def serve(
         str | None, argument("BASE_OR_RUN", "A run, a directory of adapters, or a base: a directory or hub id.")
     ] = None,
     adapters: Annotated[Path | None, option("DIR", "A directory of adapters (default: the run's own).")] = None,
-    host: Annotated[str, option("ADDRESS", "Any but the loopback address needs --keys.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(callback=_address, metavar="ADDRESS", help="Any but the loopback address needs --keys.")
+    ] = "127.0.0.1",
     port: Port = 8000,
     keys: Annotated[Path | None, option("FILE", "Who may use what; --new-key makes it.")] = None,
     new_key: Annotated[str | None, option("NAME", "Add a key to the file of --keys, print it, and end.")] = None,
@@ -58,7 +71,7 @@ def serve(
     max_seconds: Annotated[float, number("Longest time of one call.", 0.1)] = DEFAULTS.seconds,
     drain_seconds: Annotated[float, number("After SIGTERM, calls may finish for so long.", 0)] = DEFAULTS.drain_seconds,
     training_dir: Annotated[Path | None, option("DIR", "Take files and fine-tuning jobs, and keep them there.")] = None,
-    train_at_once: Annotated[int, number("With --training-dir: jobs trained together.")] = 8,
+    train_at_once: Annotated[int, number("With --training-dir: jobs trained together.")] = _TRAIN_AT_ONCE,
     training_share: Annotated[
         float | None,
         typer.Option(
@@ -72,7 +85,7 @@ def serve(
         bool,
         flag("--tinker", "With --training-dir: Tinker's API below /api/v1; clients train by loops of their own."),
     ] = False,
-    max_rank: Annotated[int, number("With --tinker: most rank of LoRA.")] = 64,
+    max_rank: Annotated[int, number("With --tinker: most rank of LoRA.")] = _MAX_RANK,
     max_file_bytes: Annotated[int, number("Largest uploaded file.")] = DEFAULTS.file_bytes,
     batch_invariant: Annotated[
         bool, flag("--batch-invariant", "Answers are the same to the bit whoever shares the batch; slower.")
@@ -112,6 +125,16 @@ def serve(
         raise InputError("--batch-invariant needs continuous batches: leave out --engine static.")
     if tinker and training_dir is None:
         raise InputError("--tinker: keeps what is trained in a directory; name one with --training-dir DIR.")
+    idle = {
+        "--train-at-once": train_at_once != _TRAIN_AT_ONCE,
+        "--training-share": training_share is not None,
+    }
+    for switch, is_on, options in (
+        ("--training-dir", training_dir is not None, idle),
+        ("--tinker", tinker, {"--max-rank": max_rank != _MAX_RANK}),
+    ):
+        if not is_on and (given := [name for name, is_given in options.items() if is_given]):
+            raise InputError(f"{given[0]}: goes with {switch} only.")
     from qvera.evaluation.named_adapters import adapters_root
 
     if training_dir is not None and not tinker and adapters is None and adapters_root(Path(model)) is None:
@@ -210,6 +233,7 @@ def start_engine(served: Served, settings: EngineSettings) -> Engine:
     """A started engine, with an adapter loaded. InputError: the adapter that was named can't be served."""
     from qvera.serve.engine import Engine
     from qvera.serve.opening import warm_up
+    from qvera.utils.memory import is_out_of_memory
 
     engine = Engine(served.opened.base, settings)
     if engine.why_static is not None:
@@ -217,15 +241,21 @@ def start_engine(served: Served, settings: EngineSettings) -> Engine:
     engine.start()
     try:
         warm_up(engine, served.store, served.own)
-    except InputError:
+    except (InputError, RuntimeError) as error:
         engine.close()
+        if is_out_of_memory(error):
+            raise InputError(
+                f"the adapter and room for {settings.slots:,} others do not fit into memory. Lower --slots."
+            ) from None
         raise
     return engine
 
 
 def ui(
     runs: Annotated[list[Path], argument("RUNS", "Directories that hold runs, or directories of runs.")],
-    host: Annotated[str, option("ADDRESS", "Beyond the loopback address anyone can read.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(callback=_address, metavar="ADDRESS", help="Beyond the loopback address anyone can read.")
+    ] = "127.0.0.1",
     port: Port = 8001,
     open_browser: Annotated[bool, flag("--open", "Open the page in a browser.")] = False,
     train: Annotated[bool, flag("--train", "A form that starts runs in the first RUNS, for who has the key.")] = False,

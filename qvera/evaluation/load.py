@@ -44,6 +44,7 @@ from qvera.utils.files import (
     file_sha256,
     no_directory,
     read_json,
+    refuse_runs,
     resolve_path,
     try_read_json,
 )
@@ -159,6 +160,7 @@ def find_target(
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter_target(path, given, run)
     if not (path / "config.json").is_file():
+        refuse_runs(path)
         raise InputError(
             f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor an "
             "exported checkpoint (no config.json)."

@@ -22,6 +22,7 @@ from qvera.utils.files import (
     file_sha256,
     no_directory,
     read_json,
+    refuse_runs,
     try_read_json,
 )
 from qvera.utils.safetensors_io import own_facts, unreadable_error
@@ -56,6 +57,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
             return {"kind": "adapter", "path": str(path), **_adapter(path)}
         if (path / CERTIFICATE).is_file():
             return _export(path)
+        refuse_runs(path)
         raise InputError(
             f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a "
             f"merged export (no {CERTIFICATE})."

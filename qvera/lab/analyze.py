@@ -69,8 +69,7 @@ def analyze(
         raise InputError("--reduce: needs --out DIR, where the LoRA is written.")
     if out is not None and reduce is None:
         raise InputError("--out: goes with --reduce only.")
-    if html is not None:
-        require_new_file(html)
+    require_new_file(html, ".html")
     if text is not None and not text.is_file():
         raise InputError(f"--text: {text}: no such file. Expected rows (.jsonl, .json, .csv, .tsv, .parquet) or .txt.")
 

@@ -28,7 +28,7 @@ _SECONDS = 600
 
 def server_url(path: Path) -> str | None:
     """The URL in an argument that may be a run instead (None). `Path` makes one slash of a URL's two."""
-    found = re.fullmatch(r"(https?):/+(.+?)(/v1(/chat/completions)?)?", str(path))
+    found = re.fullmatch(r"(https?):/+(?!huggingface\.co/)(.+?)(/v1(/chat/completions)?)?", str(path))
     return None if found is None else f"{found[1]}://{found[2]}"
 
 

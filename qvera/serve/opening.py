@@ -44,12 +44,13 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     """
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"--adapters {adapters}: is no directory. Make it, or name a run that trained many adapters.")
+    if adapters is not None and _is_run_or_adapter(adapters) and adapters_root(adapters) is None:
+        raise InputError(f"--adapters {adapters}: has a single adapter. Expected a directory that holds those of many.")
     single, directory = None, Path(resolve_path(path))
     own_name = directory.resolve().name
     if is_adapter_of_hub(path):  # its directory is called as its commit
         directory, own_name = local_directory(directory), Path(path.partition("@")[0]).name
-    has_adapters = any((directory / file).is_file() for file in (RECIPE_FILE, ADAPTER_CONFIG))
-    if has_adapters or adapters_root(directory) is not None:
+    if _is_run_or_adapter(directory) or adapters_root(directory) is not None:
         target = find_target(directory, needs_name=False)
         require_answers(target, "qvera serve")
         if adapters is None and adapters_root(directory) is None and target.adapter is not None:
@@ -74,11 +75,15 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
         opened = OpenRun(Artifact(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)
     section = opened.target.section
     name = Path(resolve_path(section.path)).name
-    # the path of an adapter must not be taken for its base
-    store = AdapterStore(adapters, {name, section.path} if single is not None else {name, section.path, path})
+    # the path of an adapter, or of a run, must not be taken for its base
+    store = AdapterStore(adapters, {name, section.path} | ({path} if opened.target.adapter is None else set()))
     if single is not None:
         store.add(own_name, single)
     return Served(opened, store, name, own_name if single is not None and adapters is None else None)
+
+
+def _is_run_or_adapter(directory: Path) -> bool:
+    return any((directory / file).is_file() for file in (RECIPE_FILE, ADAPTER_CONFIG))
 
 
 def warm_up(engine: Engine, store: AdapterStore, own: str | None = None) -> None:

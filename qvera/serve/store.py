@@ -182,7 +182,7 @@ class AdapterStore:
 
     def _require_not_base(self, name: str) -> None:
         if name in self.base_names:
-            raise InputError(f"{shown_name(name)}: is the name of the base.")
+            raise InputError(f"{shown_name(name)}: is the name of the base; an adapter needs another one.")
 
     def _directories(self) -> dict[str, Path]:
         """Name → directory. The root is listed again only if it has changed."""

@@ -43,6 +43,22 @@ def no_directory(path: Path) -> str:
     return f"{path}: " + ("is a file, not a directory" if path.exists() else "no such directory")
 
 
+def refuse_runs(directory: Path) -> None:
+    """Raise InputError for a directory that holds runs, and is neither a run nor a checkpoint itself."""
+    runs = sorted(directory.glob(f"*/{RECIPE_FILE}"))
+    if runs and not any((directory / name).exists() for name in (RECIPE_FILE, "config.json")):
+        raise InputError(f"{directory}: is a directory of runs. Name one of them, such as {runs[0].parent}.")
+
+
+def refuse_file_name(prompt: str, where: str) -> None:
+    """Raise InputError where a prompt is the name of a file of prompts that is here: those were meant."""
+    name = prompt.removeprefix("@")
+    if name.lower().endswith((".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")) and os.path.isfile(name):
+        raise InputError(
+            f"{where}: {prompt!r} names a file here. `qvera generate RUN {name}` answers the prompts in it."
+        )
+
+
 def read_json(path: Path, what: str, keys: Collection[str] = (), fix: str = "") -> dict[str, Any]:
     """Read a JSON file that has to hold an object with these ``keys``; InputError if it does not.
 

@@ -8,8 +8,12 @@ import threading
 import urllib.error
 import urllib.request
 
+from qvera.utils.errors import InputError
+
 _logger = logging.getLogger(__name__)
 _ANSWER_SECONDS = 6
+_silent: list[str] = []
+"""The address that gave no answer in time, so that HF_HUB_OFFLINE was set here."""
 
 
 def leave_silent_hub(*names: str) -> None:
@@ -21,6 +25,8 @@ def leave_silent_hub(*names: str) -> None:
     if all(map(is_path, names)) or "huggingface_hub" in sys.modules or "HF_HUB_OFFLINE" in os.environ:
         return
     address, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
+    if not address.startswith(("http://", "https://")):
+        raise InputError(f"HF_ENDPOINT: {address!r} is no address of a hub; expected one that begins with https://.")
 
     def ask() -> None:
         try:
@@ -38,10 +44,13 @@ def leave_silent_hub(*names: str) -> None:
     if not answered.is_set():
         _logger.warning("%s does not answer, so only what was fetched before is used.", address)
         os.environ["HF_HUB_OFFLINE"] = "1"
+        _silent.append(address)
 
 
 def hub_hint() -> str:
     """Return the last sentence for an error about something that the hub should have given."""
+    if _silent:
+        return f"{_silent[0]} did not answer: look at the network and HF_ENDPOINT."
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set, so the hub was not asked."
     return "Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."

@@ -183,6 +183,23 @@ TABLE: dict[str, tuple[Any, ...]] = {
     ),
     "a run without its recipe": ("eval run", "it has no recipe.yaml", lambda: Path("run/recipe.yaml").unlink()),
     "an empty prompt": ("generate run --prompt=", "--prompt: is empty, so there is nothing to answer"),
+    "a file's name for a prompt": (
+        "generate run --prompt rows.jsonl",
+        "'rows.jsonl' names a file here. `qvera generate",
+    ),
+    "a file's name as curl has it": ("generate run --prompt=@rows.jsonl", "`qvera generate RUN rows.jsonl` answers"),
+    "lines of JSON in a table": ("generate run rows.jsonl --out answers.csv", "expected a name that ends in .jsonl"),
+    "lines of JSON in JSON": ("eval run --predictions p.json", "JSONL is written into it"),
+    "a page in a PDF": ("eval run --html page.pdf", "page.pdf: HTML is written into it"),
+    "a card in a PDF": ("card run --out card.pdf", "expected a name that ends in .md"),
+    "an option twice": ("eval run --metrics exact --metrics bleu", "'--metrics': is given twice, and takes one value"),
+    "a server without http": ("generate localhost:8000 --prompt x", "a server, for chat and generate, as http://HOST"),
+    "a server to export": ("export http://127.0.0.1:8000 out", "is no directory here. A run is named by"),
+    "an address of the hub": ("generate https://huggingface.co/anna/x --prompt x", "as USER/NAME on the hub"),
+    "facts of a directory of runs": ("info .", "a directory of runs. Name one of them", drop("recipe.yaml")),
+    "a card of a directory of runs": ("card .", "a directory of runs. Name one of them", drop("recipe.yaml")),
+    "one adapter for many": ("serve model --adapters run", "--adapters run: has a single adapter"),
+    "room for too many adapters": ("serve run --port 0 --slots 1000000000000", "do not fit into memory. Lower --slots"),
     "no prompts": ("generate run prompts.txt --out answers.jsonl", "holds no rows", write("prompts.txt", "\n \n")),
 }
 

@@ -242,6 +242,7 @@ MISTYPED = {
     "trian r.yaml": "'train'",
     "train r.yaml --resum": "--resume",
     "report run": "`qvera train` writes report.html into each run, and `qvera ui` shows runs.",
+    "ls runs": "No such command 'ls'. `qvera ui` shows runs, `qvera info` one of them.",
     "cache list": "No such command 'list'",
     "train": "Missing argument 'RECIPE'",
     "export run out --to mergd": "merged",

@@ -194,7 +194,7 @@ def test_any_two_add_up_exactly_to_a_lora(
     one: str, other: str, differ: str, directories: dict[str, Path], tmp_path: Path, capsys: Any
 ) -> None:
     used, out = [directories[one], directories[other]], tmp_path / "sum"
-    command = ["merge-adapters", *map(str, used), str(out), "--weights", "0.25", "-2"]
+    command = ["merge-adapters", *map(str, used), str(out), "--weights", "0.25,-2"]
     assert main([*command, "--to", "qvera"]) == 2  # not a VeRA adapter any more
     assert not out.exists()
     assert main(command) == 0

@@ -64,6 +64,7 @@ def test_adapters_answer_as_qvera_generate_does(command: Command, run: Path, tmp
     got = {name: ask(command, name)["choices"][0]["message"]["content"] for name in ("tiny-llama", *NAMES)}
     assert got.pop("tiny-llama") not in expected.values()
     assert got == expected
+    assert ask(command, str(run))["error"]["code"] == "model_not_found", "a run is not its base"
 
 
 def test_logprobs_seeds_and_facts_come_from_the_engine(command: Command) -> None:
@@ -150,6 +151,9 @@ def test_a_base_with_a_directory_of_adapters(run: Path, tiny_model_dir: Path, tm
     [
         (["x", "--host", "0.0.0.0"], "needs --keys FILE"),
         (["x", "--host", "example.com"], "needs --keys FILE"),
+        (["x", "--host", "127.0.0.1:8000"], "a port goes to --port"),
+        (["x", "--train-at-once", "2"], "--train-at-once: goes with --training-dir only"),
+        (["x", "--max-rank", "8"], "--max-rank: goes with --tinker only"),
         (["x", "--adapters", "nowhere"], "--adapters nowhere: is no directory"),
         (["x", "--keys", "nowhere.json"], "qvera serve --new-key NAME --keys FILE"),
         (["x", "--training-dir", "jobs"], "with --adapters DIR; it may be empty"),
