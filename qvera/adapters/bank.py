@@ -170,14 +170,17 @@ class _TakeSlots(torch.autograd.Function):
     """Select slots of a bank's view. Backward adds to the bank's gradients, so no gradient of all slots is made."""
 
     @staticmethod
-    def forward(ctx: Any, view: Tensor, gradients: Tensor | None, slots: Tensor) -> Tensor:
+    def forward(ctx: Any, view: Tensor, gradients: Tensor | None, slots: slice | Tensor) -> Tensor:
         ctx.gradients, ctx.slots = gradients, slots
-        return view.index_select(0, slots)
+        return view[slots]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:
-        ctx.gradients.index_add_(0, ctx.slots, g)
+        if isinstance(ctx.slots, slice):
+            ctx.gradients[ctx.slots] += g
+        else:
+            ctx.gradients.index_add_(0, ctx.slots, g)
         return None, None, None
 
 
@@ -193,7 +196,8 @@ class AdapterBank:
         gradients: fp32 [slots, trained_numbers]; backward adds to them.
         tensors: linear → kind → that tensor of all adapters [slots, ...]. It is a view of ``vectors``, and its gradient
             a view of ``gradients``.
-        takes_slots: whether a batch copies out the tensors of the slots that it uses; else it works on those of all.
+        takes_slots: whether a batch works on the tensors of the slots that it uses, which it copies out where they are
+            no neighbours; else it works on those of all.
     """
 
     def __init__(
@@ -289,7 +293,7 @@ class _Part:
     """The slots of one bank that the tokens of a batch use."""
 
     bank: AdapterBank
-    slots: slice | Tensor | None  # the slots that the batch uses; None: all. Only a tensor of slots gets gradients
+    slots: slice | Tensor | None  # the slots that the batch uses; None: all, which get no gradients
     count: int  # how many slots that is
     index: Tensor | None  # each token's (or row's) place among these slots; None: there is only one slot
     fixed: bool = False  # see `TokenSlots.fixed`
@@ -322,9 +326,9 @@ class _Part:
         tensors = self.bank.tensors.get(layer.spec.name)
         if tensors is None or self.slots is None:
             return tensors
-        if isinstance(self.slots, slice):
-            return {kind: view[self.slots] for kind, view in tensors.items()}
-        return {kind: _TakeSlots.apply(view, view.grad, self.slots) for kind, view in tensors.items()}
+        if self.bank.trained_numbers:
+            return {kind: _TakeSlots.apply(view, view.grad, self.slots) for kind, view in tensors.items()}
+        return {kind: view[self.slots] for kind, view in tensors.items()}
 
     def _slots_of(self, total: int) -> TokenSlots | None:
         """Return each token's slot in a pass of ``total`` tokens; None: all use the same slot."""
@@ -368,11 +372,17 @@ class MixedForward:
             if not held and not bank.trained_numbers and (index == index[0]).all():
                 self._parts.append(_Part(bank, slice(int(index[0]), int(index[0]) + 1), 1, None))
                 continue
+            used: slice | None = None
             if bank.takes_slots:
                 slots, arrays["index"] = np.unique(index, return_inverse=True)
-                # a power of two, so that few shapes come up and a graph of one can be used again
-                count = 1 << (len(slots) - 1).bit_length() if held else len(slots)
-                arrays["slots"] = np.resize(slots, count)  # the repeated slots at the end have no tokens
+                first, span = int(slots[0]), int(slots[-1] - slots[0]) + 1
+                # neighbours are a view; some slots in between that have no tokens cost less than copies
+                if not held and span <= len(slots) * (1 if bank.trained_numbers or self._fixed else 2):
+                    used, count, arrays["index"] = slice(first, first + span), span, index - first
+                else:
+                    # a power of two, so that few shapes come up and a graph of one can be used again
+                    count = 1 << (len(slots) - 1).bit_length() if held else len(slots)
+                    arrays["slots"] = np.resize(slots, count)  # the repeated slots at the end have no tokens
             if tokens is not None:
                 arrays["index"] = np.repeat(arrays["index"], tokens)
             ends: list[int] = []
@@ -385,7 +395,7 @@ class MixedForward:
                 sent = self._held[keys[-1]].fill(arrays)
             else:
                 sent = accelerator.tensors_on(self._device, arrays)
-            self._parts.append(_Part(bank, sent.get("slots"), count, sent["index"], self._fixed, ends))
+            self._parts.append(_Part(bank, used or sent.get("slots"), count, sent["index"], self._fixed, ends))
         # ordinary adapters: the rows that use one, or nothing to send where all do
         for name in dict.fromkeys(user for user in users if isinstance(user, str)):
             rows = np.array([i for i, user in enumerate(users) if user == name], dtype=np.int64)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from qvera.adapters.bank import AdapterBank
+from qvera.adapters.bank import AdapterBank, MixedForward
 from qvera.adapters.save_load import attach, named_vectors
 from qvera.config.sections import AdapterSection
 from qvera.data import Example
@@ -82,20 +82,22 @@ def test_each_adapter_gets_its_own_gradient(settings: dict[str, object], checkpo
         alone.append({k: v.grad.clone() for k, v in named_vectors(model).items() if v.grad is not None})
         for i in mine:
             losses[i] = batch_nll(model, make_batch(model, [rows[i]], 0), 4)[0].detach()
-    bank = AdapterBank(model, 3)
-    for slot in range(3):
-        bank.put(slot, vectors[slot])
+    bank = AdapterBank(model, 5)
+    places = (1, 2, 3) if joined else (0, 2, 4)  # neighbours, which are a view, and others, which are copied
+    for place, own in zip(places, vectors, strict=True):
+        bank.put(place, own)
     enable_checkpointing(model, checkpointing)
     model.train()
     counts = [sum(LENGTHS[i] for i, s in enumerate(SLOTS) if s == slot) for slot in range(3)]
     weights = torch.tensor([1 / counts[slot] for slot in SLOTS])
-    with _pass(model, bank, SLOTS, joined) as batch:
+    with _pass(model, bank, [places[slot] for slot in SLOTS], joined) as batch:
         total, nll_of_rows = row_nll(model, batch, 4, weights)
         total.backward()
     torch.testing.assert_close(nll_of_rows, losses, rtol=1e-5, atol=1e-5)
     assert bank.trained_numbers == sum(vectors[0][key].numel() for key in trained)
+    assert not bank.gradients[[place for place in range(5) if place not in places]].any()
     for slot in range(3):
-        row = bank.gradients[slot]
+        row = bank.gradients[places[slot]]
         for key in trained:
             found, expected = bank.layout.columns[key].of(row), alone[slot][key]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=4e-6 * max(1.0, expected.abs().max().item()))
@@ -124,6 +126,29 @@ def test_a_pass_of_one_adapter_goes_the_way_of_an_adapter_alone() -> None:
             torch.testing.assert_close(found, times * expected[key], rtol=1e-5, atol=1e-7)
     assert not bank.gradients[0].any()
     assert all(not v.requires_grad and v.grad is None for v in named_vectors(model).values())
+
+
+@pytest.mark.parametrize("places", [(1, 2, 3), (1, 4, 3), (1, 9, 5)], ids=["neighbours", "a gap", "far apart"])
+def test_rows_of_loras_in_any_slots_are_answered_as_each_alone(places: tuple[int, ...]) -> None:
+    model = _model(method="lora", rank=4).requires_grad_(False).eval()
+    vectors = [_vectors(model, seed) for seed in range(3)]
+    bank, mixed = AdapterBank(model, 10), MixedForward(torch.device("cpu"))
+    for place, own in zip(places, vectors, strict=True):
+        bank.put(place, own)
+    ids = torch.randint(3, 60, (5, 6), generator=torch.Generator().manual_seed(0))
+    users: list[tuple[AdapterBank, int] | None] = [(bank, places[i]) for i in (2, 0, 1, 0)]
+    users.append(None)
+
+    @torch.no_grad()
+    def logits(rows: slice) -> torch.Tensor:
+        mixed.use(users[rows])
+        with mixed.installed(bank.layers):
+            return model(input_ids=ids[rows]).logits
+
+    together = logits(slice(5))
+    for row in range(5):
+        torch.testing.assert_close(together[row], logits(slice(row, row + 1))[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[4], logits(slice(0, 1))[0], atol=1e-2)
 
 
 @pytest.mark.parametrize("joined", [False, True])

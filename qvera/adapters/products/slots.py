@@ -13,6 +13,7 @@ kept; u is computed again. No token is multiplied with another slot's vectors, n
 
 `pair_slots` is for adapters with an A_i [r, n] and B_i [m, r] each, as LoRA has them (`low_rank`). Tokens are sorted by
 slot, and each slot's tokens are multiplied with its own matrices: in one launch where the device can, else one by one.
+On a CPU the slots are filled up with zeros to one length for one batched product, if that at most doubles the rows.
 """
 
 from __future__ import annotations
@@ -56,6 +57,38 @@ class TokenSlots:
     def bounds(self) -> list[tuple[int, int]]:
         """The places where each slot's tokens begin and end in the sorted order. Without `ends` the host waits once."""
         return list(itertools.pairwise(self.ends or [*self.sorted[1].tolist(), len(self.index)]))
+
+    @functools.cached_property
+    def width(self) -> int | None:
+        """How many rows each slot is filled up to on a CPU; None: slots have as many rows as they have tokens."""
+        if self.fixed or self.index.device.type != "cpu":
+            return None
+        longest = max(end - start for start, end in self.bounds)
+        return longest if longest * self.slots <= 2 * len(self.index) else None
+
+    @functools.cached_property
+    def places(self) -> Tensor | None:
+        """Each token's row in the order of the slots, filled up to the `width`, int64 [T]; None: it is its own."""
+        if self.ends and (self.width is None or self.width * self.slots == len(self.index)):
+            return None
+        order, begins = self.sorted
+        row = torch.arange(len(order), device=order.device)
+        if self.width is not None:
+            slot = self.index[order]
+            row += slot * self.width - begins[slot]
+        return torch.empty_like(order).index_copy_(0, order, row)
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """x [T, k] in the order of the slots: [T, k], or [R · `width`, k] with zeros where a slot has no token."""
+        if self.places is None:
+            return x
+        if self.width is None:
+            return x[self.sorted[0]]
+        return x.new_zeros(self.slots * self.width, x.shape[-1]).index_copy_(0, self.places, x)
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """The reverse of `to_rows`, without the rows that have no token."""
+        return rows if self.places is None else rows[self.places]
 
 
 def _scaled(
@@ -166,9 +199,11 @@ def _takes_groups(x: Tensor, weights: Tensor) -> bool:
 
 
 def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
-    """Each slot's rows of x [T, k], sorted by slot, times its own matrix of ``weights`` [R, k, m]: [T, m]."""
+    """Each slot's rows of x [S, k], as `to_rows` gives them, times its own matrix of ``weights`` [R, k, m]: [S, m]."""
     if tokens is None:
         return narrow_product(x, weights[0].to(x.dtype))
+    if tokens.width is not None:
+        return _batched(x.unflatten(0, (tokens.slots, tokens.width)), weights.to(x.dtype)).flatten(0, 1)
     if tokens.fixed:
         # every row times every slot's matrix, of which one result is taken: the shapes are those of any other batch
         index, out = tokens.index[tokens.sorted[0]].unsqueeze(1), x.new_zeros(len(x), weights.shape[-1])
@@ -184,8 +219,18 @@ def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
     return out
 
 
+def _batched(left: Tensor, right: Tensor) -> Tensor:
+    """[R, a, k] times [R, k, b]. A CPU takes up to ten times as long where the result has more rows than columns."""
+    if left.shape[1] > right.shape[2]:
+        return torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(left, right)
+
+
 def _sums_by_slot(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> Tensor:
-    """Σ left_t right_tᵀ over each slot's rows: [T, a] and [T, b], sorted by slot, give [R, a, b] in ``dtype``."""
+    """Σ left_t right_tᵀ over each slot's rows: [S, a] and [S, b] of `to_rows` give [R, a, b] in ``dtype``."""
+    if tokens is not None and tokens.width is not None:
+        left, right = (rows.unflatten(0, (tokens.slots, tokens.width)) for rows in (left, right))
+        return _batched(left.transpose(1, 2), right).to(dtype)
     bounds = [(0, len(left))] if tokens is None else tokens.bounds
     return torch.stack([wide_product(left[a:b].t(), right[a:b]).to(dtype) for a, b in bounds])
 
@@ -196,20 +241,12 @@ class _PairSlots(torch.autograd.Function):
         ctx: Any, base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None
     ) -> Tensor:
         ctx.scale, ctx.tokens = scale, tokens
-        z = _by_slot(_sorted_rows(x, tokens), A.transpose(1, 2), tokens)
+        z = _by_slot(_rows(x, tokens), A.transpose(1, 2), tokens)
         ctx.save_for_backward(x, z, A, B)
         if tokens is None:
             return add_product(base, z, B[0], scale)
-        rows, outward = base.reshape(-1, base.shape[-1]), B.transpose(1, 2)
-        if tokens.ends and base.dtype == z.dtype and not _takes_groups(z, outward):
-            out = torch.empty_like(rows)
-            for weight, (start, end) in zip(outward, tokens.bounds, strict=True):
-                torch.addmm(rows[start:end], z[start:end], weight.to(z.dtype), alpha=scale, out=out[start:end])
-            return out.view(base.shape)
-        added = _by_slot(z, outward, tokens).to(base.dtype)
-        if tokens.ends:
-            return rows.add(added, alpha=scale).view(base.shape)
-        return rows.index_add(0, tokens.sorted[0], added, alpha=scale).view(base.shape)  # each row once
+        added = tokens.to_tokens(_by_slot(z, B.transpose(1, 2), tokens)).to(base.dtype)
+        return base.add(added.view(base.shape), alpha=scale)
 
     @staticmethod
     @once_differentiable
@@ -217,25 +254,23 @@ class _PairSlots(torch.autograd.Function):
         x, z, A, B = ctx.saved_tensors
         tokens: TokenSlots | None = ctx.tokens
         need_base, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-        upstream = _sorted_rows(g.to(z.dtype), tokens)
+        upstream = _rows(g.to(z.dtype), tokens)
         grad_x = grad_A = grad_B = None
         if need_B:
             grad_B = _sums_by_slot(upstream, z, B.dtype, tokens).mul_(ctx.scale)
         if need_x or need_A:
             h = _by_slot(upstream, B, tokens).mul_(ctx.scale)
             if need_A:
-                grad_A = _sums_by_slot(h, _sorted_rows(x, tokens), A.dtype, tokens)
+                grad_A = _sums_by_slot(h, _rows(x, tokens), A.dtype, tokens)
             if need_x:
                 grad_x = _by_slot(h, A, tokens)
-                if tokens is not None and not tokens.ends:
-                    grad_x = torch.empty_like(grad_x).index_copy_(0, tokens.sorted[0], grad_x)
-                grad_x = grad_x.view(x.shape)
+                grad_x = (grad_x if tokens is None else tokens.to_tokens(grad_x)).view(x.shape)
         return (g if need_base else None), grad_x, grad_A, grad_B, None, None
 
 
-def _sorted_rows(x: Tensor, tokens: TokenSlots | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if tokens is None or tokens.ends else rows[tokens.sorted[0]]
+def _rows(x: Tensor, tokens: TokenSlots | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if tokens is None else tokens.to_rows(flat)
 
 
 def pair_slots(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None) -> Tensor:
