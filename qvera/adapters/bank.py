@@ -178,7 +178,7 @@ class _TakeSlots(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, None, None]:
         if isinstance(ctx.slots, slice):
-            ctx.gradients[ctx.slots] += g
+            ctx.gradients[ctx.slots].add_(g)
         else:
             ctx.gradients.index_add_(0, ctx.slots, g)
         return None, None, None
