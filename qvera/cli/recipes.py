@@ -131,6 +131,7 @@ def init(
         print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
         if stats.unused_labels:
             print("                  To train a classifier of these labels: --task sequence-classification")
+            print("                  On answers that they call good or bad: --objective kto")
     if stats.label_rows and (rarest := min(stats.label_rows)) < FEW_ROWS_OF_A_LABEL:
         print(f"few rows          a label has {rarest} of them; some dozens of each are better")
     elif stats.adapters is not None:

@@ -410,10 +410,7 @@ def _answer(cells: _Cells, name: str) -> str:
 
 
 def _parse_preference(cells: _Cells) -> Conversation:
-    """The conversation ends with the (chosen) answer.
-
-    Without a ``prompt`` column, the prompt is what both lists of messages begin with.
-    """
+    """The last turn is the (chosen) answer. Lists may begin with the prompt; without a ``prompt`` column both do."""
     paired, source = cells.format.name == "preference", cells.row.source
     names = ["chosen", "rejected"] if paired else ["completion"]
     if paired and cells.format.column("prompt") not in cells.row.fields:
@@ -433,6 +430,7 @@ def _parse_preference(cells: _Cells) -> Conversation:
             cells.turns(name) if cells.is_messages(name) else [Turn(role, cells.text(name))]
             for name, role in roles.items()
         )
+        lists = [turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns for turns in lists]
     for name, turns in zip(names, lists, strict=True):
         if [turn.role for turn in turns] != ["assistant"]:
             raise InputError(

@@ -492,7 +492,8 @@ def _summary(stats: DataStats) -> Table:
     if stats.unused_columns:
         table.add_row("Not read", Text("columns " + ", ".join(stats.unused_columns)))
         if stats.unused_labels:
-            table.add_row("", Text("To train a classifier of these labels, set task: sequence-classification."))
+            text = "To train a classifier of these labels, set task: sequence-classification; on good and bad answers, "
+            table.add_row("", Text(f"{text}training.objective: kto."))
     return table
 
 
@@ -536,8 +537,8 @@ def data_warnings(stats: DataStats) -> list[str]:
         lines.append(f"Labels that differ only by case or spaces are classes of their own: {shown}. Is that meant?")
     if 2 * stats.unanswered_rows > stats.train_rows + stats.eval_rows:
         lines.append(
-            f"Conversations that end with a user's turn: {stats.unanswered_rows:,}. Only what the assistant says is "
-            "trained. Are the two roles swapped?"
+            f"Conversations that end with a user's or system turn: {stats.unanswered_rows:,}. Only what the assistant "
+            "says is trained, and it reads what stands before. Are roles swapped, or is a turn in the wrong place?"
         )
     if len(stats.verdicts) == 1:
         kind, other = ("good", "false") if True in stats.verdicts else ("bad", "true")

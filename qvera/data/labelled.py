@@ -196,8 +196,8 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
 
     Classes are ``data.label_names``. Without them they are ``known`` (a hub dataset's own names, maybe without rows)
     and then the other labels, sorted by value or by name. A fraction makes a regression, unless ``data.regression``
-    says. Raises InputError: fewer than two classes, a class without training rows, or a label that is no class or no
-    number.
+    says. Raises InputError: fewer than two classes, hardly a row for each, a class without training rows, or a label
+    that is no class or no number.
     """
     found = rows_by_label(train)
     numbers = {label: _as_number(label) for label in found}
@@ -223,6 +223,11 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
         raise InputError(
             f"{section.path}: all {len(train):,} training rows have the label {min(found)!r}, and a classifier needs "
             "two labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
+        )
+    if 2 * len(found) > len(train) > 40:
+        raise InputError(
+            f"{section.path}: {len(found):,} labels in {len(train):,} training rows, so most occur once. Is the column "
+            "an id or an answer? Name that of the labels in data.columns ({label: YOUR_COLUMN})."
         )
     labels = Labels(tuple(section.label_names or [*known, *others]))
     for rows in (train, *held_out):

@@ -32,6 +32,8 @@ _ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
 _NO_ROWS = {
     b"PK\x03\x04": "is a zip, such as an Excel workbook. Save it as CSV.",
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fetch that: git lfs pull.",
+    b"\x1f\x8b": "is compressed. Unpack it: gunzip.",
+    b"\xff\xff\xff\xff": "is Arrow. Convert it: datasets.Dataset.from_file(NAME).to_parquet('rows.parquet').",
 }
 """The first bytes of a file that holds no rows, whatever its name → what it is, and what to do."""
 _TRAIN_NAME = re.compile(r"(^|[^a-z])train", re.IGNORECASE)
@@ -163,6 +165,11 @@ def local_files(path: str) -> list[Path] | None:
 
 
 def _data_files(directory: Path) -> list[Path]:
+    if any((directory / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+        raise InputError(
+            f"{directory}: was written by save_to_disk of datasets, whose Arrow files are not read. Convert it: "
+            f"datasets.load_from_disk({str(directory)!r}), of that one split, and its to_parquet('rows.parquet')."
+        )
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS)
     if not files and (images := _image_files(directory)):
         return images
@@ -348,7 +355,9 @@ def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
                     "on each line; fix or remove the line."
                 ) from None
             if not isinstance(value, dict):
-                hint = " The file is one JSON list: rename it to .json." if number == 1 and line[0] == "[" else ""
+                hint = " It is JSON in a JSON text: parse it twice." if isinstance(value, str) else ""
+                if number == 1 and isinstance(value, list) and all(isinstance(item, dict) for item in value):
+                    hint = " The file is one JSON list: rename it to .json."
                 raise InputError(
                     f"{source}: expected one JSON object on the line, such as "
                     f'{{"prompt": ..., "completion": ...}}, got {describe(value)}.{hint}'
@@ -408,14 +417,14 @@ def _say_delimiter(file: Path, delimiter: str) -> None:
 
 
 def _delimiter(file: Path, stream: TextIO, most_characters: int) -> str:
-    """Find the delimiter that divides the header into most columns. One that is no comma is logged once."""
-    if file.suffix.lower() == ".tsv":
-        return "\t"
+    """Find the delimiter that divides the header into most columns. One that the suffix does not say is logged once."""
+    usual = "\t" if file.suffix.lower() == ".tsv" else ","
     lines = iter(functools.partial(stream.readline, most_characters), "")
     header = next((line for line in lines if line.strip()), "")
     stream.seek(0)
-    found = max(_DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
-    if found != ",":
+    columns = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in _DELIMITERS}
+    found = max(columns, key=lambda delimiter: (columns[delimiter], delimiter == usual))
+    if found != usual:
         _say_delimiter(file, found)
     return found
 
@@ -433,13 +442,16 @@ def _read_csv(file: Path, most_characters: int) -> Iterator[RawRow]:
                 # csv takes several lines for a quoted field, so the count starts anew only when a record is whole.
                 lines.row_characters = 0
                 if record and not header:
-                    header = _csv_header(file, line, record)
+                    # Excel's line `sep=;` above the header is no row
+                    header = [] if record == ["sep=", ""] else _csv_header(file, line, record)
                 elif record and len(record) != len(header):
                     raise InputError(
                         f"{file}:{line}: {len(record)} fields where the header has {len(header)} "
                         f"({', '.join(header)}). Fields that hold a {_DELIMITERS[delimiter]} or a "
                         "line break must be in double quotes."
                     )
+                elif len(record) > 1 and [name.strip() for name in record] == header:
+                    raise InputError(f"{file}:{line}: is the header again, as where files were joined. Remove it.")
                 elif record:
                     yield RawRow(dict(zip(header, record, strict=True)), f"{file}:{line}", file=file)
                 line = reader.line_num + 1

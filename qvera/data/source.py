@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from qvera.config.sections import DataSection
 from qvera.data.chat_template import ChatTemplate, resolve_template
-from qvera.data.conversations import LABELLED, PREFERENCES, RowFormat, detect_format
+from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, RowFormat, detect_format
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
 from qvera.data.readers import RawRow, adapter_files, load_hub, local_files, read_file, read_rows
@@ -188,8 +188,8 @@ class Survey:
 def survey(section: DataSection, held_out: bool = False) -> Survey:
     """Read all rows of `raw_rows` once.
 
-    Raises InputError: as `raw_rows` and `detect_format`; an adapter's name is no directory name (`escape_name`); or the
-    first rows of two adapters differ in format.
+    Raises InputError: as `raw_rows` and `detect_format`; an adapter's name is no directory name (`escape_name`), or a
+    part of the row; or the first rows of two adapters differ in format.
     """
     firsts: dict[frozenset[str], RawRow] = {}  # by their columns: the first row of all, and of each adapter
     count, numbers, owner_of = 0, dict[str, int](), array("q")
@@ -215,6 +215,13 @@ def survey(section: DataSection, held_out: bool = False) -> Survey:
                 f"{other.source}: the row looks like {name}, and {first.source} like {format.name}. All adapters of a "
                 "run have rows of one format: convert them, or set data.format if both can be read as one."
             )
+    if section.adapter_column is not None and section.adapter_column in map(
+        format.column, FORMATS[format.name].required
+    ):
+        raise InputError(
+            f"data.adapter_column: {section.adapter_column!r} is the column of the {format.name} rows themselves, so "
+            "each adapter would learn its own name. Name a column that says whose rows they are."
+        )
     members = [np.arange(count)]
     if numbers:
         members = members_of(np.frombuffer(owner_of, dtype=np.int64), len(numbers))

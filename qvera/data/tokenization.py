@@ -174,6 +174,11 @@ class Encoder:
 
 def require_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without an end-of-sequence token (InputError), for models that answer."""
+    if tokenizer.eos_token_id is None and tokenizer.mask_token is not None:
+        raise InputError(
+            f"{tokenizer.name_or_path or 'The model'}: is an encoder, as its mask token shows, and writes no text. Set "
+            "task: sequence-classification (`qvera init --task`), or take a language model."
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"The tokenizer of {tokenizer.name_or_path or 'this model'} has no end-of-sequence token, so no answer "
@@ -213,7 +218,7 @@ class RowCounts:
     split_rows: int = 0
     split_parts: int = 0
     special_token_rows: int = 0
-    unanswered_rows: int = 0  # conversations that end with a user's turn, which is not trained
+    unanswered_rows: int = 0  # conversations that end with a user's or system turn, which is not trained
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: RowCounts) -> None:
@@ -279,7 +284,9 @@ class RowTokenizer:
                 rendered.append((row.text, []))
             else:
                 texts = [turn.content + (turn.context or "") for turn in row.turns]
-                self._counts.unanswered_rows += row.turns[-1].role == "user" and self.section.train_on != "all"
+                self._counts.unanswered_rows += (
+                    row.turns[-1].role in ("user", "system") and self.section.train_on != "all"
+                )
                 needed = [] if self.section.train_on == "all" else self._trained_turns(row)
                 rendered.append(self.template.lay_out(row, needed))
             self._counts.special_token_rows += any(map(self.template.special.search, texts))

@@ -234,6 +234,14 @@ def test_the_preview_names_the_adapters_with_the_fewest_and_the_most_rows(read: 
     assert "trained but not scored: 'a\\nb'" in "\n".join(data_warnings(few.stats))  # one row is not held out
 
 
+def test_the_column_of_answers_names_no_adapters(read: Read) -> None:
+    for column in ("prompt", "completion"):
+        with pytest.raises(
+            InputError, match=f"data.adapter_column: '{column}' is the column of the prompt-completion r"
+        ):
+            read([{"prompt": "a", "completion": "b"}] * 2, adapter_column=column)
+
+
 def test_a_cached_set_of_rows_knows_its_adapters(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvera.data.cache.WORTH_BYTES", 0)
     keys: dict[str, Any] = {"eval_fraction": 0.5, "max_length": 16, "too_long": "drop"}

@@ -146,7 +146,11 @@ def test_preflight_asks_whether_the_roles_are_swapped(read: Read, base_tokenizer
     turns = [("user", "hello"), *swapped]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]} for _ in range(4)]
     shown = preflight(read(rows), base_tokenizer)
-    assert "Conversations that end with a user's turn: 4." in shown
+    assert "Conversations that end with a user's or system turn: 4." in shown
+    last = [{"messages": [*rows[0]["messages"][:2], {"role": "system", "content": "be brief"}]}] * 4
+    assert "system turn: 4. Only what the assistant says is trained" in preflight(
+        read(last, template="chatml"), base_tokenizer
+    )
     assert "swapped" not in preflight(read([{"messages": rows[0]["messages"][:2]}]), base_tokenizer)
 
 

@@ -38,6 +38,7 @@ def test_rows_of_every_kind_of_file_say_where_they_stand(write: Write, tmp_path:
         RawRow({"prompt": "last", "completion": 'say "x"'}, f"{path}:4"),
     ]
     assert rows(write("prompt\tcompletion\na,b\tc\n", "rows.tsv"))[0].fields == {"prompt": "a,b", "completion": "c"}
+    assert rows(write("sep=;\nprompt;completion\na;b\n", "excel.csv")) == [RawRow(ROW, f"{tmp_path / 'excel.csv'}:3")]
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     pq.write_table(pa.table({"messages": [turns, turns]}), tmp_path / "rows.parquet")
     found = rows(str(tmp_path / "rows.parquet"))
@@ -52,6 +53,10 @@ def test_a_csv_without_commas_is_read_by_what_divides_its_header_and_that_is_sai
         assert [row.fields for row in (*rows(path), *rows(path))] == [{"prompt": f"a{mark}b", "completion": "1,5"}] * 2
         assert caplog.messages == [f"{path}: columns are separated by a {word}."]
         caplog.clear()
+    path = write('prompt,completion\n"a, b",c\n', "commas.tsv")
+    assert rows(path)[0].fields == {"prompt": "a, b", "completion": "c"}
+    assert caplog.messages == [f"{path}: columns are separated by a comma."]
+    caplog.clear()
     assert rows(write("text\na; b\n", "one.csv"))[0].fields == {"text": "a; b"}
     assert rows(write("prompt,completion\na;b;c,d\n", "commas.csv"))[0].fields == {"prompt": "a;b;c", "completion": "d"}
     assert not caplog.messages
@@ -133,6 +138,11 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
         ("a.csv", "prompt,\na,b\n", r"a\.csv:1: a column of the header has no name"),
         ("a.csv", "prompt;completion\na;b\nc\n", r"a\.csv:3: 1 fields where the header has 2 .* that hold a semicolon"),
         ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"a\.csv:3: not valid CSV"),
+        ("a.csv", "a,b\n1,2\na,b\n3,4\n", r"a\.csv:3: is the header again, as where files were joined\. Remove it\.$"),
+        ("a.jsonl", '["a", "b"]\n["c", "d"]\n', r"a\.jsonl:1: expected one JSON object on the line.* got a list\.$"),
+        ("a.jsonl", '[{"a": "b"}]\n', r"a\.jsonl:1: .* got a list\. The file is one JSON list: rename it to \.json\.$"),
+        ("a.jsonl", r'"{\"a\": 1}"', r"a\.jsonl:1: .* got a string .*It is JSON in a JSON text: parse it twice\.$"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\0", r"a\.jsonl\.gz: is compressed\. Unpack it: gunzip\.$"),
         ("a.csv", b"prompt,completion\na,caf\xe9\n", r"a\.csv:2: not UTF-8"),
         ("a.parquet", "PAR1 but not really", r"a\.parquet: can't be read as Parquet"),
         ("a.jsonl", '{"a": 1}\n{"b": {"c": 1, "c": 2}}\n', r"a\.jsonl:2: the key 'c' occurs twice in one object"),
@@ -160,6 +170,19 @@ def test_bad_file(write: Write, name: str, content: str | bytes, message: str) -
     with pytest.raises(InputError, match=message) as failure:
         rows(path)
     assert "\n" not in str(failure.value)
+
+
+def test_what_datasets_saved_is_not_read_as_its_list_of_columns(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list([ROW])
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved).save_to_disk(tmp_path / "splits")
+    for name in ("one", "splits"):
+        with pytest.raises(
+            InputError, match=r"was written by save_to_disk of datasets.* its to_parquet\('rows\.parquet"
+        ):
+            rows(str(tmp_path / name))
+    with pytest.raises(InputError, match=r"\.arrow: is Arrow\. Convert it: datasets\.Dataset\.from_file\(NAME"):
+        rows(str(next((tmp_path / "one").glob("*.arrow"))))
 
 
 def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:

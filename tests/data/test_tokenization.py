@@ -168,8 +168,9 @@ RED, BLUE = messages_of("say red", "red"), messages_of("say red", "blue")
         ({"q": "say red", "good": "red", "rejected": "blue"}, {"columns": {"prompt": "q", "chosen": "good"}}),
         ({"prompt": RED[:1], "chosen": RED[1:], "rejected": BLUE[1:]}, {}),
         ({"chosen": RED, "rejected": BLUE}, {}),
+        ({"prompt": "say red", "chosen": RED, "rejected": BLUE}, {}),
     ],
-    ids=["texts", "renamed columns", "messages", "prompt within the messages"],
+    ids=["texts", "renamed columns", "messages", "prompt within the messages", "UltraFeedback"],
 )
 def test_a_pair_has_the_prompt_that_chat_has(row: dict[str, Any], keys: dict[str, Any]) -> None:
     datasets = read([row], **keys)

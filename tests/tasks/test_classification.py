@@ -278,6 +278,7 @@ BAD_ROWS = {
     "a label that is NaN": ([{"text": "a", "label": 1}, {"text": "b", "label": float("nan")}], r":2: label is empty"),
     "an empty text": ([{"text": "a", "label": 1}, {"text": " ", "label": 0}], r":2: the text is empty"),
     "one class": ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "a classifier needs two labels"),
+    "an id as label": ([{"text": "a", "label": f"n{i}"} for i in range(41)], r"41 labels in 41 .* Is the column an id"),
     "no such column": ([{"words": "a", "label": 1}], r"needs the column text.*YOUR_COLUMN"),
 }
 
