@@ -143,7 +143,13 @@ _SHORT_NAMES = {
     "target_modules": "targets", "epochs": "num_train_epochs", "batch_size": "global_batch_size",
     "optimizer": "optim", "scheduler": "lr_scheduler_type", "bs": "global_batch_size",
     "per_device_batch_size": "per_device_train_batch_size", "sequence_len": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size", "random_state": "seed", "projection_prng_key": "seed",
+    "max_seq_length": "max_length", "cutoff_len": "max_length", "val_size": "eval_fraction", "max_samples": "limit",
+    "completion_only_loss": "train_on", "assistant_only_loss": "train_on", "num_generations": "group_size",
+    "lora_rank": "rank", "lora_target": "targets", "finetuning_type": "method", "peft_type": "method",
+    "model_name_or_path": "model", "torch_dtype": "compute_dtype", "load_in_4bit": "quantization",
+    "dataset_num_proc": "tokenize_processes", "preprocessing_num_workers": "tokenize_processes",
+    "gradient_accumulation": "gradient_accumulation_steps", "evaluation_strategy": "eval_strategy",
 }  # fmt: skip
 """Other tools' names that no key here resembles."""
 
@@ -206,7 +212,9 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
         elif got is None and field is not None and not field.is_required():
             hint = " Leave the key out for its default."
         elif kind == "list_type" and isinstance(got, str) and "=" not in got:
-            hint = f" Write [{got}]."
+            words = [word for one in get_args(field.annotation) for word in get_args(one)] if field else []
+            if not any(str(word).startswith(got) for word in words):  # that word is meant
+                hint = f" Write [{got}]."
         elif kind != "literal_error" and isinstance(got, str) and "=" in got:
             hint = " Each key takes its own --set."
         yield key, value_problem(error) + hint
@@ -245,7 +253,7 @@ def _model_of(annotation: object) -> type[BaseModel] | None:
 def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: type[BaseModel]) -> str:
     known = list(holder.model_fields)
     if parents in ([], ["training"]):
-        advice, package = _INSTEAD.get(name), importlib.util.find_spec("transformers")
+        advice, package = _INSTEAD.get(_SHORT_NAMES.get(name, name)), importlib.util.find_spec("transformers")
         if parents and advice is None and package is not None and package.origin is not None:
             # TrainingArguments as text: importing it would take seconds
             text = (Path(package.origin).parent / "training_args.py").read_text(encoding="utf-8")
@@ -256,16 +264,17 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
     if ":" in name:
         return "unknown key. Put a space after the colon."
     name = _SHORT_NAMES.get(name, name)
-    elsewhere: dict[str, str] = {}  # key → the first other section that has it
+    elsewhere: dict[str, list[str]] = {}  # key → where other sections have it
     for section, field in root.model_fields.items():
         if (model := _model_of(field.annotation)) is not None and parents != [section]:
-            elsewhere = {**dict.fromkeys(model.model_fields, section), **elsewhere}
-    if name in elsewhere:
-        return f"unknown key. There is `{elsewhere[name]}.{name}`: move it there."
-    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+            for key in model.model_fields:
+                elsewhere.setdefault(key, []).append(f"`{section}.{key}`")
+    if name in elsewhere and name not in known:
+        return f"unknown key. There is {' or '.join(elsewhere[name])}: move it there."
+    if near := difflib.get_close_matches(name, known, n=1):
         return f"unknown key. Did you mean `{near[0]}`?"
-    if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75):
-        return f"unknown key. There is `{elsewhere[near[0]]}.{near[0]}`."
+    if near := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.76):
+        return f"unknown key. There is {' or '.join(elsewhere[near[0]])}."
     return f"unknown key. Known here: {', '.join(known)}."
 
 

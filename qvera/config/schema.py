@@ -18,7 +18,7 @@ from qvera.config.plugins import extensible
 from qvera.config.sections import AdapterSection, DataSection, ExportSection, ModelSection, TrainingSection
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import RECIPE_FILE, not_utf8
-from qvera.utils.formatting import counted
+from qvera.utils.formatting import counted, describe
 
 
 def _path_alone(value: object) -> object:
@@ -81,6 +81,8 @@ class Recipe(Section):
     @classmethod
     def _complete(cls, tree: object) -> object:
         """Fill in defaults that depend on other keys: the format of rows, and how many share a forward pass."""
+        if isinstance(tree, dict):  # a key with nothing behind it, such as a section of comments alone, is not set
+            tree = {key: value for key, value in tree.items() if value is not None or key not in cls.model_fields}
         if not isinstance(tree, dict) or not isinstance(training := tree.get("training", {}), dict | TrainingSection):
             return tree
         data, keys = _path_alone(tree.get("data")), dict(training)
@@ -272,7 +274,7 @@ def parse_recipe(
         InputError: with every problem of the recipe, one a line.
     """
     if not isinstance(tree, dict):
-        got = "nothing" if tree is None else type(tree).__name__
+        got = "nothing" if tree is None else describe(tree)
         raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
     tree = take_old_keys(tree, source, drop_removed=drop_idle_keys)
     while True:
@@ -335,10 +337,14 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         _note_lines(node, (), lines)  # again: merge keys have been replaced by what they stand for
         return tree, lines
     except yaml.YAMLError as error:
-        hint = " Indent with spaces, not with tabs." if "character '\\t'" in str(error) else ""
+        hint, indentation = "", _indentation(error, text)
+        if "character '\\t'" in str(error):
+            hint = " Indent with spaces, not with tabs."
+        if "mapping values are not" in str(error) and indentation is None:
+            hint = " A text with a colon and a space in it has to be in quotes."
         if "unknown escape" in str(error) or "expected escape" in str(error):
             hint = " In double quotes a backslash begins an escape: use single quotes."
-        raise InputError(f"{source}: not valid YAML: {_indentation(error, text) or error}{hint}") from None
+        raise InputError(f"{source}: not valid YAML: {indentation or error}{hint}") from None
     except RecursionError:
         raise InputError(
             f"{source}: not a recipe: its values are nested too deeply, or one contains itself by an alias."

@@ -510,7 +510,7 @@ class TrainingSection(Section):
     """Whether a greater score is better. Default: not for ``loss`` and ``perplexity``, else yes."""
     report_to: list[NonEmpty] = ["auto"]
     """``tensorboard``, ``wandb`` and others by their usual names. ``auto``: TensorBoard where it is installed.
-    metrics.jsonl and report.html are always written."""
+    ``none``: none of them. metrics.jsonl and report.html are always written."""
     sample_count: Annotated[NonNegative, _CAUSAL] = 3
     """Held-out prompts that are answered before and after training, for the report."""
     answer_batch_size: Annotated[Positive, _CAUSAL] = 16

@@ -89,8 +89,15 @@ def test_all_problems_are_reported_at_once() -> None:
         ("adapter.lora_alpha", "Did you mean `alpha`?"),
         ("lr", "There is `training.learning_rate`: move it there."),
         ("num_epochs", "There is `training.num_train_epochs`."),
-        ("sequence_len", "There is `data.max_length`: move it there."),
         ("micro_batch_size", "There is `training.per_device_train_batch_size`: move it there."),
+        ("path", "There is `model.path` or `data.path`: move it there."),
+        ("adapter.bias", "Known here: method, rank, "),
+        ("adapter.projection_prng_key", "Did you mean `seed`?"),
+        ("training.random_state", "Did you mean `seed`?"),
+        ("training.num_generations", "Did you mean `group_size`?"),
+        ("training.completion_only_loss", "There is `data.train_on`: move it there."),
+        ("data.dataset_text_field", "Known here: path, weight, "),
+        ("model.max_seq_length", "There is `data.max_length`: move it there."),
         ("data.path:rows", "Put a space after the colon."),
         ("export.zzzzzz", "Known here: dtype, base, "),
     ],
@@ -124,6 +131,7 @@ def test_an_unknown_key_gets_the_nearest_name_or_its_section_or_all_that_are_kno
         ("data.columns", ["a"], "should be a mapping, got ['a']."),
         ("training.learning_rate", 0, "should be greater than 0, got 0."),
         ("training.learning_rate", float("nan"), "should be a finite number, got nan."),
+        ("adapter.targets", "all", "should be 'all-linear', got 'all'. Or: should be a valid list, got 'all'."),
         ("training.report_to", "tensorboard", "should be a valid list, got 'tensorboard'. Write [tensorboard]."),
     ],
 )
@@ -132,8 +140,11 @@ def test_a_wrong_value_says_what_is_taken(key: str, value: Any, sentence: str) -
 
 
 def test_a_section_must_be_a_mapping() -> None:
-    for section, value in (("model", 7), ("adapter", ["a"]), ("data", None), ("training", 7), ("export", None)):
+    for section, value in (("model", 7), ("adapter", ["a"]), ("training", 7)):
         assert problems({**MINIMAL, section: value}) == {section: f"should be a mapping of keys, got {value!r}."}
+    assert problems({**MINIMAL, "data": None}) == {"data": "is missing and has no default."}
+    # all keys of it are comments
+    assert parse_recipe({**MINIMAL, "training": None, "export": None}, "r.yaml") == parse_recipe(MINIMAL, "r.yaml")
 
 
 ADVICE = {
@@ -151,6 +162,11 @@ def test_training_arguments_fields_get_advice() -> None:
         sentence = problems(with_value(f"training.{name}", 1))[f"training.{name}"]
         assert sentence.startswith("is not a key here: ") and words in sentence
     assert ADVICE["bf16"] in problems(with_value("bf16", True))["bf16"], "beside the sections, as Axolotl has it"
+    for key, advice in (
+        ("sequence_len", "set data.max_length"),
+        ("training.gradient_accumulation", "global_batch_size"),
+    ):
+        assert advice in problems(with_value(key, 1))[key], "by another tool's name"
 
 
 # From files.
@@ -192,7 +208,8 @@ def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
         (b"model: a\n\tdata: b", "not valid YAML"),
         (b"model: a\ndata:\n\tpath: b", "Indent with spaces, not with tabs."),
         (b"", "a recipe is a mapping with at least `model` and `data`, got nothing"),
-        (b"- a\n- b\n", "got list"),
+        (b"- a\n- b\n", "got a list"),
+        (b"data:\n  system: Answer: a code\n", "A text with a colon and a space in it has to be in quotes."),
         ("model: a".encode("utf-16"), "the file looks like UTF-16. Convert it, for example: iconv -f UTF-16"),
         (
             b"model: a\ndata:\n  path: b\n\n # c\n limit: 3\n  seed: 1",
