@@ -158,9 +158,13 @@ def local_files(path: str) -> list[Path] | None:
         raise InputError(f"{path}: is a link to {os.readlink(local)}, and no file can be reached by it. Mend the link.")
     if not local.parent.is_dir():
         advice = "Variables such as $HOME are not filled in; write ~ for it." if "$" in path else "Check data.path."
+        if "://" in path:
+            advice = "Addresses are not read: download the file, or write owner/name of a dataset on the hub."
         raise InputError(f"{path}: no such file, and no directory {local.parent} either. {advice}")
     near = difflib.get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
     hint = f"Did you mean {local.parent / near[0]}?" if near else f"Expected a {_ACCEPTED} file or a directory of them."
+    if "*" in path:
+        hint = "Patterns are not filled in: name a directory of these files."
     raise InputError(f"{path}: no such file or directory. {hint}")
 
 

@@ -193,6 +193,10 @@ def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
         rows(str(tmp_path / "nowhere" / "train.jsonl"))
     with pytest.raises(InputError, match=r"Variables such as \$HOME are not filled in"):
         rows("$HOME/train.jsonl")
+    with pytest.raises(InputError, match="Addresses are not read: download the file"):
+        rows("https://example.org/train.jsonl")
+    with pytest.raises(InputError, match="Patterns are not filled in: name a directory"):
+        rows(str(tmp_path / "tr*.jsonl"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no data files in this directory .it is empty"):
         rows(str(tmp_path / "empty"))
