@@ -13,6 +13,7 @@ were given.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -40,6 +41,7 @@ from qvera.models.token_losses import TOKEN_LOSSES, Inputs, Weighed, sequence_ra
 from qvera.tasks.causal_lm import CausalLM
 from qvera.utils.errors import InputError, RunFailed, call_problem, first_line, one_line
 from qvera.utils.files import resolve_path
+from qvera.utils.formatting import shortened
 from qvera.utils.memory import each_in_halves
 
 if TYPE_CHECKING:
@@ -70,15 +72,16 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
         file, _, name = text.rpartition(":")
         path = Path(resolve_path(file))
         if not file or not path.is_file():
+            lacks = "function" if Path(resolve_path(text)).is_file() else "file here"
             raise InputError(
-                f"training.reward: {text!r} names no file here; expected a file and a function in it, such as "
+                f"training.reward: {text!r} names no {lacks}; expected a file and a function in it, such as "
                 "rewards.py:score."
             )
         if path not in modules:
             modules[path] = ModuleType(path.stem)
             try:
                 SourceFileLoader(path.stem, str(path)).exec_module(modules[path])
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise InputError(
                     f"training.reward: {path} can't be imported: {type(error).__name__}: {first_line(error)}"
                 ) from error
@@ -359,12 +362,13 @@ def _scored(reward: Reward, prompt: Example, answer: str) -> float:
     """Return a reward. RunFailed, which names the row: the function raises, or gives no finite number."""
     asked, row = json.loads(prompt.about or '["", {}]')
     try:
-        number = float(reward.score(asked, answer, row))
-        problem = None if math.isfinite(number) else f"gave {number} for"
+        given: Any = reward.score(asked, answer, row)
+        problem = f"gave {shortened(repr(given))} for"
     except Exception as error:
-        problem = f"raised {type(error).__name__} ({one_line(error)}) on"
-    if problem is None:
-        return number
+        given, problem = None, f"raised {type(error).__name__} ({one_line(error)}) on"
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if math.isfinite(number := float(given)):
+            return number
     raise RunFailed(
         f"training.reward: {reward.name} {problem} an answer to {prompt.source}; expected a finite number. The answer "
         f"was {answer[:200]!r}. Earlier checkpoints are kept: mend the function and go on with --resume."

@@ -41,6 +41,9 @@ def broken(prompt, answer, row):
 
 def nan(prompt, answer, row):
     return float("nan")
+
+def nothing(prompt, answer, row):
+    pass
 '''
 
 
@@ -199,7 +202,13 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
     with pytest.raises(InputError, match="score in .* is called with the prompt, the answer and the row: too many"):
         load_rewards(f"{tmp_path}/two.py:score")
     (tmp_path / "bad.py").write_text("import nothing_of_this_name")
-    for reward, message in ((f"{tmp_path}/bad.py:x", "can't be imported: ModuleNotFoundError"), ("y", "names no file")):
+    (tmp_path / "ends.py").write_text("raise SystemExit(3)")
+    for reward, message in (
+        (f"{tmp_path}/bad.py:x", "can't be imported: ModuleNotFoundError"),
+        (f"{tmp_path}/ends.py:x", "can't be imported: SystemExit: 3"),
+        (f"{tmp_path}/two.py", "names no function; expected a file and a function in it"),
+        ("y", "names no file here"),
+    ):
         keys = {**make_rewarded().training.to_dict(), "reward": reward}
         recipe = make_rewarded().replace(training=type(make_rewarded().training).model_validate(keys))
         with pytest.raises(InputError, match=message):
@@ -207,6 +216,7 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
     for reward, message in (
         ("broken", r"raised ZeroDivisionError .*rows.jsonl:\d+"),
         ("nan", r"gave nan .*rows.jsonl"),
+        ("nothing", r"gave None for an answer to .*rows.jsonl:\d+; expected a finite number"),
     ):
         with pytest.raises(RunFailed, match=message):
             train(make_rewarded(reward), tmp_path / reward)
