@@ -22,6 +22,7 @@ from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import ADAPTER_CONFIG, RECIPE_FILE, resolve_path
+from qvera.utils.formatting import first_of
 from qvera.utils.hub import hub_hint
 from qvera.utils.safetensors_io import INDEX, weight_map
 
@@ -147,7 +148,11 @@ def _bar_for(progress: StageProgress) -> type:
 def require_model_files(name: str) -> None:
     """Raise InputError for a local path that is no directory with a config and safetensors weights."""
     path = Path(name)
+    if "://" in name or name.startswith("hf.co/"):
+        raise InputError(f"model.path: {name!r} is an address; of a model on the hub write owner/name alone.")
     if not path.is_dir():
+        if "$" in name:
+            raise InputError(f"model.path: {name!r}: variables such as $HOME are not filled in; write ~ for it.")
         # runs/none is a path where runs/ is a directory; an id such as gpt2 has no parent
         if name.startswith((".", "/", "~")) or path.exists() or ("/" in name and path.parent.is_dir()):
             fetch = " `qvera quickstart --fetch-only` fetches it." if path.parent.name == "quickstart" else ""
@@ -157,7 +162,9 @@ def require_model_files(name: str) -> None:
             )
         return
     if not (path / "config.json").is_file():
-        hint = ""
+        hint = f" It holds {first_of(sorted(other.name for other in path.iterdir()), 4) or 'nothing'}."
+        if snapshots := sorted(path.glob("snapshots/*/config.json")):  # a model's directory in the hub's cache
+            hint = f" Name the directory in it: {snapshots[-1].parent}."
         if (recipe := path / RECIPE_FILE).is_file() and (adapter := path / "adapter").is_dir():
             base = load_recipe(recipe, of_a_run=True).model.path
             hint = f" It is a run: name its base, {base}. To go on from its adapter: adapter.init_from: {adapter}."

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from qvera.config.sections import ModelSection
-from qvera.models.conversion import is_decoded, made_of
+from qvera.models.conversion import DECODED, is_decoded, made_of
 from qvera.models.structure import share_tied_modules
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import resolve_path
@@ -240,8 +240,20 @@ def load_config(section: ModelSection, source: Path | str | None = None) -> Pret
     except StrictDataclassError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise InputError(f"{name}: config.json describes no model that can be built: {reason}") from None
-    if section.quantization in ("nf4", "fp4") and is_decoded(getattr(config, "quantization_config", None)):
+    except ValueError as error:
+        if "custom code" not in str(error):
+            raise
+        advice = "Set model.trust_remote_code: true, if you trust its authors."
+        raise InputError(f"model.path: {name!r} needs Python code of its own. {advice}") from None
+    stored = getattr(config, "quantization_config", None)
+    if section.quantization in ("nf4", "fp4") and is_decoded(stored):
         del config.quantization_config  # the quantized copy is made from it as from a checkpoint in 16 bits
+    method = stored.get("quant_method", "bitsandbytes") if isinstance(stored, Mapping) else "bitsandbytes"
+    if section.quantization in ("nf4", "fp4") and method not in ("bitsandbytes", *DECODED):
+        raise InputError(
+            f"model.path: {name!r} is stored in the format of {method}, which is not trained on. Name the 16-bit model "
+            "that it was made from."
+        )
     return config
 
 

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from qvera.config.sections import ModelSection
@@ -35,7 +35,7 @@ from qvera.utils.hub import hub_hint
 from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from qvera.data.source import Processor
 
@@ -162,6 +162,19 @@ def add_tokens(
             )
         # special, so that decoding an answer leaves it out, which a token that is only named eos or pad would not be
         tokenizer.add_special_tokens({key: AddedToken(named, special=True, normalized=False)})
+
+
+def require_embedded(tokenizer: object, model: PreTrainedModel, rows: Iterable[Any]) -> None:
+    """Raise InputError where a row has a token that the model has no embedding for. Most tokenizers have none such."""
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    if known is None or not isinstance(tokenizer, PreTrainedTokenizerBase) or len(tokenizer) <= known:
+        return
+    for row in rows:
+        if (beyond := row.input_ids[row.input_ids >= known]).size:
+            raise InputError(
+                f"{row.source}: holds {tokenizer.decode(beyond[:1])!r}, token {beyond[0]} of the tokenizer, and the "
+                f"model has {known:,} tokens, numbered from 0. Name the model's own tokenizer (model.tokenizer)."
+            )
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> dict[str, int]:

@@ -28,7 +28,7 @@ from qvera.models.attention import choose_implementation, require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.loader import Base, dense_note, load_base, pick_compute_dtype
 from qvera.models.structure import require_positions
-from qvera.models.tokenizer import load_processor
+from qvera.models.tokenizer import load_processor, require_embedded
 from qvera.tasks import task_of
 from qvera.training.failures import longest_batch_error
 from qvera.training.optim import build_scaler
@@ -185,6 +185,7 @@ class TrainingSession:
             )
         for rows in (self.datasets.train, self.datasets.eval):
             require_positions(self.model, lengths_of(rows))
+            require_embedded(self.base.tokenizer, self.base.model, rows)
         if recipe.data.packing:
             require_packing(self.model)
         self.task.prepare(self.model, self.base.tokenizer, self.datasets)

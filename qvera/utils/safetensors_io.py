@@ -7,6 +7,7 @@ file}}``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -91,9 +92,12 @@ def unreadable_error(file: Path, error: Exception) -> InputError:
     """Make the error to raise for a safetensors file that could not be read."""
     if file.exists() and not os.access(file, os.R_OK):  # the library calls such a file missing
         return InputError(f"{file}: this user may not read it. Have its owner run `chmod a+r` on it.")
+    advice = "Copy or download it again."
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(23) == b"version https://git-lfs":
+            advice = "It is a pointer of Git LFS: git lfs pull."
     return InputError(
-        f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). Copy or download "
-        "it again."
+        f"{file}: not a readable safetensors file, or cut short ({type(error).__name__}: {error}). {advice}"
     )
 
 
@@ -139,7 +143,10 @@ def checkpoint_tensors(directory: Path) -> list[TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for file in _indexed(wanted, directory) or _unindexed(directory):
         if not file.is_file():
-            raise InputError(f"{file}: this shard is named in {index.name} but is missing.")
+            why = f"this shard is named in {index.name} but is missing."
+            if file.is_symlink():  # as in a cache of the hub that was cleared, or copied without its blobs
+                why = f"is a link to {os.readlink(file)}, and no file can be reached by it. Fetch it again."
+            raise InputError(f"{file}: {why}")
         for entry in read_header(file):
             other = entries.setdefault(entry.name, entry)
             if other is not entry:

@@ -126,6 +126,25 @@ def _cut_short(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _pointer_only(directory: Path) -> None:
+    (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def _link_only(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors").symlink_to("gone")
+
+
+def _in_a_cache(directory: Path) -> None:
+    files, snapshot = list(directory.iterdir()), directory / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for file in files:
+        file.rename(snapshot / file.name)
+
+
+OWN_CODE = {"AutoConfig": "configuration.Config", "AutoModelForCausalLM": "modeling.Model"}
+
+
 def _without(*names: str) -> Any:
     return lambda directory: [(directory / name).unlink() for name in names]
 
@@ -140,10 +159,23 @@ def _edited(file: str, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_without("config.json"), "has no config.json, so it is not a model directory"),
+        (_without("config.json"), "has no config.json, so it is not a model directory. It holds chat_template.jinja, "),
         (_without("model.safetensors"), "has no *.safetensors weights. Convert the weights to safetensors."),
         (_pickles_only, "it has pytorch_model.bin, which are pickles and are not read"),
         (_cut_short, "model.safetensors: not a readable safetensors file, or cut short"),
+        (_pointer_only, "model.safetensors: not a readable safetensors file, or cut short"),
+        (_pointer_only, "It is a pointer of Git LFS: git lfs pull."),
+        (_link_only, "model.safetensors: is a link to gone, and no file can be reached by it. Fetch it again."),
+        (_in_a_cache, "has no config.json, so it is not a model directory. Name the directory in it: "),
+        (_edited("config.json", quantization_config={"quant_method": "gptq"}), "is stored in the format of gptq"),
+        (
+            _edited("config.json", model_type="own", auto_map=OWN_CODE),
+            "needs Python code of its own. Set model.trust_remote_code",
+        ),
+        (
+            _edited("tokenizer_config.json", eos_token=None, mask_token="<mask>"),
+            "is an encoder, as its mask token shows",
+        ),
         (lambda directory: (directory / "config.json").write_text('{"model_type": '), ""),
         (_edited("config.json", model_type="nothing-known"), "can't be loaded as a causal language model"),
         (_edited("config.json", model_type="vit"), ""),

@@ -239,6 +239,18 @@ def test_a_model_without_a_pad_token_is_not_given_a_row(tmp_path: Path, make_rec
     assert (datasets.stats.pads_with_eos, datasets.pad_id) == (False, 0)
 
 
+def test_a_token_without_a_row_in_the_embedding_is_named(make_recipe: Any, tmp_path: Path) -> None:
+    tokenizer, rows = small_tokenizer(), tmp_path / "rows.jsonl"
+    known, path = len(tokenizer), written(tokenizer, tmp_path / "model")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(path)
+    recipe = make_recipe(model={"path": path}, training={"max_steps": 1})
+    train(recipe, tmp_path / "run")  # no row has such a token
+    rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "<new>"}\n')
+    with pytest.raises(InputError, match=rf"rows.jsonl:2: holds '<new>', token {known} of the .* has {known} tokens"):
+        train(recipe.replace(data={"path": str(rows), "eval_fraction": 0.0}), tmp_path / "other")
+
+
 def test_eos_token_ends_an_answer(make_recipe: Any) -> None:
     recipe = make_recipe(model={"added_tokens": [DONE], "eos_token": DONE}, data={"template": "plain"})
     tokenizer = load_tokenizer(recipe.model)
