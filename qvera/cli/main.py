@@ -15,7 +15,7 @@ from qvera.cli import cache, doctor, eval, export, generate, info, quickstart, r
 from qvera.cli.common import Command, command_streams, flag, help_of, report, with_exit_code
 from qvera.config import plugins
 from qvera.utils.cores import fitting_threads
-from qvera.utils.errors import EXIT_DONE, EXIT_FAILED
+from qvera.utils.errors import EXIT_DONE
 from qvera.utils.post_import import around_import
 
 PANELS: dict[str, tuple[Callable[..., int | None], ...]] = {
@@ -131,9 +131,9 @@ def _run(arguments: list[str] | None) -> int:
         end = "" if text.endswith((".", "?")) else "."
         print(f"{command}: {text}{end} `{command} --help` shows what it takes.", file=sys.stderr)
         code = error.exit_code
-    except typer.Abort:
-        code = EXIT_FAILED
-    except OSError as error:  # of a text that no command prints: the help, the versions
+    except typer.Abort:  # Ctrl-C at a question
+        code = report("", KeyboardInterrupt())
+    except (KeyboardInterrupt, OSError) as error:  # before a command, or of a text that none prints: help, versions
         code = report("", error)
     if "RANK" in os.environ:  # one of several processes
         from qvera.distributed.launch import leave_exit_code

@@ -166,7 +166,8 @@ def _with_found_columns(recipe: Recipe) -> Recipe:
         raise InputError(f"{error} Here: --objective dpo.") from None
     except MissingColumn as error:
         # No option names the column of rejected answers.
-        here = "rename them in the file" if recipe.data.format in PREFERENCES else COLUMN_OPTIONS
+        here = "rename them in the file, or take --objective dpo for pairs, kto for judged answers"
+        here = here if recipe.data.format in PREFERENCES else COLUMN_OPTIONS
         raise InputError(f"{error} Here: {here}.") from None
     except UnknownFormat as error:
         if not sys.stdin.isatty():

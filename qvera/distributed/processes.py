@@ -313,6 +313,12 @@ def joined() -> Iterator[Group]:
         local_rank = accelerator.launcher_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
         yield kind(dist.get_rank(), count, local_rank)
         return
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):  # of mpirun and srun
+        if "WORLD_SIZE" not in os.environ and os.environ.get(name, "1") != "1":
+            raise InputError(
+                f"{name} is {os.environ[name]} in the environment, but WORLD_SIZE is not set: each of these processes "
+                f"would train the whole run. Start them with `qvera launch`; for a single one unset {name}."
+            )
     numbers = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") if name in os.environ]
     given = {name: accelerator.launcher_number(name) for name in numbers}
     count = given.get("WORLD_SIZE", 1)

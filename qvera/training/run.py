@@ -67,6 +67,9 @@ class Run(ABC):
     def load_data(self, preview: bool = False) -> None:
         """Load the session's rows (`TrainingSession.load_data`). A run that goes on then checks its length."""
         self.session.load_data(preview)
+        warmup, steps = self.recipe.training.warmup_steps, self.planned_steps(self.recipe)
+        if warmup >= steps > 0 and not self.recipe.data.has_adapters:  # which have steps of their own
+            self.warn(f"training.warmup_steps: with {warmup:,} of {steps:,} steps, learning_rate is never reached.")
         if self.resume:
             self.group.on_first(self.check_length)
 

@@ -100,7 +100,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         if not kept.exists() and not (metrics.exists() and metrics.stat().st_size):
             return False
         resume = True
-    if existing.exists() and not (run_dir / "metrics.jsonl").exists():
+    if existing.exists() and not any((run_dir / name).exists() for name in ("metrics.jsonl", "run.json")):
         raise InputError(
             f"{existing}: is no run's, and a run there would write over it. Choose another training.output_dir."
         )
@@ -117,7 +117,16 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
     # Look for files with the names that a run gives. Empty ones don't count: a run that died at once leaves an empty
     # metrics.jsonl.
     adapter = ADAPTERS if recipe.data.has_adapters else "adapter"
-    names = [adapter, "metrics.jsonl", "run.json", "report.html", "checkpoints/step-*", "checkpoints/round-*"]
+    # config.json: the directory of a model, such as the base's own
+    names = [
+        adapter,
+        "config.json",
+        "metrics.jsonl",
+        "run.json",
+        "report.html",
+        "checkpoints/step-*",
+        "checkpoints/round-*",
+    ]
     written = [path for name in names for path in sorted(run_dir.glob(name))]
     holds = [any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0 for path in written]
     others = [path.relative_to(run_dir) for path, is_full in zip(written, holds, strict=True) if is_full]
@@ -304,12 +313,12 @@ class Trackers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         auto = ["tensorboard"] if "auto" in names and find_spec("tensorboard") is not None else []
-        wanted = [name for name in names if name != "auto"] + auto
+        wanted = [name for name in names if name not in ("auto", "none")] + auto
         known = {str(kind): cls for kind, cls in LOGGER_TYPE_TO_CLASS.items()}
         for name in wanted:
             if name not in known:
                 raise InputError(
-                    f"training.report_to: there is no reporter {name!r}; known: {', '.join(sorted(known))}, auto."
+                    f"training.report_to: there is no reporter {name!r}; known: {', '.join(sorted(known))}, auto, none."
                 )
             if find_spec(name) is None:
                 raise InputError(f"training.report_to: {name} is not installed; install it or remove it from the list.")

@@ -96,6 +96,11 @@ def find_lr(
     Returns None in a process that is not the first of several. InputError as `train`; NotFinite where the very first
     loss was not finite.
     """
+    if recipe.training.objective == "grpo":
+        raise InputError(
+            "--find-lr: goes by the loss, which with training.objective: grpo is near 0 at any rate. Compare the "
+            "rewards of short runs."
+        )
     with _session(recipe, out, console) as (session, _):
         from qvera.training.lr_finder import take_range_test
 
@@ -160,6 +165,8 @@ def check_early(recipe: Recipe) -> None:
         raise InputError(
             f"{root}: is a file, and the cache needs a directory; see the environment variable QVERA_CACHE."
         )
+    if recipe.data.system is not None and Path(recipe.data.system).is_file():
+        raise InputError(f"data.system: {recipe.data.system!r} is a file here. Write its text into the recipe.")
     leave_silent_hub(recipe.model.path, *hub_datasets(recipe.data))
 
     from qvera.models.hub import require_model_files  # by now its client may have been told to be offline

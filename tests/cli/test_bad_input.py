@@ -117,6 +117,16 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "every row too long": (TRAIN, "max_length", recipe("data", max_length=8)),
     # /proc takes no directories, not even root's
     "output not writable": (TRAIN, "/proc", recipe("training", output_dir="/proc/qvera-run")),
+    "output in the base's directory": (f"{TRAIN} --set training.output_dir=model", "holds config.json and no recipe.y"),
+    "a system prompt's file": (f"{TRAIN} --set data.system=rows.jsonl", "data.system: 'rows.jsonl' is a file here."),
+    "a variable": (
+        f"{TRAIN} --set model.path=$BASE/model",
+        "variables such as $HOME are not filled in; write ~ for it",
+    ),
+    "an address of the hub": (
+        f"{TRAIN} --set model.path=https://hf.co/a/b",
+        "of a model on the hub write owner/name a",
+    ),
     "output holds files of a run": (TRAIN, " more) and no recipe.yaml", holds_a_run, drop("out/recipe.yaml")),
     "a recipe that the run would write over": (f"{TRAIN} --set training.output_dir=.", "recipe.yaml: is no run's"),
     "the same with --resume": (f"{TRAIN} --resume --set training.output_dir=.", "recipe.yaml: is no run's"),
@@ -171,6 +181,10 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "compare a run with a model": ("compare run model", "not a run directory"),
     "a ramp that falls": (f"{TRAIN} --find-lr --lr-from 0.1 --lr-to 0.01", "expected two rates, 0 < from < to"),
     "a ramp of few steps": (f"{TRAIN} --find-lr --lr-steps 3", "takes a whole number >= 10"),
+    "a range test by rewards": (
+        f"{TRAIN} --find-lr --set training.objective=grpo --set training.reward=a.py:f",
+        "--find-lr: goes by the loss, which with training.objective: grpo is near 0",
+    ),
     "a range test into a file": (f"{TRAIN} --find-lr", "is a file", write("out")),
     "a base that offline can't be fetched": (f"{TRAIN} --set model.path=anna/base", "HF_HUB_OFFLINE is set"),
     "rows that offline can't be fetched": (f"{TRAIN} --set data.path=anna/rows", "HF_HUB_OFFLINE is set"),

@@ -221,7 +221,7 @@ def test_no_recipe_is_written_for_a_base_that_cannot_be_trained(
 def test_the_new_recipe_of_preferences_has_their_objective(init: Init, out: Path) -> None:
     row = json.dumps({"prompt": "say", "chosen": "red", "rejected": "blue"}) + "\n"
     assert "Here: --objective dpo" in init(row, code=2, file="pairs.jsonl")
-    assert "Here: rename them in the file." in init(
+    assert "Here: rename them in the file, or take --objective dpo for pairs" in init(
         '{"prompt": "a", "completion": "b"}\n', "--objective", "dpo", code=2, file="rows.jsonl"
     )
     init(row, "--objective", "orpo", file="pairs.jsonl")

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import typer
 
 from qvera.cli.common import LossyStream
 from qvera.cli.main import main
@@ -170,6 +172,15 @@ def test_what_no_command_prints_ends_at_a_full_disk_too() -> None:
     ended = subprocess.run(["bash", "-c", command], timeout=120, stderr=subprocess.PIPE, text=True)
     assert ended.stderr == "qvera: No space left on device\n"
     assert ended.returncode == 1
+
+
+def test_ctrl_c_before_a_command_and_at_a_question_is_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for kind in (KeyboardInterrupt, typer.Abort):
+        monkeypatch.setattr("qvera.cli.main.build_app", Mock(side_effect=kind))
+        assert main(["train", "x.yaml"]) == 75
+        assert capsys.readouterr().err == "qvera: interrupted. The same command begins again.\n"
 
 
 def test_a_command_whose_streams_are_closed_ends_as_any_other(trained_run: Path) -> None:

@@ -287,6 +287,16 @@ def test_a_launchers_number_that_is_none_is_named(name: str, launched: pytest.Mo
         refused(f"{name}: is '{value}' in the environment; a launcher sets it to a whole number")
 
 
+def test_processes_of_mpirun_and_srun_that_know_nothing_of_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "2")
+        refused(f"{name} is 2 in the environment, but WORLD_SIZE is not set.* Start them with `qvera launch`")
+        monkeypatch.delenv(name)
+
+
 def test_one_process_alone_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with in_group() as group:

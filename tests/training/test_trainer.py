@@ -175,6 +175,12 @@ def test_a_run_that_lost_all_its_checkpoints_is_not_begun_again(six_steps: tuple
         with pytest.raises(InputError, match=message):
             train(recipe, cut, resume=True)
         assert files_of(cut) == before
+    # one that came to its end before its first `save_steps`
+    ended = Path(shutil.copytree(whole, tmp_path / "ended"))
+    shutil.rmtree(ended / "checkpoints")
+    (ended / "metrics.jsonl").write_text(json.dumps(records(whole)[0]) + "\n")
+    with pytest.raises(InputError, match=r"holds no checkpoint that can be used, and the run has taken 1 steps"):
+        train(recipe, ended, resume=True)
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(
@@ -404,6 +410,16 @@ def test_a_finished_run_is_not_overwritten(make_recipe: Any, six_steps: tuple[Re
     assert files_of(run_dir) == before
 
 
+def test_a_run_without_its_metrics_is_a_run(six_steps: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, whole = six_steps
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="already holds a run. Add --resume"):
+        train(recipe, run_dir)
+    assert train(recipe, run_dir, resume=True) is not None
+    assert same(vectors(run_dir), vectors(whole))
+
+
 def test_a_dry_run_writes_nothing_and_finds_what_a_run_would_be_refused_for(
     six_steps: tuple[Recipe, Path], make_recipe: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -412,6 +428,10 @@ def test_a_dry_run_writes_nothing_and_finds_what_a_run_would_be_refused_for(
     shown = capsys.readouterr().err
     assert "⟦" in shown  # rows, as `qvera preview` prints them
     assert "Fits: " in shown  # the plan
+    assert train(make_recipe(training={"max_steps": 2, "warmup_steps": 2}), tmp_path / "run", dry_run=True) is None
+    assert "training.warmup_steps: with 2 of 2 steps, learning_rate is never" in " ".join(
+        capsys.readouterr().err.split()
+    )
     begun = {"rank": 4, "init_from": str(six_steps[1] / "adapter")}
     for message, recipe, run_dir in (
         ("already holds a run", make_recipe(), six_steps[1]),
