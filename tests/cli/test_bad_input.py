@@ -123,7 +123,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
         f"{TRAIN} --set model.path=$BASE/model",
         "variables such as $HOME are not filled in; write ~ for it",
     ),
-    "an address of the hub": (
+    "an address of a base": (
         f"{TRAIN} --set model.path=https://hf.co/a/b",
         "of a model on the hub write owner/name a",
     ),
