@@ -29,6 +29,7 @@ from qvera.evaluation.named_adapters import adapters_root, named_directories, re
 from qvera.exporting import export as exports
 from qvera.tasks import evaluate as evaluations
 from qvera.utils.errors import InputError, did_you_mean, first_line
+from qvera.utils.files import refuse_file_name
 from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
@@ -163,12 +164,12 @@ def _recipe_and_directory(
 
     file = None
     if isinstance(recipe, str | Path):
-        file = Path(recipe)
+        file = Path(recipe).expanduser()
         recipe = load_recipe(file, of_a_run=of_a_run)
     elif not isinstance(recipe, Recipe):
         tree = dict(recipe) if isinstance(recipe, Mapping) else recipe
         recipe = parse_recipe(tree, "the recipe", drop_idle_keys=of_a_run)
-    return recipe, run_directory(recipe, file) if directory is None else Path(directory)
+    return recipe, run_directory(recipe, file) if directory is None else Path(directory).expanduser()
 
 
 @_checked
@@ -192,7 +193,7 @@ def load(
     Raises:
         InputError: there is no such directory or adapter, or the path is something else.
     """
-    path, given = Path(path), None if recipe is None else Path(recipe)
+    path, given = Path(path).expanduser(), None if recipe is None else Path(recipe).expanduser()
     if isinstance(adapter, str) or base or (root := adapters_root(path)) is None:
         name = adapter if isinstance(adapter, str) or adapter is None else next(iter(adapter), None)
         return Model(find_target(path, given, name=name, needs_name=not base), base=base, console=console)
@@ -353,7 +354,7 @@ class Model:
         to: ExportKind = "merged",
         rank: Positive | None = None,
         dtype: ExportDtype | None = None,
-        quantize: str | None = None,
+        quantize: Literal["nf4", "fp4"] | None = None,
         base: Literal["original", "dequantized"] | None = None,
         compare: bool = True,
     ) -> dict[str, Any] | None:
@@ -379,7 +380,7 @@ class Model:
             require_named(self.target.path, None)
         return exports.export(
             self.target,
-            Path(out),
+            Path(out).expanduser(),
             to=to,
             rank=rank,
             dtype=dtype,
@@ -419,6 +420,7 @@ def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversati
     if isinstance(prompt, Conversation):
         return prompt
     if isinstance(prompt, str):
+        refuse_file_name(prompt, f"prompt {number}")
         turns = [Turn("system", system)] if system else []
         return Conversation([*turns, Turn("user", prompt)], f"prompt {number}")
     if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import qvera
 from qvera.cli.main import main
@@ -33,6 +34,9 @@ def test_a_recipe_is_as_short_as_in_yaml_and_checked_the_same_way() -> None:
     assert qvera.Recipe(model=Path("some/model"), data=Path("rows.jsonl"), training={"max_steps": 4}) == short
     with pytest.raises(qvera.InputError, match=r"data: .* Write rows in memory into a \.jsonl file, and name that\."):
         qvera.Recipe(model="m", data=[{"text": "x"}])
+    config: Any = LoraConfig(r=8)
+    with pytest.raises(qvera.InputError, match=r"^adapter: .* got an object of the type LoraConfig\.$"):
+        qvera.Recipe(model="m", data="rows.jsonl", adapter=config)
     with pytest.raises(qvera.InputError, match=r"Recipe: takes keys by name; .* write Recipe\(\*\*mapping\)\."):
         qvera.Recipe({"model": "m"})  # type: ignore[call-arg, misc]  # wrong on purpose
     labelled = qvera.Recipe(model="m", data="rows.csv", task="sequence-classification")
@@ -88,8 +92,9 @@ def test_an_error_of_the_callback_leaves_a_run_that_is_whole(
 
 
 def test_load_answers_scores_and_exports_as_the_commands_do(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     run = qvera.load(trained_run)
     assert "opened" not in vars(run)  # nothing big is read before it is needed
     assert main(["eval", str(trained_run), "--json", str(tmp_path / "eval.json")]) == 0
@@ -112,6 +117,11 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         run.generate([{"role": "user", "content": "say red 1"}])  # type: ignore[list-item]  # wrong on purpose
     with pytest.raises(qvera.InputError, match=r"^rows: expected .* got 'prompt'. .* df.to_dict\('records'\)"):
         run.evaluate(["prompt", "completion"])  # type: ignore[list-item]  # as a DataFrame, which gives the names of its columns
+    (tmp_path / "prompts.txt").write_text("say red 1\n", encoding="utf-8")
+    with pytest.raises(qvera.InputError, match=r"^prompt 1: '.*prompts.txt' names a file here\. `qvera generate RUN"):
+        run.generate(f"{tmp_path}/prompts.txt")
+    with pytest.raises(qvera.InputError, match=f"^{tmp_path}/nothing: no such directory"):
+        qvera.load("~/nothing")
     with pytest.raises(qvera.InputError, match="^rows:1: "):
         run.evaluate([{"question": "say red 1"}])
     rows = [{"prompt": "say red 1", "completion": "red red"}, {"prompt": "say blue 2", "completion": "blue blue"}]
@@ -125,7 +135,7 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         qvera.load(trained_run, ["anna"])
     with pytest.raises(qvera.InputError, match="^dtype: should be 'float16', 'bfloat16', .*, got torch.float16"):
         run.export(tmp_path / "lora", to="lora", dtype=torch.float16)  # type: ignore[arg-type]  # wrong on purpose
-    certificate = run.export(tmp_path / "lora", to="lora", dtype="float32")
+    certificate = run.export("~/lora", to="lora", dtype="float32")
     assert certificate is not None
     assert certificate == json.loads((tmp_path / "lora" / "qvera_export.json").read_text(encoding="utf-8"))
     merged = qvera.export(trained_run, tmp_path / "merged", compare=False)
@@ -158,9 +168,10 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         ("generate", {"prompts": "x", "temperature": -1}, "temperature: should be greater than or equal to 0, got -1."),
         ("evaluate", {"rows": 1}, "rows: expected a file, or a list of mappings such as"),
         ("evaluate", {"max_new_tokens": 0}, "max_new_tokens: should be greater than or equal to 1, got 0."),
-        ("evaluate", {"metrics": "bleu"}, "metrics: 'str' instances are not allowed as a Sequence value, got 'bleu'."),
+        ("evaluate", {"metrics": "bleu"}, "metrics: should be a list, got 'bleu'."),
         ("evaluate", {"metrics": ["blue"]}, "metrics: there is no metric 'blue'; known: exact, bleu"),
         ("export", {"out": "x", "to": "peftt"}, "to: should be 'merged', 'lora', 'peft', 'gguf' or 'gguf-lora', got"),
+        ("export", {"out": "x", "quantize": "4bit"}, "quantize: should be 'nf4' or 'fp4', got '4bit'."),
         ("export", {"out": "x", "rank": 2.5, "to": "lora"}, "rank: should be a whole number, got 2.5."),
         ("export", {"out": "x", "compare": "no"}, "compare: should be true or false, got 'no'."),
     ],

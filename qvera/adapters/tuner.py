@@ -236,8 +236,11 @@ class QveraModel(BaseTuner):
             known = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if layer_shape(m) is not None})
             keys = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
             limits = [f"{k} {v}" for k in keys if (v := getattr(config, k)) is not None]
+            wanted = f"is named {', '.join(sorted(unmatched or names))}"
+            if isinstance(targets, str):
+                wanted = f"has a path that {targets!r} matches as a whole (a name is written in a list: [{targets!r}])"
             raise InputError(
-                f"adapter.targets: no module of this model is named {', '.join(sorted(unmatched or names))}"
+                f"adapter.targets: no module of this model {wanted}"
                 f"{' within ' + ', '.join(limits) if limits else ''}. Its linears are named {', '.join(known)}."
             )
         config.target_modules = _short_names(targets, [key for key, _ in matched], model)

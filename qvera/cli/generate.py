@@ -30,7 +30,7 @@ from qvera.cli.common import (
     say,
 )
 from qvera.utils.adapter_names import shown_name
-from qvera.utils.errors import InputError, Interrupted
+from qvera.utils.errors import InputError, Interrupted, QveraError
 from qvera.utils.files import disk_errors, file_stamp, refuse_file_name, replace_text
 from qvera.utils.formatting import shortened
 
@@ -413,4 +413,10 @@ def _talk(first: list[Turn], seed: int, answer: Answer) -> None:
             say(f"{word.split()[0]}: unknown command; expected /reset or /quit.")
         elif word:
             turns.append(Turn("user", text))
-            turns.append(Turn("assistant", answer(first + turns, seed + len(turns))))
+            try:
+                turns.append(Turn("assistant", answer(first + turns, seed + len(turns))))
+            except QveraError as error:
+                if not sys.stdin.isatty():
+                    raise
+                turns.pop()  # the conversation before it is kept
+                say(str(error))

@@ -154,7 +154,12 @@ _SHORT_NAMES = {
 """Other tools' names that no key here resembles."""
 
 # pydantic's words → those of YAML.
-_WORDS = {"a valid boolean": "true or false", "a valid integer": "a whole number", "a valid dictionary": "a mapping"}
+_WORDS = {
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid dictionary": "a mapping",
+    "'str' instances are not allowed as a Sequence value": "should be a list",
+}
 
 
 def take_old_keys(tree: dict[object, object], source: str, drop_removed: bool) -> dict[object, object]:
@@ -280,4 +285,6 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
 
 def _short(value: object) -> str:
     text = " ".join(repr(value).split())  # that of a table has lines
+    if len(text) > 200 and not isinstance(value, (str, list, tuple, Mapping)):
+        return f"an object of the type {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -26,6 +26,10 @@ _TRIES = 20
 _SECONDS = 600
 
 
+class _BeyondContext(InputError):
+    """The prompt and the tokens asked for are more than the model's context."""
+
+
 def server_url(path: Path) -> str | None:
     """The URL in an argument that may be a run instead (None). `Path` makes one slash of a URL's two."""
     found = re.fullmatch(r"(https?):/+(?!huggingface\.co/)(.+?)(/v1(/chat/completions)?)?", str(path))
@@ -96,13 +100,19 @@ class ServerClient:
     ) -> str:
         """The answer to a conversation; ``on_text`` gets each piece as it comes.
 
+        Where ``max_tokens`` is more than the model's context has room for, the context ends the answer.
+
         Raises:
             InputError: the server refuses the request or the key.
             RunFailed: it can't be reached, stays busy, or fails.
         """
         body = {"model": model, "messages": list(messages), "stream": True, **settings}
-        text = ""
-        with self._call("/v1/chat/completions", body) as answer:
+        text, path = "", "/v1/chat/completions"
+        try:
+            called = self._call(path, body)
+        except _BeyondContext:
+            called = self._call(path, {key: value for key, value in body.items() if key != "max_tokens"})
+        with called as answer:
             for event in self._events(answer):
                 if "error" in event:
                     raise RunFailed(f"{self.url}: {event['error']['message']}")
@@ -148,13 +158,16 @@ class ServerClient:
         raise AssertionError("the last try raises")
 
     def _problem(self, error: urllib.error.HTTPError) -> InputError | RunFailed:
+        code = None
         try:
-            message = json.load(error)["error"]["message"]
+            said = json.load(error)["error"]
+            message, code = said["message"], said.get("code")
         except (ValueError, KeyError, TypeError, OSError):
             message = f"answered {error.code} {error.reason}"
         if error.code in (401, 403) and self.key is None:
             message += f" Set {KEY_VARIABLE} to a key of this server."
         kind = RunFailed if error.code >= 500 or error.code in _BUSY else InputError
+        kind = _BeyondContext if code == "context_length_exceeded" else kind
         return kind(f"{self.url}: {message}")
 
 

@@ -85,7 +85,13 @@ def evaluate(
         InputError: there are no rows, there is no base to compare with, or a package that a metric needs is missing.
     """
     console = console or Console(stderr=True)
-    if target.model_class.has_own_head:
+    is_classifier = target.model_class.has_own_head
+    if target.recipe is not None and is_classifier == (target.recipe.task == CausalLM.name):
+        what = "a classifier" if is_classifier else "a model that writes text"
+        raise InputError(
+            f"{target.path}: is {what}, and the recipe's task is {target.recipe.task}. Name one of its task."
+        )
+    if is_classifier:
         return _evaluate_labels(target, rows, limit, opened, console)
     chosen = text_metrics(metrics) if answers else []
     if base_alone or with_base:

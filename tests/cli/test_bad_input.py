@@ -173,6 +173,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "eval of a model without rows": ("eval model", "Name a file with --data FILE"),
     "eval beside an unknown base": ("eval model --data rows.jsonl --with-base", "there is none to compare with"),
     "eval by no recipe": ("eval model --recipe model", "expected a recipe file, or a run directory"),
+    "a recipe of another task": (
+        "eval run --recipe labels.yaml",
+        "run: is a model that writes text, and the recipe's task is sequence-classification",
+        write("labels.yaml", "{task: sequence-classification, model: model, data: rows.jsonl}"),
+    ),
     "base beside itself": ("eval run --base --with-base", "drop one of them"),
     "one file for two things": ("eval run --json x --html x", "need a file each"),
     "eval of no rows": ("eval run --rows 0", "Invalid value for '--rows'"),

@@ -60,7 +60,7 @@ async def asked_chat(request: Request, body: ChatBody) -> Generation:
 
     def prompt() -> tuple[list[int], tuple[StoredImage, ...], Grammar | None, list[CallReader]]:
         service.require_model(body.model, access)
-        turns = [message.turn() for message in body.messages]
+        turns = body.turns()
         if prompts.system and turns[0].role != "system":  # the recipe's
             turns.insert(0, Turn("system", prompts.system))
         if not tools:

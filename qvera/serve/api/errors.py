@@ -18,8 +18,13 @@ TINKER = "/api/v1/"
 DOWNLOADS = f"{TINKER}downloads/"
 """Paths that need no key: Tinker's client sends none there. The token in them is one."""
 _NAME_CHARACTERS = 200
-_PARTS_OF_PYDANTIC = ("function-", "[key]", "constrained-", "literal[", "list[")
-_DICTIONARY = "a valid dictionary or object to extract fields from"
+_PARTS_OF_PYDANTIC = ("function-", "[key]", "constrained-", "literal[", "list[", "ToolBody", "FlatName")
+_WORDS = {
+    "a valid dictionary or object to extract fields from": "an object",
+    " after validation": "",
+    "Unable to extract tag using discriminator": "Field required:",
+}
+"""pydantic's words → those for people."""
 _PATHS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
 """The key of a prompt → the path that takes it."""
 _TYPES = {
@@ -114,16 +119,19 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
             return bad_request("The body is only read as JSON with the header Content-Type: application/json; send it.")
         wrong = [_keys(one) for one in errors if one["type"] != "missing"] or [_keys(first)]
         where = max((keys for keys in wrong if keys[:1] == wrong[0][:1]), key=len)
-        said = dict.fromkeys(one["msg"].replace(_DICTIONARY, "an object") for one in errors if _keys(one) == where)
-        text = f"{'.'.join(where) or 'The body'}: {'. Or: '.join(said)}."
+        text = ". Or: ".join(dict.fromkeys(one["msg"] for one in errors if _keys(one) == where))
+        for theirs, ours in _WORDS.items():
+            text = text.replace(theirs, ours)
+        text = f"{'.'.join(where) or 'The body'}: {text}."
         if first["type"] == "missing" and where[0] in _PATHS:
             text += "".join(f" {key!r} is a key of {path}." for key, path in _PATHS.items() if key in error.body)
         return bad_request(text, where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
-            with_version = f"/v1{request.url.path}"
-            near = f" Did you mean {with_version}?" if with_version in request.app.openapi()["paths"] else ""
-            return ApiError(404, f"There is no such path; this server has those of /openapi.json.{near}")
+            asked = request.url.path
+            near = [path for path in request.app.openapi()["paths"] if path.endswith(asked) or asked.endswith(path)]
+            hint = f" Did you mean {max(near, key=len)}?" if near else ""
+            return ApiError(404, f"There is no such path; this server has those of /openapi.json.{hint}")
         detail, takes = str(error.detail), (error.headers or {}).get("Allow")
         if detail == "There was an error parsing the body":  # FastAPI's words
             detail = "The body can't be read. Expected JSON in UTF-8."

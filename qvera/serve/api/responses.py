@@ -85,7 +85,8 @@ class ResponsesBody(Body):
     ignored = IGNORED
     neutral = {
         "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "previous_response_id": (),
-        "prompt": (), "reasoning": ({}, {"effort": "none"}), "top_logprobs": (0,), "truncation": ("disabled",),
+        "prompt": (), "reasoning": ({}, {"effort": "none"}), "stop": (), "top_logprobs": (0,),
+        "truncation": ("disabled",),
     }  # fmt: skip
     elsewhere = {"messages": "'input'", "response_format": "'text.format'", "max_tokens": "'max_output_tokens'"}
     model: Text

@@ -88,7 +88,8 @@ class Body(BaseModel):
                 continue
             where = inside + shortened_name(key)
             if key not in self.neutral:
-                hint = did_you_mean(shortened_name(key), type(self).model_fields)
+                known = [field.alias or name for name, field in type(self).model_fields.items()]
+                hint = did_you_mean(shortened_name(key), known)
                 if key in self.elsewhere:
                     hint = f"; here it is {self.elsewhere[key]}."
                 raise bad_request(f"Unknown key {where!r}{hint}", where, "unknown_parameter")
@@ -140,6 +141,7 @@ class GenerationBody(Body):
 
     ignored = IGNORED
     neutral = _NEUTRAL
+    elsewhere = {"adapter": "'model'", "extra_body": "the keys in it, beside 'model'"}
     model: Text
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -267,7 +269,11 @@ class MessageBody(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    elsewhere = {"system": "a message of the role 'system'", "max_output_tokens": "'max_completion_tokens'"}
+    elsewhere = {
+        **GenerationBody.elsewhere,
+        "system": "a message of the role 'system'",
+        "max_output_tokens": "'max_completion_tokens'",
+    }
     messages: Annotated[list[MessageBody], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
@@ -275,6 +281,19 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[ToolBody], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolBody | None = None
     parallel_tool_calls: bool | None = True
+
+    def turns(self) -> list[Turn]:
+        """Return the conversation. Raises as `MessageBody.turn`, and ApiError 400 for a result of no call."""
+        calls: set[str] = set()
+        for number, message in enumerate(self.messages):
+            calls |= {call.id for call in message.tool_calls or ()}
+            if message.role == "tool" and message.tool_call_id not in calls:
+                raise bad_request(
+                    f"messages.{number}: is the result of the call {message.tool_call_id!r} (tool_call_id), which no "
+                    "message before it has among its tool_calls.",
+                    "messages",
+                )
+        return [message.turn() for message in self.messages]
 
     def offered(self) -> list[dict[str, Any]]:
         """Return the tools as chat templates take them; none if none may be called.
@@ -382,6 +401,11 @@ class JobBody(Body):
 
     outcome = "training"
     neutral = {"integrations": ([],)}
+    elsewhere = {
+        "n_epochs": "'hyperparameters.n_epochs'",
+        "batch_size": "'hyperparameters.batch_size'",
+        "learning_rate": "'hyperparameters.learning_rate_multiplier'",
+    }
     model: Text
     """The base."""
     training_file: Text

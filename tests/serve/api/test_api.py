@@ -182,7 +182,17 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"n": 17}, 400, "n", "at most 16 answers"),
     ({"max_tokens": 5000}, 400, None, "The prompt has"),
     ({"max_tokens": 10, "max_completion_tokens": 11}, 400, "max_completion_tokens", "give one"),
-    ({"messages": []}, 400, "messages", "at least 1"),
+    ({"messages": []}, 400, "messages", "at least 1 item, not 0"),
+    (
+        {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+        400,
+        "messages",
+        "content.0: Field required: 'type'.",
+    ),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, 400, "messages", "result of the call 'a'"),
+    ({"tool_choice": {"type": "any"}}, 400, "tool_choice", "tool_choice.type: Input should be 'function'."),
+    ({"adapter": "anna"}, 400, "adapter", "here it is 'model'."),
+    ({"extra_body": {"top_k": 1}}, 400, "extra_body", "here it is the keys in it, beside 'model'."),
     ({"messages": [{"role": "user", "content": "x " * 2000}]}, 400, None, "A prompt may have"),
     ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", "role"),
     ({"messages": [{"role": "user"}]}, 400, "messages", "has content"),
@@ -244,6 +254,10 @@ def test_a_prompt_of_another_path_is_told_its_path(served: Served) -> None:
     )
     assert said("/v1/responses", messages=messages) == wanted.replace("prompt", "input")
     assert said("/v1/completions") == "prompt: Field required."
+    nested = {"format": {"type": "json_schema", "json_schema": {}}}
+    wanted = "Unknown key 'text.format.json_schema'; did you mean 'schema'?"
+    assert said("/v1/responses", input="hi", text=nested) == wanted
+    assert said("/v1/responses", input="hi", stop=".").startswith("stop: is not supported here")
 
 
 def test_keys_that_change_nothing_are_taken(served: Served) -> None:
@@ -272,7 +286,8 @@ def test_what_is_no_call_at_all_is_refused(served: Served) -> None:
         )
         assert empty.json()["error"]["message"] == "The body is empty. Expected JSON."
         assert cut.json()["error"]["message"].endswith("in double quotes, at character 2.")
-        assert "Did you mean /v1/chat/completions?" in client.post("/chat/completions", json={}).text
+        for path in ("/chat/completions", "//v1/chat/completions", "/v1/v1/chat/completions"):
+            assert "Did you mean /v1/chat/completions?" in client.post(f"{served.url}{path}", json={}).text
         assert "response_format: Input should be an object." in served.chat(response_format="json").text
         assert client.head("/health").status_code == 200
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"

@@ -32,6 +32,26 @@ def test_chat_keeps_the_conversation(served: Served, monkeypatch: pytest.MonkeyP
     assert {request.adapter.name for request in served.engine.requests if request.adapter} == {"anna"}
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_context_ends_an_answer_and_a_refusal_ends_no_chat(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """512 new tokens, the default, are more than the context: the answer has what is left."""
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr("sys.stdin", Terminal())
+    lines = iter(["hello", "long " * 3000, "and more", "/quit"])
+    assert main(["chat", served.url, "--adapter", "anna", "--max-new-tokens", "100000"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [served.said["anna"]] * 2
+    assert "A prompt may have" in said.err
+    first, second = served.engine.requests
+    assert len(first.prompt) < len(second.prompt) < 1000, "the refused message is forgotten"
+
+
 def test_generate_asks_each_adapter_that_rows_name_or_options_and_a_busy_server_again(
     start: Start, tmp_path: Path
 ) -> None:
