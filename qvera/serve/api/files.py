@@ -18,6 +18,7 @@ from qvera.serve.api.fine_tuning import api_errors, ask, page, too_many, trainin
 from qvera.serve.api.server import ClientGone
 from qvera.serve.fine_tuning.database import TRAINING, StoredFile, UnknownRecord
 from qvera.serve.fine_tuning.directory import TrainingDirectory, Upload
+from qvera.utils.errors import did_you_mean
 
 if TYPE_CHECKING:
     from qvera.serve.api.service import Service
@@ -258,7 +259,8 @@ class _Form:
         elif name.partition("[")[0] == "expires_after":
             raise bad_request("expires_after: is not supported here; files stay until they are deleted.", name)
         else:
-            raise bad_request(f"Unknown key {shortened_name(name)!r}.", shortened_name(name), "unknown_parameter")
+            known = did_you_mean(shortened_name(name), ("file", "purpose"))
+            raise bad_request(f"Unknown key {shortened_name(name)!r}{known}", shortened_name(name), "unknown_parameter")
 
     def _add_content(self, data: bytes) -> None:
         if not self._is_file:

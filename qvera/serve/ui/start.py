@@ -61,6 +61,8 @@ class Starter:
 
     def init(self, name: str, values: Mapping[str, str]) -> bool:
         """Run `qvera init`. Returns whether it has written the recipe."""
+        if (self.place / name).exists():
+            raise InputError(f"Name: {self.place / name} is there already. Take another name.")
         given = [f"--{option}={value}" for option, *_ in FIELDS[1:] if (value := values.get(option, "").strip())]
         self._start(name, "init", str(self.recipe(name)), *given)
         return self._processes[name, "init"].poll() == 0

@@ -91,6 +91,8 @@ def test_fields_are_the_options_of_init_and_names_stay_in_their_directory(
     recipe = tmp_path / "runs" / "mine.yaml"
     given = ["--model=--help", "--data=my rows.csv", "--prompt-column=q", "--system=Be <b>brief</b>."]
     assert form.starter.output("mine", "init").splitlines()[1] == str(["init", str(recipe), *given])
+    (tmp_path / "runs" / "trained").mkdir()
+    assert "is there already. Take another name." in form.ask("/new", name="trained", **fields).text
     secret = tmp_path / "secret"
     secret.write_text("hunter2")
     (tmp_path / "runs" / "linked.yaml").symlink_to(secret)
