@@ -41,9 +41,9 @@ def test_a_context_ends_an_answer_and_a_refusal_ends_no_chat(
     served: Served, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """512 new tokens, the default, are more than the context: the answer has what is left."""
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr("sys.stdin", Terminal())
     lines = iter(["hello", "long " * 3000, "and more", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert main(["chat", served.url, "--adapter", "anna", "--max-new-tokens", "100000"]) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [served.said["anna"]] * 2
