@@ -165,7 +165,7 @@ def check_early(recipe: Recipe) -> None:
         raise InputError(
             f"{root}: is a file, and the cache needs a directory; see the environment variable QVERA_CACHE."
         )
-    if recipe.data.system is not None and Path(recipe.data.system).is_file():
+    if recipe.data.system is not None and os.path.isfile(recipe.data.system):  # not Path's: a text may be long
         raise InputError(f"data.system: {recipe.data.system!r} is a file here. Write its text into the recipe.")
     leave_silent_hub(recipe.model.path, *hub_datasets(recipe.data))
 

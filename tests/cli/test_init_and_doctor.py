@@ -130,8 +130,9 @@ def test_the_new_recipe_names_the_answers_where_they_are_labels(init: Init, out:
     assert "Answer with one of these: a new order, refund." in init(f"prompt,completion\n{rows}")
     assert load_recipe(out).data.system == "Answer with one of these: a new order, refund."
     assert main(["preview", str(out)]) == 0
-    init(f"prompt,completion\n{rows}", "--system", "Sort the mail.")
-    assert load_recipe(out).data.system == "Sort the mail."
+    long = "Sort the mail. " * 40  # longer than the name of any file
+    init(f"prompt,completion\n{rows}", "--system", long)
+    assert load_recipe(out).data.system == long
     few, own = "".join(rows.splitlines(keepends=True)[:19]), rows.replace("\n", ",Sort it.\n")
     for unlike in (f"prompt,completion\n{few}", f"prompt,completion,system\n{own}"):
         init(unlike)

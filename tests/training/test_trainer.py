@@ -29,7 +29,7 @@ from qvera.models.tokenizer import load_tokenizer
 from qvera.training import checkpoint, trainer
 from qvera.training.alone import Trainer
 from qvera.training.loop import AloneLoop
-from qvera.training.run_dir import run_lock
+from qvera.training.run_dir import Trackers, run_lock
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, NotFinite, RunFailed
 from tests.conftest import small_llama
@@ -456,6 +456,10 @@ def test_the_8_bit_optimizer_learns_and_says_what_it_really_saves(make_recipe: A
     state = load_file(max((tmp_path / "run" / "checkpoints").glob("*/optimizer.safetensors")))
     held = sum(t.numel() * t.element_size() for t in state.values())
     assert said == [held, 8 * result.run["adapter"]["trainable_parameters"]]
+
+
+def test_none_is_no_reporter(tmp_path: Path) -> None:
+    assert not Trackers(["none"], tmp_path, {}).classes
 
 
 def test_tensorboard_gets_every_step(make_recipe: Any, tmp_path: Path) -> None:
