@@ -148,7 +148,7 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
 @pytest.mark.parametrize(
     ("function", "arguments", "said"),
     [
-        ("train", {"recipe": 5}, "a recipe is a mapping with at least `model` and `data`, got int"),
+        ("train", {"recipe": 5}, "a recipe is a mapping with at least `model` and `data`, got a number (5)"),
         ("train", {"recipe": {}, "run_dir": 5}, "run_dir: should be a valid string, got 5. Or: "),
         (
             "find_lr",
