@@ -48,6 +48,8 @@ def train(
 ) -> RunResult | None:
     """Train an adapter, or many, and write a run directory. Arguments, result and errors: see `qvera.api.train`."""
     with _session(recipe, run_dir, console, resume, is_run=not dry_run) as (session, goes_on):
+        from transformers import EarlyStoppingCallback
+
         from qvera.training.alone import Trainer
         from qvera.training.callbacks import Callbacks
         from qvera.training.checkpoint import directories, of_rank
@@ -60,6 +62,10 @@ def train(
                     f"callbacks: {type(own.callbacks[0]).__name__} follows the steps of one adapter, and with "
                     "data.adapter_column or adapter_files there are many. A function gets the records of all."
                 )
+            )
+        if not recipe.training.eval_steps and any(isinstance(one, EarlyStoppingCallback) for one in own.callbacks):
+            raise for_all(
+                InputError("callbacks: EarlyStoppingCallback needs evaluations on the way; set training.eval_steps.")
             )
         trainer: Run = (ManyTrainer if recipe.data.has_adapters else Trainer)(session, own, goes_on)
         session.task.take_own(metrics or {}, loss)

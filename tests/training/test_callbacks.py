@@ -200,6 +200,7 @@ class _Evaluate(TrainerCallback):
         (_Loader(), r"_Loader\.on_epoch_begin asks for a train_dataloader"),
         (transformers.integrations.CometCallback, "CometCallback can't be made without arguments"),
         (3, "3 is neither a transformers callback nor a function"),
+        (EarlyStoppingCallback(2), r"EarlyStoppingCallback needs evaluations .* set training\.eval_steps"),
         (_SkipEpoch(), "_SkipEpoch sets should_epoch_stop"),
         (_Evaluate(), "_Evaluate sets should_evaluate, and no rows are held out"),
     ],
