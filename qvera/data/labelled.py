@@ -224,10 +224,10 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
             f"{section.path}: all {len(train):,} training rows have the label {min(found)!r}, and a classifier needs "
             "two labels. Add rows of another label, or name the right column in data.columns ({label: YOUR_COLUMN})."
         )
-    if 2 * len(found) > len(train) > 40:
+    if section.rows_per_label is None and len(found) > max(40, 0.9 * len(train)):
         raise InputError(
-            f"{section.path}: {len(found):,} labels in {len(train):,} training rows, so most occur once. Is the column "
-            "an id or an answer? Name that of the labels in data.columns ({label: YOUR_COLUMN})."
+            f"{section.path}: {len(found):,} labels in {len(train):,} training rows: nearly all occur once. Is the "
+            "column an id or an answer? Name that of the labels in data.columns ({label: YOUR_COLUMN})."
         )
     labels = Labels(tuple(section.label_names or [*known, *others]))
     for rows in (train, *held_out):

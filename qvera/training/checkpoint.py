@@ -234,7 +234,7 @@ def newest_of_run(
     taken = max((record[unit] for record in read_records(metrics_path(run_dir, rank), unit)), default=0)
     # the step that is saved is recorded first, so a run killed in its first save has recorded that many steps
     has_saved = taken > load_recipe(run_dir / "recipe.yaml", of_a_run=True).training.save_steps
-    has_saved |= (run_dir / "adapter").is_dir()  # of a run that came to its end
+    has_saved |= taken > 0 and (run_dir / "adapter").is_dir()  # of a run that came to its end
     if has_saved or directories(directory):
         raise InputError(
             f"{directory}: holds no checkpoint that can be used, and the run has taken {taken} {unit}s. Put a whole "

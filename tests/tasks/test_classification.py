@@ -290,6 +290,12 @@ def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, classify: 
         built(classify(data={"path": str(path), "eval_fraction": 0.0}))
 
 
+def test_one_row_of_each_of_many_labels_may_be_asked_for(classify: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *[{"text": "a", "label": f"n{i % 45}"} for i in range(90)])
+    data = {"path": str(path), "eval_fraction": 0.0, "rows_per_label": 1}
+    assert len(built(classify(data=data)).train) == 45
+
+
 def test_labels_that_differ_only_by_case_or_spaces_are_told(classify: Any, tmp_path: Path) -> None:
     labels = ["yes", "Yes", "no", "no ", "maybe"]
     rows = [{"text": f"{i}", "label": label} for i, label in enumerate(labels)]
