@@ -37,6 +37,10 @@ def test_a_recipe_is_as_short_as_in_yaml_and_checked_the_same_way() -> None:
     config: Any = LoraConfig(r=8)
     with pytest.raises(qvera.InputError, match=r"^adapter: .* got an object of the type LoraConfig\.$"):
         qvera.Recipe(model="m", data="rows.jsonl", adapter=config)
+    with pytest.raises(
+        qvera.InputError, match=r"^training\.max_steps: unknown key\. Write `max_steps` under `training`"
+    ):
+        short.replace(**{"training.max_steps": 3})
     with pytest.raises(qvera.InputError, match=r"Recipe: takes keys by name; .* write Recipe\(\*\*mapping\)\."):
         qvera.Recipe({"model": "m"})  # type: ignore[call-arg, misc]  # wrong on purpose
     labelled = qvera.Recipe(model="m", data="rows.csv", task="sequence-classification")

@@ -268,6 +268,9 @@ def _unknown_key(parents: list[str], name: str, holder: type[BaseModel], root: t
             return f"is not a key here: {advice}."
     if ":" in name:
         return "unknown key. Put a space after the colon."
+    section, _, key = name.partition(".")
+    if key and section in known:
+        return f"unknown key. Write `{key}` under `{section}`."
     name = _SHORT_NAMES.get(name, name)
     elsewhere: dict[str, list[str]] = {}  # key → where other sections have it
     for section, field in root.model_fields.items():
