@@ -169,7 +169,7 @@ def local_files(path: str) -> list[Path] | None:
 
 
 def _data_files(directory: Path) -> list[Path]:
-    if any((directory / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
+    if (directory / "dataset_dict.json").is_file() or any(directory.glob("*.arrow")):
         raise InputError(
             f"{directory}: was written by save_to_disk of datasets, whose Arrow files are not read. Convert it: "
             f"datasets.load_from_disk({str(directory)!r}), of that one split, and its to_parquet('rows.parquet')."
