@@ -166,13 +166,17 @@ def _layout(config: QveraConfig, linears: Sequence[str], specs: Mapping[str, Lin
     )
 
 
+def _taken(view: Tensor, slots: slice | Tensor) -> Tensor:
+    return view[slots] if isinstance(slots, slice) else view.index_select(0, slots)
+
+
 class _TakeSlots(torch.autograd.Function):
     """Select slots of a bank's view. Backward adds to the bank's gradients, so no gradient of all slots is made."""
 
     @staticmethod
     def forward(ctx: Any, view: Tensor, gradients: Tensor | None, slots: slice | Tensor) -> Tensor:
         ctx.gradients, ctx.slots = gradients, slots
-        return view[slots]
+        return _taken(view, slots)
 
     @staticmethod
     @once_differentiable
@@ -328,7 +332,7 @@ class _Part:
             return tensors
         if self.bank.trained_numbers:
             return {kind: _TakeSlots.apply(view, view.grad, self.slots) for kind, view in tensors.items()}
-        return {kind: view[self.slots] for kind, view in tensors.items()}
+        return {kind: _taken(view, self.slots) for kind, view in tensors.items()}
 
     def _slots_of(self, total: int) -> TokenSlots | None:
         """Return each token's slot in a pass of ``total`` tokens; None: all use the same slot."""

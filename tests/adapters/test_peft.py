@@ -265,7 +265,7 @@ def test_all_linear_leaves_out_the_head_names_match_last_parts_and_expressions_f
         (["q_proj", "query"], ["named query", "q_proj", "lm_head"]),
         (["wq", "wk"], ["named wk, wq", "down_proj"]),
         (["proj"], ["named proj"]),
-        ("nothing_like_it", ["named nothing_like_it"]),
+        ("nothing_like_it", ["that 'nothing_like_it' matches as a whole", "in a list"]),
         (["q_proj", "input_layernorm"], ["these are none", "input_layernorm (LlamaRMSNorm)"]),
         (["embed_tokens"], ["these are none", "embed_tokens (Embedding)"]),
         (None, ["takes `all-linear` or a list"]),

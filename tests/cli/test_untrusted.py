@@ -179,7 +179,7 @@ def test_code_that_comes_with_a_model_is_run_only_where_the_recipe_says_so(
     load_base(section)  # a Llama by its model_type: transformers' own classes read it
     assert not sprung.exists()
     change(base / "config.json", model_type="evil")
-    with pytest.raises(InputError, match="can't be loaded as a causal language model"):
+    with pytest.raises(InputError, match="needs Python code of its own. Set model.trust_remote_code: true"):
         load_base(section)
     assert not sprung.exists()
     with contextlib.suppress(InputError):  # that it was there to be run

@@ -199,5 +199,6 @@ def test_training_needs_a_place_for_adapters_and_a_recipe_that_fits(
     assert main(["serve", str(run), "--adapters", str(tmp_path / "adapters"), *training]) == 2
     assert "adapter.dropout: each adapter" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["serve", str(tiny_model_dir), "--training-dir", str(tmp_path / "file")]) == 2
+    adapters = ["--adapters", str(tmp_path / "adapters")]
+    assert main(["serve", str(tiny_model_dir), *adapters, "--training-dir", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err
