@@ -89,8 +89,7 @@ def test_attention_takes_the_blocks_as_they_are(found: list[list[dict[str, Any]]
         assert attention_of(one) == {"torch_attn._varlen_attn": LAYERS}
         # requests of other lengths attend apart there, and keys and values are copied for each
         groups = attention_of(other)["aten._scaled_dot_product_efficient_attention"] // LAYERS
-        taken, untaken = (step["kernels"].get("aten.index_select", 0) for step in (other, one))
-        assert taken - untaken == 2 * LAYERS * groups
+        assert other["kernels"]["aten.index_select"] == 2 * LAYERS * groups  # the slots of its LoRAs are a view
         assert one["launches"] < other["launches"]
 
 
