@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 """A user's text; messages with ``role`` and ``content``, as in OpenAI's API; or a row as qvera reads it."""
 
-Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")

@@ -109,6 +109,7 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     capsys.readouterr()
     assert main(["generate", str(trained_run), "--prompt", "say red 1", "--max-new-tokens", "6"]) == 0
     (answer,) = run.generate("say red 1", max_new_tokens=6)
+    assert len(run.generate("say red 1", temperature=2, max_new_tokens=2)) == 1  # transformers takes no whole number
     assert capsys.readouterr().out.strip() == answer.strip()
     assert run.generate([[{"role": "user", "content": "say red 1"}]], max_new_tokens=6) == [answer]
     with pytest.raises(qvera.InputError, match="prompt 2: expected a text or a list of messages, got 3"):
@@ -170,6 +171,7 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         ("generate", {"prompts": "x", "max_new_tokens": "8"}, "max_new_tokens: should be a whole number, got '8'."),
         ("generate", {"prompts": "x", "max_new_tokens": 2.5}, "max_new_tokens: should be a whole number, got 2.5."),
         ("generate", {"prompts": "x", "temperature": -1}, "temperature: should be greater than or equal to 0, got -1."),
+        ("generate", {"prompts": "x", "temperature": 70}, "temperature: should be less than or equal to 2, got 70."),
         ("evaluate", {"rows": 1}, "rows: expected a file, or a list of mappings such as"),
         ("evaluate", {"max_new_tokens": 0}, "max_new_tokens: should be greater than or equal to 1, got 0."),
         ("evaluate", {"metrics": "bleu"}, "metrics: should be a list, got 'bleu'."),

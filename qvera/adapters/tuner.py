@@ -14,7 +14,10 @@ With ``shared`` the experts of a layer have one d and one b.
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from qvera.models.experts import ExpertStack, Routing, misread_by_peft, require_
 from qvera.models.structure import beside_the_layers, head_size, share_tied_modules
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
+from qvera.utils.files import CERTIFICATE, try_read_json
 
 
 class QveraExperts(QveraLinear):
@@ -124,6 +128,14 @@ class QveraModel(BaseTuner):
         """Check an adapter's targets, projections and tokens (InputError), draw its pair, then let PEFT put it in."""
         # not in `_pre_injection_hook`, which PEFT calls for a model's first adapter only
         config = self.peft_config[adapter_name]
+        export = Path(getattr(model.config, "_name_or_path", "")) / CERTIFICATE
+        merged_into = ((try_read_json(export) or {}).get("base") or {}).get("fingerprint")
+        if config.base_fingerprint is not None and config.base_fingerprint == merged_into:
+            warnings.warn(
+                f"{export.parent} is an export that an adapter of the same base was merged into, and {adapter_name!r} "
+                "is added to it: the same adapter would act twice. Load it on its base.",
+                stacklevel=2,
+            )
         tokens = getattr(config, "added_tokens", None)
         if tokens and getattr(model, PLACED, None) != tokens:
             raise InputError(
@@ -238,7 +250,8 @@ class QveraModel(BaseTuner):
             limits = [f"{k} {v}" for k in keys if (v := getattr(config, k)) is not None]
             wanted = f"is named {', '.join(sorted(unmatched or names))}"
             if isinstance(targets, str):
-                wanted = f"has a path that {targets!r} matches as a whole (a name is written in a list: [{targets!r}])"
+                listed = re.split(r"[,\s]+", targets)
+                wanted = f"has a path that {targets!r} matches as a whole (names are written in a list: {listed})"
             raise InputError(
                 f"adapter.targets: no module of this model {wanted}"
                 f"{' within ' + ', '.join(limits) if limits else ''}. Its linears are named {', '.join(known)}."

@@ -91,7 +91,7 @@ def _top_p(value: float) -> float:
     return value
 
 
-Temperature = Annotated[float, typer.Option(min=0.0, metavar="T", help="Sampling temperature; 0: greedy.")]
+Temperature = Annotated[float, typer.Option(min=0.0, max=2.0, metavar="T", help="Sampling temperature; 0: greedy.")]
 TopP = Annotated[float, typer.Option(callback=_top_p, metavar="P", help="Nucleus sampling: probability mass.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, metavar="N", help="Seed of the sampling.")]
 

@@ -218,7 +218,9 @@ def serve(
         if jobs is not None:
             ending.enter_context(jobs)
         ending.callback(answering.close)  # first: no thread trains while the jobs are saved
-        said = f"{served.base_name} and {len(served.store.names()):,} adapters at {url}/v1. Ctrl-C ends it."
+        names = served.store.names()
+        called = f" {names[0]!r}" if len(names) == 1 else ""
+        said = f"{served.base_name} and {counted(len(names), 'adapter')}{called} at {url}/v1. Ctrl-C ends it."
 
         def stopping(calls: int) -> None:
             rest = f"; {counted(calls, 'call')} may finish within {drain_seconds:g} s. Again: at once" if calls else ""

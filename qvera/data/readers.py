@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import functools
@@ -143,6 +144,11 @@ def local_files(path: str) -> list[Path] | None:
 
     Raises InputError: no such path, no regular file, or a directory without data files or with several splits.
     """
+    if not path.isprintable():
+        raise InputError(
+            f"data.path: {path!r} holds a line end, a tab or the like. In double quotes a backslash begins such a "
+            "character: use single quotes."
+        )
     local = Path(path).expanduser()
     if local.is_dir():
         return _data_files(local)
@@ -421,12 +427,16 @@ def _say_delimiter(file: Path, delimiter: str) -> None:
 
 
 def _delimiter(file: Path, stream: TextIO, most_characters: int) -> str:
-    """Find the delimiter that divides the header into most columns. One that the suffix does not say is logged once."""
+    """Find the delimiter that divides the first line into most columns; one that the suffix does not say is logged."""
     usual = "\t" if file.suffix.lower() == ".tsv" else ","
     lines = iter(functools.partial(stream.readline, most_characters), "")
     header = next((line for line in lines if line.strip()), "")
     stream.seek(0)
-    columns = {delimiter: len(next(csv.reader([header], delimiter=delimiter), [])) for delimiter in _DELIMITERS}
+    columns = {}
+    for delimiter in _DELIMITERS:
+        with contextlib.suppress(csv.Error):  # quotes that end in the middle of a field
+            columns[delimiter] = len(next(csv.reader([header], delimiter=delimiter, strict=True), []))
+    columns = columns or {usual: 1}
     found = max(columns, key=lambda delimiter: (columns[delimiter], delimiter == usual))
     if found != usual:
         _say_delimiter(file, found)

@@ -168,7 +168,7 @@ def generate_tokens(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
     device = next(model.parameters()).device
     ends = end_tokens(model, tokenizer)
     # Under ZeRO-3 a rank whose answers have ended goes on, because the others still need its shards.

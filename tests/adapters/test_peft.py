@@ -266,6 +266,7 @@ def test_all_linear_leaves_out_the_head_names_match_last_parts_and_expressions_f
         (["wq", "wk"], ["named wk, wq", "down_proj"]),
         (["proj"], ["named proj"]),
         ("nothing_like_it", ["that 'nothing_like_it' matches as a whole", "in a list"]),
+        ("q_proj, v_proj", ["names are written in a list: ['q_proj', 'v_proj']"]),
         (["q_proj", "input_layernorm"], ["these are none", "input_layernorm (LlamaRMSNorm)"]),
         (["embed_tokens"], ["these are none", "embed_tokens (Embedding)"]),
         (None, ["takes `all-linear` or a list"]),

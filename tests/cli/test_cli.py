@@ -248,6 +248,7 @@ MISTYPED = {
     "export run out --to mergd": "merged",
     "chat run --top-p 0": "--top-p",
     "chat run --temperature -1": "--temperature",
+    "generate run p.txt --temperature 70": "less than or equal to 2",
     "generate run p.txt --out a --batch-size 0": "--batch-size",
     "generate run p.txt --out a --max-new-tokens 0": "--max-new-tokens",
 }

@@ -58,6 +58,7 @@ def test_a_csv_without_commas_is_read_by_what_divides_its_header_and_that_is_sai
     assert caplog.messages == [f"{path}: columns are separated by a comma."]
     caplog.clear()
     assert rows(write("text\na; b\n", "one.csv"))[0].fields == {"text": "a; b"}
+    assert len(rows(write('"a; b, c",d=1; e=2; f=3\ng,h\n', "quoted.csv"))[0].fields) == 2  # no ; ends those quotes
     assert rows(write("prompt,completion\na;b;c,d\n", "commas.csv"))[0].fields == {"prompt": "a;b;c", "completion": "d"}
     assert not caplog.messages
 
@@ -191,6 +192,8 @@ def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
         rows(str(tmp_path / "trian.jsonl"))
     with pytest.raises(InputError, match="no directory"):
         rows(str(tmp_path / "nowhere" / "train.jsonl"))
+    with pytest.raises(InputError, match=r"data.path: 'data\\rows.csv' holds a line end.* use single quotes"):
+        rows("data\rows.csv")
     with pytest.raises(InputError, match=r"Variables such as \$HOME are not filled in"):
         rows("$HOME/train.jsonl")
     with pytest.raises(InputError, match="Addresses are not read: download the file"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -141,6 +143,17 @@ def test_the_adapter_in_a_run_is_exported_as_the_run_is(alpaca_run: Path, tmp_pa
         files.append({path.name: path.read_bytes() for path in out.iterdir() if path.name != "qvera_export.json"})
     assert files[0] == files[1] and "Alpaca" in files[0]["chat_template.jinja"].decode()
     assert differences[0] == differences[1] and differences[0]["kl_max"] < 1e-6
+
+
+def test_an_adapter_on_an_export_that_it_was_merged_into_is_warned_of(tiny_model_dir: Path, tmp_path: Path) -> None:
+    _, section, adapter = trained_adapter(tiny_model_dir, tmp_path / "adapter", knows_base=True)
+    export_merged(adapter, section, tmp_path / "out", ExportSection())
+    for directory, is_warned in ((tmp_path / "out", True), (tiny_model_dir, False)):
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            PeftModel.from_pretrained(base, adapter)
+        assert any("would act twice" in str(one.message) for one in seen) == is_warned
 
 
 def test_the_dequantized_base_is_the_one_trained_on_where_the_stored_dtype_is_wider(tmp_path: Path) -> None:

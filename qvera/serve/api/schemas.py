@@ -365,6 +365,12 @@ class AdapterBody(BaseModel):
     name: Text
 
 
+def _multiplier(value: float) -> float:
+    if value < 0.01:
+        raise ValueError("is a factor for the recipe's learning rate, not a rate. Expected at least 0.01")
+    return value
+
+
 class HyperparametersBody(Body):
     """The hyperparameters of a job. ``auto`` means the value of the server's recipe."""
 
@@ -372,7 +378,8 @@ class HyperparametersBody(Body):
     n_epochs: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False, strict=True)] | Literal["auto"] = "auto"
     batch_size: Annotated[int, Field(ge=1, le=1024, strict=True)] | Literal["auto"] = "auto"
     learning_rate_multiplier: (
-        Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False, strict=True)] | Literal["auto"]
+        Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False, strict=True), AfterValidator(_multiplier)]
+        | Literal["auto"]
     ) = "auto"
 
 

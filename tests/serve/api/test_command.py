@@ -113,6 +113,7 @@ def test_sigterm_ends_the_process_after_the_running_answer(command: Command) -> 
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] in ("stop", "length")
     assert command.wait() == 0
     assert "/v1. Ctrl-C ends it.\nstopping" in command.said
+    assert f"tiny-llama and {len(NAMES)} adapters at http" in command.said
 
 
 def test_a_base_with_a_directory_of_adapters(run: Path, tiny_model_dir: Path, tmp_path: Path, capsys: Any) -> None:

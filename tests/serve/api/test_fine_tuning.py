@@ -112,6 +112,12 @@ BAD_ROWS = [
 ]
 
 
+def test_a_learning_rate_in_place_of_its_multiplier_is_refused(training: Served) -> None:
+    refused = create(training, hyperparameters={"learning_rate_multiplier": 1e-4})
+    assert refused.status_code == 400
+    assert "is a factor for the recipe's learning rate, not a rate" in refused.json()["error"]["message"]
+
+
 def test_a_bad_file_fails_its_job_and_names_the_line(training: Served) -> None:
     for rows, message in BAD_ROWS:
         bad = send(training, rows, "held out.jsonl").json()["id"]
