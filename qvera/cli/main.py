@@ -126,6 +126,8 @@ def _run(arguments: list[str] | None) -> int:
         for name, instead in _INSTEAD.items() if command == "qvera" else ():
             if f"No such command {name!r}" in text:
                 text = f"No such command {name!r}. {instead}"
+        if "No such option" in text and command in ("qvera train", "qvera launch"):
+            text += ". A key of the recipe goes to --set, as in --set training.num_train_epochs=3"
         if "unexpected extra argument" in text and "--set" in (arguments or sys.argv):
             text += ". Each key takes its own --set, and a value with spaces quotes: --set 'a.b={c: d}'"
         end = "" if text.endswith((".", "?")) else "."

@@ -151,12 +151,7 @@ def serve(
 
     import dataclasses
 
-    from qvera.evaluation.generate import PromptWriter, end_tokens
-    from qvera.serve.api.app import create_app
     from qvera.serve.api.server import Server, bound
-    from qvera.serve.api.service import Service
-    from qvera.serve.background import InTurn
-    from qvera.serve.opening import open_served
 
     key_file = KeyFile(keys) if keys is not None else None
     limits = dataclasses.replace(
@@ -184,6 +179,13 @@ def serve(
         answering_seconds=0.0 if tinker else _ENGINE.answering_seconds,
     )
     with bound(host, port) as (listener, url), contextlib.ExitStack() as ending:
+        # these import torch, which takes long; a taken port is told before
+        from qvera.evaluation.generate import PromptWriter, end_tokens
+        from qvera.serve.api.app import create_app
+        from qvera.serve.api.service import Service
+        from qvera.serve.background import InTurn
+        from qvera.serve.opening import open_served
+
         directory = jobs = tinker_api = None
         if training_dir is not None:
             from qvera.serve.fine_tuning.directory import TrainingDirectory

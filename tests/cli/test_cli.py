@@ -241,6 +241,7 @@ def test_help_fits_one_screen_and_names_every_command(capsys: Capture) -> None:
 MISTYPED = {
     "trian r.yaml": "'train'",
     "train r.yaml --resum": "--resume",
+    "train r.yaml --epochs 3": "A key of the recipe goes to --set, as in --set training.num_train_epochs=3.",
     "report run": "`qvera train` writes report.html into each run, and `qvera ui` shows runs.",
     "ls runs": "No such command 'ls'. `qvera ui` shows runs, `qvera info` one of them.",
     "cache list": "No such command 'list'",

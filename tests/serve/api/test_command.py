@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,8 +97,11 @@ def test_the_example_of_the_documentation_runs(command: Command, capsys: Any) ->
     assert json.loads(found.stdout)["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-def test_a_taken_port_is_named_before_anything_is_loaded(command: Command, capsys: Any) -> None:
+def test_a_taken_port_is_named_before_anything_is_loaded(
+    command: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = command.url.rsplit(":", 1)[1]
+    monkeypatch.setitem(sys.modules, "qvera.evaluation.generate", None)  # it imports torch
     assert main(["serve", "a base that is not there", "--port", port]) == 2
     assert f"--port {port}: can't be taken (Address already in use)" in capsys.readouterr().err
 
