@@ -128,7 +128,9 @@ class QveraModel(BaseTuner):
         """Check an adapter's targets, projections and tokens (InputError), draw its pair, then let PEFT put it in."""
         # not in `_pre_injection_hook`, which PEFT calls for a model's first adapter only
         config = self.peft_config[adapter_name]
-        export = Path(getattr(model.config, "_name_or_path", "")) / CERTIFICATE
+        export = (
+            Path(getattr(getattr(model, "config", None), "_name_or_path", "")) / CERTIFICATE
+        )  # PEFT takes any module
         merged_into = ((try_read_json(export) or {}).get("base") or {}).get("fingerprint")
         if config.base_fingerprint is not None and config.base_fingerprint == merged_into:
             warnings.warn(

@@ -46,7 +46,8 @@ def _serve(log: str, arguments: tuple[str, ...], save_steps: int) -> None:
     with open(log, "wb") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    sys.exit(main(["serve", "--port", "0", *arguments]))
+    port = [] if "--port" in arguments else ["--port", "0"]
+    sys.exit(main(["serve", *port, *arguments]))
 
 
 class Command:
