@@ -12,8 +12,6 @@ from qvera.utils.errors import InputError
 
 _logger = logging.getLogger(__name__)
 _ANSWER_SECONDS = 6
-_silent: list[str] = []
-"""The address that gave no answer in time, so that HF_HUB_OFFLINE was set here."""
 
 
 def leave_silent_hub(*names: str) -> None:
@@ -44,13 +42,10 @@ def leave_silent_hub(*names: str) -> None:
     if not answered.is_set():
         _logger.warning("%s does not answer, so only what was fetched before is used.", address)
         os.environ["HF_HUB_OFFLINE"] = "1"
-        _silent.append(address)
 
 
 def hub_hint() -> str:
     """Return the last sentence for an error about something that the hub should have given."""
-    if _silent:
-        return f"{_silent[0]} did not answer: look at the network and HF_ENDPOINT."
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set, so the hub was not asked."
+        return "HF_HUB_OFFLINE is set, or the hub did not answer at the start: look at the network and HF_ENDPOINT."
     return "Look at the network, HF_ENDPOINT and HF_HUB_OFFLINE."
