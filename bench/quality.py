@@ -119,8 +119,8 @@ def taken_as(trial: Trial) -> trials.Trial:
 
 WHOLE = tuple(method for method in METHODS if method not in (*RANKS[:3], *CANDIDATES))
 STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]] = [
-    ("minilm", ("trec",), 150, (*RANKS, *CANDIDATES), ("rate",)),
-    ("minilm", ("sst2",), 150, RANKS, ("rate",)),
+    ("minilm", ("trec", "sst2"), 150, RANKS, ("rate",)),
+    ("minilm", ("trec",), 150, CANDIDATES, ("rate",)),
     ("minilm", tuple(HEADS), 150, LEADERS, ("rate", "head")),
     ("smollm2", ("alpaca",), 50, LEADERS, ("rate",)),
     ("smollm2", ("sst2",), 150, LEADERS, ("rate", "head")),
