@@ -144,7 +144,7 @@ def local_files(path: str) -> list[Path] | None:
 
     Raises InputError: no such path, no regular file, or a directory without data files or with several splits.
     """
-    if not path.isprintable():
+    if re.search(r"[\x00-\x1f]", path):
         raise InputError(
             f"data.path: {path!r} holds a line end, a tab or the like. In double quotes a backslash begins such a "
             "character: use single quotes."
