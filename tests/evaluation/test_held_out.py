@@ -205,7 +205,7 @@ HARMFUL: dict[str, dict[str, Any]] = {
     "which changes prompts": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3},
     "not a config that PEFT can read": {"peft_type": "LORETTA"},
     "no module of this model is named no_such_proj": {"target_modules": ["no_such_proj"]},
-    "(a name is written in a list: ['q_proj'])": {"target_modules": "q_proj"},
+    "(names are written in a list: ['q_proj'])": {"target_modules": "q_proj"},
     "12 unknown": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "this model needs [3, 64]": {"r": 3},
 }
