@@ -42,6 +42,9 @@ class Starter:
         self.place, self.key = place, secrets.token_urlsafe(32)
         self._directories, self._logs = directories, tempfile.TemporaryDirectory()
         self._processes: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script
+            # processes inherit that it is ignored, and could not be stopped; a handler they do not inherit
+            signal.signal(signal.SIGINT, lambda *_: None)
 
     def recipe(self, name: str) -> Path:
         """Return the path of a run's recipe.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from qvera.cli.main import main
 from qvera.serve.ui import start
 from qvera.serve.ui.app import create_app
+from qvera.serve.ui.directories import RunDirectories
 from tests.helpers import wait_until
 from tests.serve.command import running
 from tests.serve.ui.test_browser import WIDE
@@ -131,6 +134,16 @@ def test_stop_asks_as_ctrl_c_does_and_the_end_of_the_server_stops_no_training(
     assert str([*given, "--resume"]) in form.starter.output("mine", "train")
     form.ask("/recipe/mine", do="stop-train")
     wait_until(lambda: not form.starter.is_running("mine", "train"))
+
+
+def test_what_is_started_can_be_stopped_where_the_server_ignores_ctrl_c(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a script's background
+    try:
+        start.Starter(tmp_path, RunDirectories([tmp_path]))
+        code = "import signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_it_listens_to_this_machine_only_and_makes_its_directory(
