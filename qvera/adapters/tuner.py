@@ -128,14 +128,15 @@ class QveraModel(BaseTuner):
         """Check an adapter's targets, projections and tokens (InputError), draw its pair, then let PEFT put it in."""
         # not in `_pre_injection_hook`, which PEFT calls for a model's first adapter only
         config = self.peft_config[adapter_name]
-        loaded_from = Path(getattr(getattr(model, "config", None), "_name_or_path", ""))  # PEFT takes any module
-        merged_into = (try_read_json(loaded_from / CERTIFICATE) or {}).get("base", {}).get("fingerprint")
-        if config.base_fingerprint is not None and config.base_fingerprint == merged_into:
-            warnings.warn(
-                f"{loaded_from} is an export that an adapter of the same base was merged into, and {adapter_name!r} "
-                "is added to it: the same adapter would act twice. Load it on its base.",
-                stacklevel=2,
-            )
+        if config.base_fingerprint is not None:  # a saved adapter's; a fresh one reads no file
+            loaded_from = Path(getattr(getattr(model, "config", None), "_name_or_path", ""))  # PEFT takes any module
+            export = try_read_json(loaded_from / CERTIFICATE)
+            if export is not None and export.get("base", {}).get("fingerprint") == config.base_fingerprint:
+                warnings.warn(
+                    f"{loaded_from} is an export that an adapter of the same base was merged into, and "
+                    f"{adapter_name!r} is added to it: the same adapter would act twice. Load it on its base.",
+                    stacklevel=2,
+                )
         tokens = getattr(config, "added_tokens", None)
         if tokens and getattr(model, PLACED, None) != tokens:
             raise InputError(

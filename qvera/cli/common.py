@@ -34,7 +34,7 @@ _ENDINGS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".p
 class Command(TyperCommand):
     """A command whose options of one value are not given twice: the first would be lost without a word."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raise a usage error that names the option."""
         _, _, given = self.make_parser(ctx).parse_args(list(args))
         for param in given:

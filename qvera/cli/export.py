@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -84,7 +84,7 @@ def export(
 class Weights(Command):
     """Lets ``--weights`` take several numbers: ``--weights 1 -1``, or ``--weights 0.5,0.5``."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each number."""
         found: list[str] = []
         for arg in args:
