@@ -1,4 +1,4 @@
-"""Write docs/recipe.md and qvera/config/recipe.schema.json from the recipe's JSON schema: ``python docs/make_reference.py``.
+"""Write docs/recipe.md and docs/recipe.schema.json from the recipe's JSON schema: ``python docs/make_reference.py``.
 
 A test compares both files with what this script writes.
 """
@@ -19,9 +19,9 @@ A recipe is one YAML file with five sections and two keys beside them. Only `mod
 `model: some/path` is short for `model: {path: some/path}`. This page is written by `python docs/make_reference.py` from
 `qvera/config/sections.py`.
 
-**Editors.** `qvera/config/recipe.schema.json` is the JSON schema. Begin a recipe with
-`# yaml-language-server: $schema=PATH_OR_URL_OF_THE_SCHEMA` and an editor with a YAML language server completes keys and marks
-mistakes.
+**Editors.** An editor with a YAML language server completes keys and marks mistakes where a recipe begins with
+`# yaml-language-server: $schema=PATH_OF_THE_SCHEMA`. `qvera init` writes that line, and the JSON schema into the cache. For a
+recipe of your own, `qvera schema > recipe.schema.json` writes it. It has the keys of installed plug-ins too.
 
 **Overrides.** `--set section.key=value` on the command line replaces one key. The value is YAML.
 
@@ -67,7 +67,7 @@ def reference() -> str:
 
 
 def schema_file() -> str:
-    """Return qvera/config/recipe.schema.json."""
+    """Return docs/recipe.schema.json, the schema of the recipes in recipes/."""
     return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
@@ -112,4 +112,4 @@ def _flow(text: str) -> str:
 
 if __name__ == "__main__":
     (ROOT / "docs" / "recipe.md").write_text(reference(), encoding="utf-8")
-    (ROOT / "qvera" / "config" / "recipe.schema.json").write_text(schema_file(), encoding="utf-8")
+    (ROOT / "docs" / "recipe.schema.json").write_text(schema_file(), encoding="utf-8")

@@ -237,7 +237,7 @@ def test_the_recipes_on_the_pages_are_accepted(tmp_path: Path, tiny_model_dir: P
 def test_the_recipe_reference_is_current() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == made["reference"]()
-    assert (ROOT / "qvera" / "config" / "recipe.schema.json").read_text(encoding="utf-8") == made["schema_file"]()
+    assert (ROOT / "docs" / "recipe.schema.json").read_text(encoding="utf-8") == made["schema_file"]()
 
 
 def test_names_of_the_reference_exist() -> None:

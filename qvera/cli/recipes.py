@@ -26,7 +26,7 @@ from qvera.cli.common import (
     require_new_file,
 )
 from qvera.utils.errors import InputError
-from qvera.utils.files import replace_text, resolve_path
+from qvera.utils.files import cache_root, replace_text, resolve_path
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -85,7 +85,7 @@ def init(
     model = model or _ask("--model", "Base model (a directory or a hub id)")
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
-    from qvera.config.schema import parse_recipe, read_yaml
+    from qvera.config.schema import json_schema, parse_recipe, read_yaml
     from qvera.data.source import hub_datasets
     from qvera.training.trainer import check_early
     from qvera.utils.hub import leave_silent_hub
@@ -119,6 +119,9 @@ def init(
     context = context_limit(empty)
     text = recipe_text(recipe, stats, hidden_size, context)
     parse_recipe(read_yaml(text, str(out))[0], str(out))
+    with contextlib.suppress(OSError):  # a cache that can't be written: editors don't complete the recipe's keys
+        _schema_file().parent.mkdir(parents=True, exist_ok=True)
+        replace_text(_schema_file(), json.dumps(json_schema(), indent=1))
     replace_text(out, text)
     classes = f", {stats.targets_text}" if stats.labels is not None else ""
     longest = "" if stats.format == "image" else f", the longest has {stats.longest_tokens:,} tokens"
@@ -217,7 +220,6 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, conte
         hidden_size: the base's; None: it has none, and the rate is the schema's default.
         context: the most tokens that the base takes.
     """
-    from qvera import config
     from qvera.adapters.methods import HEAD_RATE, measured_rate
     from qvera.config import schema
     from qvera.config.schema import yaml_text
@@ -270,7 +272,7 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, conte
     rank = f"{SMALL_RANK}                     # for a hidden size of {hidden_size}" if is_small else f"{adapter.rank}"
     written = "\n  ".join(keys)
     return f"""\
-# yaml-language-server: $schema={Path(config.__file__).with_name("recipe.schema.json")}
+# yaml-language-server: $schema={_schema_file()}
 # Written by `qvera init`. docs/recipe.md describes every key. Relative paths start in the directory
 # where you run qvera. A line that begins with # shows a default.
 
@@ -290,6 +292,11 @@ training:
   {written}
   # lr_scheduler_type: {training.lr_scheduler_type}
 """
+
+
+def _schema_file() -> Path:
+    """Where `qvera init` keeps the JSON schema for editors. It has the keys of installed plug-ins too."""
+    return cache_root() / "recipe.schema.json"
 
 
 def schema() -> None:

@@ -73,7 +73,7 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
     assert main(["preview", str(out)]) == 0
     text = out.read_text()
     assert text.startswith("# yaml-language-server: $schema=")
-    assert Path(text.splitlines()[0].partition("=")[2]).is_file()
+    assert json.loads(Path(text.splitlines()[0].partition("=")[2]).read_text()) == json_schema()
     assert "exists; nothing is overwritten" in init(tiny_rows, code=2)
     assert out.read_text() == text
 

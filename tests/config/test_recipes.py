@@ -11,7 +11,7 @@ from bench.paper import TABLES
 from qvera.config.schema import load_recipe, read_yaml
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
-SCHEMA = RECIPES.parent / "qvera" / "config" / "recipe.schema.json"
+SCHEMA = RECIPES.parent / "docs" / "recipe.schema.json"
 OVER_LLAMA = [
     "customers", "e2e/smollm2-135m", "e2e/smollm2-135m-lora", "images/qwen3-vl-2b", "instruct/llama-13b", "instruct/llama-7b", "instruct/llama2-13b",
     "instruct/llama2-7b", "instruct/llama3.1-8b", "instruct/smollm2-135m", "preference/llama3-8b-dpo",
