@@ -186,20 +186,21 @@ def _save(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes)
     if kind == "save_weights_for_sampler" and asked.path is None and asked.sampling_session_seq_id is not None:
         return _save_unnamed(tinker, model, kind, asked, asked.sampling_session_seq_id)
     place = checkpoints.place(model.id, SAVES[kind], asked.path or f"{seq:06}")
-    recipients = recipients_of(asked.age_encryption_recipients)
+    written, recipients = place.directory.with_name(f".{seq}"), recipients_of(asked.age_encryption_recipients)
     about = {"base": model.base, **model.shape._asdict(), "user_metadata": asked.user_metadata}
 
     def start(promise: str, done: Done) -> None:
         checkpoints.require_free(place, model.owner, asked.overwrite, promise)
         if place.kind == "weights":
-            place.directory.mkdir(parents=True, exist_ok=True)
-            tinker.tenants.save_state(model.id, place.directory / STATE, done)
+            written.mkdir(parents=True, exist_ok=True)
+            tinker.tenants.save_state(model.id, written / STATE, done)
         else:
-            tinker.tenants.save_adapter(model.id, place.directory, done)
+            tinker.tenants.save_adapter(model.id, written, done)
 
     def finish(promise: str, _: object) -> dict[str, Any]:
-        encrypt(place.directory, recipients)
-        checkpoints.add(place, model.owner, asked.ttl_seconds, {**about, "promise": promise})
+        encrypt(written, recipients)
+        facts = {**about, "promise": promise}
+        checkpoints.add(place, written, model.owner, asked.overwrite, asked.ttl_seconds, facts)
         return {"path": place.path, "type": kind}
 
     return Call(kind, start, finish, is_kept=False)

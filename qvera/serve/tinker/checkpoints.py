@@ -4,8 +4,9 @@
     tinker://RUN/sampler_weights/NAME     runs/RUN/sampler_weights/NAME/      an adapter directory, to answer with
     tinker://RUN/external_weights/NAME    runs/RUN/external_weights/NAME/     the same, to be downloaded
 
-RUN is a model's id, with ``_`` for ``:`` in a directory's name. A checkpoint enters the database once its files are on
-disk, and leaves it after they were deleted. So a directory that it does not name is what a killed server has left.
+RUN is a model's id, with ``_`` for ``:`` in a directory's name. Files are written to a hidden directory beside their
+place, and are moved there together. A checkpoint enters the database once its files are on disk, and leaves it after
+they were deleted. So a directory that it does not name is what a killed server has left.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qvera.serve.api.errors import ApiError, shortened_name
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import ModelShape
 from qvera.utils.errors import InputError
-from qvera.utils.files import replacing
+from qvera.utils.files import exchange, flush, replacing
 from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Checkpoints:
     def __init__(self, database: Database, root: Path, most_bytes: int) -> None:
         """``most_bytes``: the most that all checkpoints of one key may take."""
         self.database, self._runs, self._most_bytes = database, root / "runs", most_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def place(self, run: str, kind: CheckpointKind, name: str) -> Checkpoint:
         """The place of a checkpoint. Raises InputError for a name that is no part of a path."""
@@ -85,28 +86,52 @@ class Checkpoints:
         found = self._select("path = ?", place.path)
         if found and not overwrite and found[0].about.get("promise") != promise:
             raise InputError(f"path: {place.path} exists. Choose another name, delete it, or save with overwrite=True.")
-        (used,) = self.database.rows("SELECT IFNULL(SUM(bytes), 0) FROM checkpoints WHERE owner = ?", (owner,))[0]
+        query = "SELECT IFNULL(SUM(bytes), 0) FROM checkpoints WHERE owner = ? AND path != ?"
+        (used,) = self.database.rows(query, (owner, place.path))[0]
         if used >= self._most_bytes:
             raise InputError(
                 f"path: this key's checkpoints take {size(used)}, and {size(self._most_bytes)} is the most; delete "
                 "some, or save with ttl_seconds."
             )
 
-    def add(self, place: Checkpoint, owner: str, ttl_seconds: int | None, about: dict[str, Any]) -> None:
-        """Add a checkpoint whose files are on disk, in place of one with its path."""
+    def add(
+        self,
+        place: Checkpoint,
+        written: Path,
+        owner: str,
+        overwrite: bool,
+        ttl_seconds: int | None,
+        about: dict[str, Any],
+    ) -> None:
+        """Add a checkpoint, in place of one with its path. Raises as `require_free`, and deletes its files then.
+
+        ``written``: a directory beside its own, with its files. It is gone afterwards. After a RunFailed call it again.
+        """
         now = time.time()
-        self.database.insert(
-            "checkpoints",
-            path=place.path,
-            owner=owner,
-            run=place.run,
-            kind=place.kind,
-            name=place.name,
-            created=now,
-            bytes=sum(file.stat().st_size for file in place.directory.iterdir()),
-            expires=None if ttl_seconds is None else now + ttl_seconds,
-            about=json.dumps(about),
-        )
+        with self._lock:  # another save of the same name may have ended meanwhile, or the old one have expired
+            try:
+                self.require_free(place, owner, overwrite, about["promise"])
+            except InputError:
+                shutil.rmtree(written, ignore_errors=True)
+                raise
+            if written.exists():
+                if not exchange(written, place.directory):  # there is none yet, or the system can't do that
+                    shutil.rmtree(place.directory, ignore_errors=True)
+                    written.rename(place.directory)
+                flush(place.directory.parent)
+                shutil.rmtree(written, ignore_errors=True)
+            self.database.insert(
+                "checkpoints",
+                path=place.path,
+                owner=owner,
+                run=place.run,
+                kind=place.kind,
+                name=place.name,
+                created=now,
+                bytes=sum(file.stat().st_size for file in place.directory.iterdir()),
+                expires=None if ttl_seconds is None else now + ttl_seconds,
+                about=json.dumps(about),
+            )
 
     def find(self, path: str, owner: str, kind: CheckpointKind | None = None) -> Checkpoint:
         """Return a checkpoint that a key may read. Raises ApiError 404, or InputError if it is of another ``kind``."""
@@ -126,10 +151,10 @@ class Checkpoints:
 
     def remove_expired(self) -> None:
         """Delete checkpoints whose time is over. What a kill leaves of one is deleted the next time."""
-        over, now = "expires IS NOT NULL AND expires <= ?", time.time()
-        for row in self.database.rows(f"SELECT * FROM checkpoints WHERE {over}", (now,)):
-            shutil.rmtree(self._made(row).directory, ignore_errors=True)
-            self.database.rows(f"DELETE FROM checkpoints WHERE path = ? AND {over}", (row["path"], now))
+        with self._lock:
+            for row in self.database.rows("SELECT * FROM checkpoints WHERE expires <= ?", (time.time(),)):
+                shutil.rmtree(self._made(row).directory, ignore_errors=True)
+                self.database.rows("DELETE FROM checkpoints WHERE path = ?", (row["path"],))
 
     def copy(self, path: str, owner: str, ttl_seconds: int | None, key: str) -> Checkpoint:
         """Copy a checkpoint to a run of its own. The same ``key`` gives the same copy. Raises as `find`."""
@@ -140,10 +165,12 @@ class Checkpoints:
             place = self.place(run, source.kind, source.name)
             self.require_free(place, owner, False, "")
             # a file that is saved over is a new file, so the copy keeps the old one
-            shutil.copytree(source.directory, place.directory, copy_function=os.link)
+            written = place.directory.with_name(".copy")
+            shutil.copytree(source.directory, written, copy_function=os.link)
             about = source.about
             self.database.add_model(run, "", owner, about["base"], source.shape, 0, about["user_metadata"], ended=now)
-            self.add(place, owner, ttl_seconds, {**about, "copy_key": key, "download": None})  # found from here on
+            # found from here on
+            self.add(place, written, owner, False, ttl_seconds, {**about, "copy_key": key, "download": None})
             return place
 
     def directories(self) -> list[Path]:
@@ -211,8 +238,8 @@ def encrypt(directory: Path, recipients: Sequence[Any]) -> None:
         return
     import pyrage
 
-    # after a restart it may run again: files with the suffix are done
-    for file in [file for file in directory.iterdir() if file.suffix != ".age"]:
+    # where the database refuses the result it runs again: files with the suffix are done, or were moved away
+    for file in [file for file in directory.glob("*") if file.suffix != ".age"]:
         with replacing(file.with_name(f"{file.name}.age")) as partial:
             partial.write_bytes(pyrage.encrypt(file.read_bytes(), recipients))
         file.unlink()

@@ -427,6 +427,8 @@ class Tinker:
                 found = call.finish(promise, result)
             except RunFailed:
                 raise
+            except InputError as error:
+                self.database.fail(promise, str(error), "user")
             except Exception as error:
                 _logger.exception("%s of %s", call.kind, model.id)
                 self.database.fail(promise, f"The result can't be written: {first_line(error)}", "server")

@@ -41,15 +41,20 @@ def save(
     ttl: int | None = None,
     **about: Any,
 ) -> Checkpoint:
-    place = store.place(RUN, kind, name)
-    store.require_free(place, owner, about.pop("overwrite", False), "promise-1")
-    place.directory.mkdir(parents=True, exist_ok=True)
-    for file in ("a.json", "b.safetensors"):
-        partial = place.directory / f"{file}.partial"
-        partial.write_text(about.get("text", "12345"))
-        partial.replace(place.directory / file)
-    store.add(place, owner, ttl, {**ABOUT, "promise": "promise-1", **about})
+    place, overwrite = store.place(RUN, kind, name), about.pop("overwrite", False)
+    store.require_free(place, owner, overwrite, "promise-1")
+    written = write(place, about.get("text", "12345"))
+    store.add(place, written, owner, overwrite, ttl, {**ABOUT, "promise": "promise-1", **about})
     return place
+
+
+def write(place: Checkpoint, text: str = "12345", call: int = 1) -> Path:
+    """Write the files of a save to a directory of its own."""
+    written = place.directory.with_name(f".{call}")
+    written.mkdir(parents=True)
+    for file in ("a.json", "b.safetensors"):
+        (written / file).write_text(text)
+    return written
 
 
 def test_a_path_has_three_parts_and_a_directory_of_its_own(store: Checkpoints, tmp_path: Path) -> None:
@@ -111,6 +116,31 @@ def test_a_name_is_taken_once_unless_overwritten_or_saved_again_by_the_same_call
     save(store, "a", overwrite=True, text="second!")
     assert store.find(place.path, "anna").bytes == 14
     assert store.page("anna", None, 10, 0)[1] == 1
+
+
+def test_of_two_saves_of_one_name_at_a_time_the_first_to_end_counts(store: Checkpoints) -> None:
+    place = store.place(RUN, "weights", "a")
+    for promise in ("promise-1", "promise-2"):
+        store.require_free(place, "anna", False, promise)
+    first, second = write(place, "first", 1), write(place, "second", 2)
+    store.add(place, first, "anna", False, None, {**ABOUT, "promise": "promise-1"})
+    store.add(place, first, "anna", False, None, {**ABOUT, "promise": "promise-1"})  # the database had refused it
+    with pytest.raises(InputError, match="exists"):
+        store.add(place, second, "anna", False, None, {**ABOUT, "promise": "promise-2"})
+    assert {file.read_text() for file in store.find(place.path, "anna").directory.iterdir()} == {"first"}
+    assert list(place.directory.parent.iterdir()) == [place.directory]
+
+
+def test_a_checkpoint_that_expires_while_it_is_saved_over_is_the_new_one(
+    store: Checkpoints, clock: list[float]
+) -> None:
+    place = save(store, "a", text="old", ttl=3600)
+    store.require_free(place, "anna", True, "promise-2")
+    written = write(place, "newer")
+    clock[0] += 3601
+    store.remove_expired()
+    store.add(place, written, "anna", True, None, {**ABOUT, "promise": "promise-2"})
+    assert (store.find(place.path, "anna").directory / "a.json").read_text() == "newer"
 
 
 def test_an_expired_checkpoint_is_gone_with_its_files(store: Checkpoints, clock: list[float]) -> None:
