@@ -32,8 +32,7 @@ _ALIASES = {
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 """Columns whose contents the text of a row speaks of."""
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Message keys for what an assistant thought before its answer."""
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys for what an assistant thought before it answered
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 """Message keys that only some templates read."""
 
@@ -238,7 +237,7 @@ class _Cells:
         if column not in fields:
             raise InputError(
                 f"{self.row.source}: the column {column!r} is missing here, though the first row has it. "
-                f"Columns found: {', '.join(map(str, fields)) or 'none'}."
+                f"Columns found: {', '.join(map(str, fields)) or 'none'}. Rows of another format go into another file."
             )
         return fields[column]
 
@@ -583,7 +582,10 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
             if asked in fields and not fields.get(answered) and fields.keys() >= set(named.values()):
                 fields[answered] = "-"  # a row without its answer is read like a training row
         filled = replace(row, fields=fields)
-        parsed = parse_row(filled, detect_format(filled, format, named), section.system)
+        try:
+            parsed = parse_row(filled, detect_format(filled, format, named), section.system)
+        except (MissingColumn, UnknownFormat) as error:
+            raise InputError(f"{error} Rows to answer need no answers: a column called prompt is enough.") from None
         if not isinstance(parsed, Conversation):
             raise InputError(
                 f"{row.source}: is plain text, which asks nothing. Expected prompts, instructions or messages."

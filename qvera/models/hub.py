@@ -48,7 +48,8 @@ def local_directory(path: Path) -> Path:
     try:
         return Path(snapshot_download(found[1], revision=found[2], allow_patterns=list(FILES), ignore_patterns="*/*"))
     except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
-        raise InputError(f"{path}: no such directory here, and not to be had from the hub: {_reason(error)}") from None
+        near = did_you_mean(path, Path().glob("*/*/"))
+        raise InputError(f"{path}: no such directory here{near} Nor has the hub given it: {_reason(error)}") from None
 
 
 def is_adapter_of_hub(name: str) -> bool:

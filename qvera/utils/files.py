@@ -44,7 +44,10 @@ def no_directory(path: Path) -> str:
 
 
 def refuse_runs(directory: Path) -> None:
-    """Raise InputError for a directory that holds runs, and is neither a run nor a checkpoint itself."""
+    """Raise InputError for a directory of runs that is no run and no model itself, and for a checkpoint of a run."""
+    run = directory.parent.parent
+    if directory.parent.name == "checkpoints" and (run / RECIPE_FILE).is_file():
+        raise InputError(f"{directory}: is a checkpoint from which `qvera train --resume` goes on. Name the run {run}.")
     runs = sorted(directory.glob(f"*/{RECIPE_FILE}"))
     if runs and not any((directory / name).exists() for name in (RECIPE_FILE, "config.json")):
         raise InputError(f"{directory}: is a directory of runs. Name one of them, such as {runs[0].parent}.")

@@ -168,6 +168,12 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "is a directory of runs. Name one of them, such as run",
         drop("recipe.yaml"),
     ),
+    "a checkpoint in place of its run": (
+        "generate run/checkpoints/step-00000002 --prompt hello",
+        "is a checkpoint from which `qvera train --resume` goes on. Name the run run.",
+        write("run/checkpoints/step-00000002/manifest.json"),
+    ),
+    "a run that is misspelt": ("generate ren/adapter --prompt hello", "did you mean 'run/adapter'? Nor has the hub"),
     "a directory of runs for adapters": ("serve model --adapters .", "a directory of runs. Name", drop("recipe.yaml")),
     "a recipe in place of its run": ("serve recipe.yaml", "recipe.yaml: is a file, not a directory. Expected a run"),
     "eval of a model without rows": ("eval model", "Name a file with --data FILE"),

@@ -189,6 +189,14 @@ def test_an_answer_that_is_a_number_becomes_text_and_a_label_its_name() -> None:
         parse_row(RawRow({"text": "x"}, "f.jsonl:2"), row_format)
 
 
+def test_prompts_under_another_name_are_told_that_they_need_no_answers(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    file.write_text("question,reply\nWhat is 2 + 2?,4\n")
+    for format in ("auto", "prompt-completion"):
+        with pytest.raises(InputError, match=r"p.csv:2: .*question, reply.* a column called prompt is enough\."):
+            read_prompts(file, DataSection(path="rows.jsonl", format=format))
+
+
 def test_prompts_need_the_recipes_column_of_prompts_and_no_other(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     section = DataSection(path="rows.jsonl", columns={"completion": "cuisine", "prompt": "dish"})
