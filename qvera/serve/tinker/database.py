@@ -182,9 +182,20 @@ class Database(SqliteFile):
             query = "UPDATE promises SET body = NULL WHERE target = ? AND body IS NOT NULL AND state != 'pending'"
             connection.execute(query, (model,))
 
-    def forget_results(self, before: float) -> None:
-        """Remove promises that had their result before a moment (seconds since 1970) and need not be done again."""
-        self.rows("DELETE FROM promises WHERE done_at < ? AND body IS NULL", (int(before * 1e6),))
+    def forget(self, before: float) -> None:
+        """Remove what ended before a moment (seconds since 1970) and is not needed any more.
+
+        Promises that may be done again stay, what a live session has had, models with checkpoints, and their sessions.
+        """
+        ended = "ended < :before AND session NOT IN (SELECT id FROM sessions WHERE ended IS NULL)"
+        with self.transaction() as connection:
+            for query in (
+                "promises WHERE done_at < :before * 1e6 AND body IS NULL",
+                f"samplers WHERE {ended}",
+                f"models WHERE {ended} AND id NOT IN (SELECT run FROM checkpoints)",
+                "sessions WHERE ended < :before AND id NOT IN (SELECT session FROM models)",
+            ):
+                connection.execute(f"DELETE FROM {query}", {"before": before})
 
     def own(self, table: Literal["sessions", "models", "samplers"], key: str, owner: str) -> sqlite3.Row:
         """Return a row that belongs to a key. Raises ApiError 404: unknown and foreign ones look the same."""

@@ -65,7 +65,7 @@ class TinkerSettings:
     gap_seconds: float = 5.0  # a missing seq_id holds up later ones for so long
     save_seconds: float = 120.0  # a model that changes is saved this often
     save_bytes: int = 64 << 20  # or once it has had so many bytes of calls
-    kept_seconds: float = 3600.0  # results can be fetched again for so long
+    kept_seconds: float = 3600.0  # results can be fetched again for so long, and ended sessions be looked up
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,7 +439,7 @@ class Tinker:
                     model.unsaved_bytes += self.settings.save_bytes
 
     def _tick(self) -> None:
-        """Do what is due: close gaps, save models, end silent sessions, and drop old results and checkpoints."""
+        """Do what is due: close gaps, save models, end silent sessions, and drop what is over."""
         now, settings = time.monotonic(), self.settings
         with self._lock:
             expired = [key for key, heard in self._sessions.items() if now - heard > settings.session_seconds]
@@ -452,7 +452,7 @@ class Tinker:
         for session_id, owner in expired:
             _logger.warning("%s ends: there was no heartbeat for %g s", session_id, settings.session_seconds)
             self.end_session(session_id, owner)
-        self.database.forget_results(time.time() - settings.kept_seconds)
+        self.database.forget(time.time() - settings.kept_seconds)
         self.checkpoints.remove_expired()
 
     def _save(self, model: TrainedModel) -> None:

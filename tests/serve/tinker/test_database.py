@@ -118,8 +118,8 @@ def test_the_next_server_finds_what_is_to_be_done_again_and_what_was_promised(tm
             (3, "pending", b"rows 3"),
         ]
         assert (found := database.promise(names[1], "anna")) is not None and found["payload"] == b"losses"
-        database.forget_results(time.time() + 1)  # its body is still needed
+        database.forget(time.time() + 1)  # its body is still needed
         database.saved("m", 2)
         assert database.promises("target = 'm' AND seq = 1")[0]["body"] is None
-        database.forget_results(time.time() + 1)
+        database.forget(time.time() + 1)
         assert sorted(one["seq"] for one in database.promises("target = 'm'")) == [2, 3]

@@ -228,6 +228,51 @@ def test_a_finished_session_is_gone_and_its_models_are_free(server: TinkerServer
     soon(lambda: model not in server.tenants.models)
 
 
+def test_an_ended_session_is_forgotten_once_nothing_of_it_is_left(server: TinkerServer) -> None:
+    sessions = plain, saved, live = [server.session() for _ in range(3)]
+    models = [server.model(session) for session in sessions]
+    path = server.result(server.call("save_weights", {"model_id": models[1], "seq_id": 1, "path": "a"}))["path"]
+    copy = server.call("copy_weights", {"source_path": path}).json()["tinker_path"]
+    for model in models:
+        body = {"model_id": model, "seq_id": 2, "sampling_session_seq_id": 0}
+        server.result(server.call("save_weights_for_sampler", body))
+    bad = {"session_id": live, "model_seq_id": 1, "path": path, "optimizer": True}
+    server.tenants.models.clear()
+    for file in server.directory.glob("runs/*/*/*/*"):
+        file.write_text("damaged")
+    assert "error" in server.result(server.call("load_weights", bad))
+    for session in (plain, saved):
+        server.call(f"sessions/{session}/finish", {})
+    database = server.tinker.database
+
+    def left() -> dict[str, set[str]]:
+        columns = {"sessions": "id", "models": "session", "samplers": "session", "promises": "target"}
+        return {
+            table: {row[0].partition(":")[0] for row in database.rows(f"SELECT {column} FROM {table}")}
+            for table, column in columns.items()
+        }
+
+    assert left()["sessions"] == set(sessions)
+    for table in ("sessions", "models", "samplers"):
+        database.rows(f"UPDATE {table} SET ended = ended - 3601")  # an hour later
+    database.rows("UPDATE promises SET done_at = done_at - 3601000000")
+    soon(lambda: plain not in left()["sessions"])
+    assert left() == {
+        "sessions": {saved, live},
+        "models": {saved, live, ""},
+        "samplers": {live},
+        "promises": {live},  # its calls may be done again
+    }
+    assert server.call("session_heartbeat", {"session_id": plain}).status_code == 404
+    assert server.call(f"training_runs/{models[1]}", method="GET").json()["last_checkpoint"]["tinker_path"] == path
+    assert server.call("load_weights", bad).status_code == 410  # a model that was not made keeps its id
+    for one in (path, copy):
+        place = one.removeprefix("tinker://").replace("/", "/checkpoints/", 1)
+        assert server.call(f"training_runs/{place}", method="DELETE").status_code == 204
+    soon(lambda: saved not in left()["sessions"])
+    assert left()["models"] == {live}
+
+
 def test_a_session_without_heartbeats_ends(start_tinker: StartTinker) -> None:
     server = start_tinker(session_seconds=0.2)
     session = server.session()
