@@ -3,7 +3,7 @@
 A promise is a call that was accepted: its body, as decoded from its transfer, and its result once there is one (of a
 failed one the message). So a killed server goes on with what it has promised. Calls of training keep their body until
 the model's state file holds their effect. ``target`` is a model or sampling session, ``kind`` the last part of the
-path, ``size`` bytes that the call holds or a number of samples, and ``owner`` a key's name.
+path, ``size`` bytes that the call holds or what it counts in samples, and ``owner`` a key's name.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ CLONE = 1_000_000_000
 _MOST_TOP = 64  # tokens in one place: likely, drawn, or given
 _NO_LOGPROB = -99999.0  # where there is no likely token
 _MOST_OPEN = 4096  # samples of one key that wait or run
+_SAMPLE_BYTES = 128 << 10  # a call whose body has more bytes for each sample counts as more of them
 _BUSY_SECONDS = 0.05  # until an engine with a full queue is asked again
 Int32 = Annotated[int, Field(ge=-1, lt=2**31)]
 Top = Annotated[int, Field(ge=0, le=_MOST_TOP)]
@@ -230,7 +231,6 @@ class _Call:
     promise: str
     owner: str
     sampler: str
-    count: int  # samples
     asked: Asked | None = None
     adapter: ResolvedAdapter | None = None
     samples: list[Sample] = field(default_factory=list)  # that were handed to the engine
@@ -252,7 +252,7 @@ class Samples:
         self._is_busy = False  # the engine, whose queue is full
         self._asked: defaultdict[str, set[str]] = defaultdict(set)  # live session → identities of its adapters
         tinker.on_session_end = self._end_session
-        left = "SELECT id, owner, target, size FROM promises WHERE state = 'pending' AND kind = ? ORDER BY number"
+        left = "SELECT id, owner, target FROM promises WHERE state = 'pending' AND kind = ? ORDER BY number"
         for row in self._database.rows(left, (SAMPLE,)):
             self._put(partial(self._queue, _Call(*row)))
 
@@ -293,12 +293,13 @@ class Samples:
         Asked(asked, self._service, self._tinker.base.vocabulary)  # for its errors; it is read anew when its turn comes
         with self._database.transaction():  # no other call is accepted meanwhile
             _, samples = self._database.open_of(owner, samples=True)
-            if samples + count > _MOST_OPEN:
+            size = max(count, -(-len(body) // _SAMPLE_BYTES))
+            if samples + size > _MOST_OPEN:
                 text = f"The key {owner!r} has {samples:,} samples open, and may have {_MOST_OPEN:,}."
                 raise ApiError(429, text, retry_seconds=self._service.limits.retry_seconds)
-            promise, is_new = self._database.begin(owner, sampler, asked.seq_id, SAMPLE, body, size=count)
+            promise, is_new = self._database.begin(owner, sampler, asked.seq_id, SAMPLE, body, size=size)
         if is_new:
-            self._put(partial(self._queue, _Call(promise, owner, sampler, count)))
+            self._put(partial(self._queue, _Call(promise, owner, sampler)))
         return promise, count
 
     def ended(self, owner: str, sampler: str, clone: int, cursor: int) -> dict[str, Any] | None:
@@ -387,7 +388,7 @@ class Samples:
         self._sent[sample.id] = call, asked, sample
         # as many as it may take; what it did not need is taken off at its end
         self._given[call.owner] += len(asked.prompt) + sampling.max_tokens
-        if len(call.samples) == call.count:
+        if len(call.samples) == asked.body.num_samples:
             self._leave_queue(call)
 
     def _leave_sent(self, request: str) -> None:
@@ -439,7 +440,7 @@ class Samples:
             tokens.pop()  # the last token is the one that completes the text
         del sample.events[len(tokens) :]
         self._leave_sent(request)
-        if len(call.samples) == call.count and all(one.is_stopped is not None for one in call.samples):
+        if len(call.samples) == asked.body.num_samples and all(one.is_stopped is not None for one in call.samples):
             self._end(call, "proto", asked.encoded(call.samples, call.scores))
 
     def _end(self, call: _Call, state: Literal["proto", "user", "server"], payload: bytes) -> None:

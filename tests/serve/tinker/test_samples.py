@@ -146,6 +146,18 @@ def test_beyond_its_quota_a_key_is_told_to_wait_and_another_is_not(server: Serve
     server.wait("anna", server.ask("anna"))
 
 
+def test_long_bodies_count_as_more_samples(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvera.serve.tinker.sampling._MOST_OPEN", 8)
+    server.engine.hold.set()
+    promise = server.ask("anna", 2, unread="x" * (6 << 17))  # 128 KiB each
+    server.ask("anna")
+    with pytest.raises(ApiError, match="8 samples open"):
+        server.ask("anna")
+    server.engine.hold.clear()
+    assert len(server.wait("anna", promise).sequences) == 2
+    server.wait("anna", server.ask("anna", 8))
+
+
 def test_samples_that_were_given_up_count_with_the_tokens_that_they_had(server: Server) -> None:
     server.engine.hold.set()
     promise = server.ask("anna", PLACES, prompt=3, max_tokens=900)
