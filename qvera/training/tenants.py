@@ -9,7 +9,8 @@ when the call is whole and finite. Where memory runs out, or anything else fails
 half as many rows in a pass, and a single row that fails ends its call. Other models' gradients are never touched.
 
 **Paging.** A model is in a slot of its shape's bank, or packed in host memory, or in a file: by least use, with its
-gradient, moments and count of steps. A shape whose models are idle gives its bank up to another one.
+gradient, moments and count of steps. A shape whose models are idle gives its bank up to another one. With its last
+model a shape goes too; only its names stay on the layers.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import Source, method_of
 from qvera.adapters.methods.lora import Lora
 from qvera.adapters.projection import forget_inputs
-from qvera.adapters.save_load import save_adapter
+from qvera.adapters.save_load import named_vectors, save_adapter
 from qvera.config.sections import AdapterSection
 from qvera.models.checkpointing import draws_random_numbers
 from qvera.models.structure import beside_the_layers
@@ -179,6 +180,8 @@ class _Pool:
 
     def __init__(self, shape: ModelShape, lent: LentBank) -> None:
         self.shape, self.lent = shape, lent
+        for vector in named_vectors(lent.model, lent.adapter).values():  # its shape is needed, its numbers never are
+            vector.data = vector.new_zeros(()).expand(vector.shape)
         self.open(0)
         self.slot_bytes = 4 * (self.bank.numbers + 4 * self.bank.trained_numbers)
         self.joins_rows = lent.joins_rows
@@ -231,14 +234,13 @@ class Tenants:
         shutil.rmtree(settings.directory, ignore_errors=True)
         settings.directory.mkdir(parents=True)
 
-    # These methods may be called from any thread.
-
     def create(self, model_id: str, owner: str, shape: ModelShape, seed: int, done: Done) -> None:
         """Make a model. ``owner``: the one whose turns its calls take."""
 
         def make(model: _Model) -> None:
-            model.pool = self._pool(shape)
-            self._pack(model, {"vectors": model.pool.start(seed)})
+            pool = self._pool(shape)
+            self._pack(model, {"vectors": pool.start(seed)})
+            model.pool = pool  # last: it is made now
 
         self._send(model_id, _Do(done, make), owner)
 
@@ -253,8 +255,8 @@ class Tenants:
             sizes = {"vectors": pool.bank.numbers} | dict.fromkeys(pool.trained, pool.bank.trained_numbers)
             if any(tensor.shape != (sizes.get(name),) for name, tensor in tensors.items()):
                 raise InputError(f"{file}: its tensors are not those of a model of this base. Give another one.")
-            model.pool, model.steps = pool, state["steps"] if with_optimizer else 0
             self._pack(model, tensors if with_optimizer else {"vectors": tensors["vectors"]})
+            model.pool, model.steps = pool, state["steps"] if with_optimizer else 0
 
         self._send(model_id, _Do(done, make), owner)
 
@@ -297,14 +299,13 @@ class Tenants:
         self._send(model_id, _Do(done, save))
 
     def remove(self, model_ids: Sequence[str], done: Done = lambda _: None) -> None:
-        """Drop models at once. Their calls that are not done fail.
-
-        ``done`` gets None when no file of theirs is open.
-        """
+        """Drop models at once; calls that are not done fail. ``done`` gets None when no file of theirs is open."""
 
         def remove() -> None:
             for model in filter(None, map(self._models.get, model_ids)):
                 self._drop(model, "was removed")
+            used = {model.pool.shape for model in self._models.values() if hasattr(model, "pool")}
+            self._pools = {shape: pool for shape, pool in self._pools.items() if shape in used}
             done(None)
 
         self._arrivals.append(remove)
@@ -489,8 +490,7 @@ class Tenants:
                     raise CallFailed("data: the gradient is not finite. It is dropped.")
                 pool.pending[slot].add_(scratch)
         finally:
-            if not call.forward_only:
-                scratch.zero_()
+            scratch.zero_()
         return RowResults([logprobs for logprobs, _ in results], math.fsum(loss for _, loss in results))
 
     # These methods move models between slots, host memory and files.
@@ -521,16 +521,15 @@ class Tenants:
         others = [other for other in self._pools.values() if other.residents]
         others.sort(key=lambda one: max((model.used for model in one.residents if model), default=0))
         held = sum(len(other.residents) * other.slot_bytes for other in others)
+        room = self._settings.device_bytes - slots * pool.slot_bytes
         for other in others:
-            if held + slots * pool.slot_bytes <= self._settings.device_bytes:
-                break
-            if not any(model is not None and model.is_begun for model in other.residents):
-                for model in other.residents:
-                    if model is not None:
-                        self._page_out(model)
+            models = [model for model in other.residents if model is not None]
+            if held > room and not any(model.is_begun for model in models):
+                for model in models:
+                    self._page_out(model)
                 held -= len(other.residents) * other.slot_bytes
                 other.open(0)
-        if held and held + slots * pool.slot_bytes > self._settings.device_bytes:
+        if held and held > room:
             return False
         pool.open(slots)
         return True

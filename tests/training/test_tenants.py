@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -330,6 +332,43 @@ def test_models_that_are_paged_out_amid_their_calls_become_the_same(tmp_path: Pa
     tight.tenants.remove([f"m{number}" for number in range(len(KINDS))])
     tight.finish()
     assert not list((tmp_path / "tight" / "paged").iterdir())
+
+
+def test_a_shape_holds_no_memory_after_its_last_model_and_comes_back_the_same(tmp_path: Path) -> None:
+    calls, found = Calls(tmp_path), list[dict[str, Tensor]]()
+
+    def held_bytes() -> int:
+        parameters = list(calls.tenants._base.model.parameters())
+        return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in parameters}.values())
+
+    calls.create("other", VERA)
+    before = held_bytes()
+    for name in ("first", "second"):
+        calls.create(name, LORA)
+        calls.create(f"{name} of the shape", LORA)
+        calls.rows(name, some_rows(5, 3))
+        calls.step(name)
+        found.append(calls.tensors(name))
+        bank = weakref.ref(calls.tenants._pools[LORA].bank)
+        calls.tenants.remove([name])
+        calls.rows(f"{name} of the shape", some_rows(2, 4))
+        assert isinstance(calls.finish()[f"{name} of the shape"][-1], RowResults) and bank() is not None
+        calls.tenants.remove([f"{name} of the shape"])
+        calls.finish()
+        gc.collect()
+        assert bank() is None and list(calls.tenants._pools) == [VERA]
+        assert held_bytes() < before + 1024
+    assert equal(*found)
+
+
+def test_a_model_that_can_not_be_made_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(tmp_path)
+    calls.create("one", LORA)
+    monkeypatch.setattr(tenants._Pool, "start", lambda *_: 1 / 0)
+    calls.create("two", LORA)
+    calls.rows("two", some_rows(2, 3))
+    made, trained = calls.finish()["two"]
+    assert "division by zero" in made.message and "is not there" in trained.message
 
 
 def test_a_saved_model_goes_on_to_the_same_losses(tmp_path: Path) -> None:
