@@ -12,6 +12,7 @@ A base may have several such banks, each with an adapter of PEFT's that stands f
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ class LentBank:
                     layer.set_adapter([self.adapter])  # what its method trains gets gradients
             return AdapterBank(self.model, slots, self.adapter)
 
-    @property
+    @functools.cached_property
     def joins_rows(self) -> bool:
         """Whether the rows of a slice stand in one sequence, without padding."""
         model = self._base.model

@@ -184,7 +184,6 @@ class _Pool:
             vector.data = vector.new_zeros(()).expand(vector.shape)
         self.open(0)
         self.slot_bytes = 4 * (self.bank.numbers + 4 * self.bank.trained_numbers)
-        self.joins_rows = lent.joins_rows
 
     def open(self, slots: int) -> None:
         """Make the bank anew. ``pending`` [slots, trained_numbers]: the gradients of calls that are whole."""
@@ -449,7 +448,7 @@ class Tenants:
                 if call.begun or (not is_full and self._takes_slot(model)):
                     tokens = len(call.rows[call.left[-1]].tokens)
                     longest, total = max(longest, tokens), total + tokens
-                    taken = total if model.pool.joins_rows else longest * (len(chosen) + 1)
+                    taken = total if model.pool.lent.joins_rows else longest * (len(chosen) + 1)
                     if chosen and (taken > self._settings.pass_tokens or len(chosen) == self._most_rows):
                         break
                     kind, call.begun = (model.pool, call.forward_only), True

@@ -95,12 +95,12 @@ class TrainingDirectory:
 
 
 def remove_remains(found: Iterable[Path], kept: Collection[Path] = ()) -> None:
-    """Delete the files and directories that a killed server left unfinished: those ``found`` that are not ``kept``."""
+    """Delete what nobody needs, as a killed server leaves it: files and directories ``found`` that are not ``kept``."""
     for place in set(found) - set(kept):
         if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place, ignore_errors=True)
         else:
-            place.unlink()
+            place.unlink(missing_ok=True)
 
 
 class Upload:

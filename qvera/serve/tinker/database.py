@@ -89,12 +89,11 @@ class Database(SqliteFile):
         kind: str,
         body: bytes | None,
         state: Literal["pending", "refused"] = "pending",
-        size: int | None = None,
+        size: int = 0,
     ) -> tuple[str, bool]:
         """Write down a call before it is done. Returns the promise's id, and False if the call is a repetition.
 
-        A repetition has the ``target`` and ``seq`` of an earlier call, whose promise it gets. Without a ``size``, that
-        of the body counts.
+        A repetition has the ``target`` and ``seq`` of an earlier call, whose promise it gets.
         """
         promise, moment = f"promise-{secrets.token_hex(12)}", time.time()
         with self.transaction() as connection:
@@ -102,7 +101,6 @@ class Database(SqliteFile):
             if found is not None:
                 return found["id"], False
             done_at = None if state == "pending" else self._end_microseconds()
-            size = len(body or b"") if size is None else size
             values = (promise, owner, target, seq, kind, body, size, state, moment, done_at)
             columns = "id, owner, target, seq, kind, body, size, state, created, done_at"
             connection.execute(f"INSERT INTO promises ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
@@ -170,10 +168,6 @@ class Database(SqliteFile):
         """Return a promise with its result; None: there is no such promise, or it was forgotten long ago."""
         query = "SELECT id, state, payload FROM promises WHERE id = ? AND owner = ? AND state != 'refused'"
         return next(iter(self.rows(query, (promise, owner))), None)
-
-    def promises(self, where: str, *values: object) -> list[sqlite3.Row]:
-        """Return promises with their bodies, but without their results."""
-        return self.rows(f"SELECT id, owner, target, seq, kind, size, state, body FROM promises WHERE {where}", values)
 
     def saved(self, model: str, through: int) -> None:
         """Note that a state file has what a model's calls so far did: those with a result need no body any more."""

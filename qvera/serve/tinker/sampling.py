@@ -70,7 +70,7 @@ class NewSampler(BaseModel):
 
 
 class Chunk(BaseModel):
-    type: str = "encoded_text"
+    type: Literal["encoded_text"] = "encoded_text"
     tokens: list[Int32] = []
 
 
@@ -126,8 +126,6 @@ class Asked:
 
     def __init__(self, body: SampleBody, service: Service, vocabulary: int) -> None:
         self.body, params, longest = body, body.sampling_params, service.engine.longest_tokens
-        if other := [chunk.type for chunk in body.prompt.chunks if chunk.type != "encoded_text"]:
-            raise InputError(f"prompt: a chunk of {other[0][:100]!r} is not supported; expected encoded_text.")
         if body.record_stability_info:
             raise InputError("record_stability_info: is not supported, and neither is the loss that needs it.")
         self.prompt = tuple(itertools.chain.from_iterable(chunk.tokens for chunk in body.prompt.chunks))

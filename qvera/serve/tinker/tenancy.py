@@ -201,7 +201,7 @@ class Tinker:
             self._work.put(write)
         # the engine may be writing one of the files
         directories = [self.directory / "sessions" / session_id, *map(self._states, models)]
-        self.tenants.remove(models, lambda _: self.put(partial(_delete, directories)))
+        self.tenants.remove(models, lambda _: self.put(partial(remove_remains, directories)))
 
     def _write_end(self, session_id: str, models: list[str]) -> None:
         """Write down that a session has ended with its models."""
@@ -415,28 +415,27 @@ class Tinker:
 
     def _finish(self, model: TrainedModel, promise: str, call: Call, result: Any) -> None:
         """Write down what came of a call, or why nothing did."""
-        if isinstance(result, CallFailed):
-            self.database.fail(promise, result.message, result.category)
+        try:
+            found = result if isinstance(result, CallFailed) else call.finish(promise, result)
+        except RunFailed:
+            raise
+        except InputError as error:
+            found = CallFailed(str(error))
+        except Exception as error:
+            _logger.exception("%s of %s", call.kind, model.id)
+            found = CallFailed(f"The result can't be written: {first_line(error)}", "server")
+        if isinstance(found, CallFailed):
+            self.database.fail(promise, found.message, found.category)
             if call.kind in ("create_model", "load_weights"):  # there is no such model, then
                 with self._lock:
                     self._models.pop(model.id, None)
-                self._write_model_end(model.id, f"The model was not made: {result.message}")
-                _delete([self._states(model.id)])
-        else:
-            try:
-                found = call.finish(promise, result)
-            except RunFailed:
-                raise
-            except InputError as error:
-                self.database.fail(promise, str(error), "user")
-            except Exception as error:
-                _logger.exception("%s of %s", call.kind, model.id)
-                self.database.fail(promise, f"The result can't be written: {first_line(error)}", "server")
-            else:
-                payload = found if isinstance(found, bytes) else json.dumps(found).encode()
-                self.database.end(promise, "proto" if payload is found else "json", payload, keep_body=call.is_kept)
-                if call.kind == "load_weights":  # saved soon: the state that it was made of may be deleted
-                    model.unsaved_bytes += self.settings.save_bytes
+                self._write_model_end(model.id, f"The model was not made: {found.message}")
+                remove_remains([self._states(model.id)])
+            return
+        payload = found if isinstance(found, bytes) else json.dumps(found).encode()
+        self.database.end(promise, "proto" if payload is found else "json", payload, keep_body=call.is_kept)
+        if call.kind == "load_weights":  # saved soon: the state that it was made of may be deleted
+            model.unsaved_bytes += self.settings.save_bytes
 
     def _tick(self) -> None:
         """Do what is due: close gaps, save models, end silent sessions, and drop what is over."""
@@ -482,12 +481,9 @@ class Tinker:
 
     def _remove_remains(self) -> None:
         """Delete directories that the database does not name. What is done again writes its own anew."""
-        models, sessions = (
-            [row["id"] for row in self.database.rows(f"SELECT id FROM {table} WHERE ended IS NULL")]
-            for table in ("models", "sessions")
-        )
-        remove_remains(self.directory.glob("models/*"), [self._states(model) for model in models])
-        remove_remains(self.directory.glob("sessions/*"), [self.directory / "sessions" / one for one in sessions])
+        for table, place in (("models", self._states), ("sessions", (self.directory / "sessions").joinpath)):
+            live = self.database.rows(f"SELECT id FROM {table} WHERE ended IS NULL")
+            remove_remains(self.directory.glob(f"{table}/*"), [place(row["id"]) for row in live])
         remove_remains(self.directory.glob("runs/*/*/*"), self.checkpoints.directories())
 
     def _restore(self) -> None:
@@ -500,8 +496,8 @@ class Tinker:
             names = row["id"], row["session"], row["owner"], row["base"]
             model = TrainedModel(*names, shape, int(row["seed"]), applied + 1, applied_seq=applied, in_engine=False)
             self._models[model.id] = model
-            for promise in self.database.promises("target = ?", model.id):
-                key, seq, kind, body = (promise[name] for name in ("id", "seq", "kind", "body"))
+            query = "SELECT id, seq, kind, body FROM promises WHERE target = ?"
+            for key, seq, kind, body in self.database.rows(query, (model.id,)):
                 if seq <= applied and kind != "forward_backward":
                     model.barrier = max(model.barrier, seq)
                 if body is None:
@@ -518,8 +514,3 @@ class Tinker:
 def _require_room(what: str, count: int, most: int) -> None:
     if count >= most:
         raise ApiError(429, f"This key has {count:,} {what} open, and may have {most:,}.", retry_seconds=1)
-
-
-def _delete(directories: list[Path]) -> None:
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)

@@ -110,9 +110,7 @@ def test_the_next_server_finds_what_is_to_be_done_again_and_what_was_promised(tm
         names = [database.begin("anna", "m", seq, "forward_backward", b"rows %d" % seq)[0] for seq in (3, 1, 2)]
         database.end(names[1], "proto", b"losses", keep_body=True)
     with contextlib.closing(Database(tmp_path / "tinker.sqlite")) as database:
-        assert [
-            (one["seq"], one["state"], one["body"]) for one in database.promises("target = ? ORDER BY seq", "m")
-        ] == [
+        assert [tuple(row) for row in database.rows("SELECT seq, state, body FROM promises ORDER BY seq")] == [
             (1, "proto", b"rows 1"),
             (2, "pending", b"rows 2"),
             (3, "pending", b"rows 3"),
@@ -120,6 +118,6 @@ def test_the_next_server_finds_what_is_to_be_done_again_and_what_was_promised(tm
         assert (found := database.promise(names[1], "anna")) is not None and found["payload"] == b"losses"
         database.forget(time.time() + 1)  # its body is still needed
         database.saved("m", 2)
-        assert database.promises("target = 'm' AND seq = 1")[0]["body"] is None
+        assert database.rows("SELECT body FROM promises WHERE seq = 1")[0][0] is None
         database.forget(time.time() + 1)
-        assert sorted(one["seq"] for one in database.promises("target = 'm'")) == [2, 3]
+        assert [row[0] for row in database.rows("SELECT seq FROM promises ORDER BY seq")] == [2, 3]

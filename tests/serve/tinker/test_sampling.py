@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 from qvera.serve.engine import Engine
+from qvera.serve.tinker.calls import parsed
+from qvera.serve.tinker.sampling import SampleBody
+from qvera.utils.errors import InputError
 from tests.serve.tinker.conftest import serving
 
 tinker = pytest.importorskip("tinker", reason="pip install 'qvera[test]'")
@@ -170,6 +174,13 @@ def test_what_can_not_be_sampled_is_refused_by_name(
     with pytest.raises(tinker.BadRequestError, match=message):
         sample(sampler, prompt, 1, about, **params)
     assert len(sample(sampler, [5], seed=2**64 - 1).sequences) == 1
+
+
+def test_an_image_in_a_prompt_is_refused_by_name() -> None:
+    prompt = {"chunks": [{"tokens": [5]}, {"type": "image", "data": "..."}]}
+    body = json.dumps({"sampling_session_id": "s", "seq_id": 1, "prompt": prompt}).encode()
+    with pytest.raises(InputError, match="prompt.chunks.1.type: Input should be 'encoded_text', found 'image'"):
+        parsed(SampleBody, body)
 
 
 def test_a_pickled_client_samples_from_the_same_sampler(loop: Loop) -> None:
