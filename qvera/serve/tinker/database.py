@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 VERSION = 1
+_LOOK_SECONDS = 4.0  # nothing tells who waits that the engine has ended, or the server stops
 _SCHEMA = """
 CREATE TABLE sessions (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, heartbeat REAL NOT NULL, ended REAL,
@@ -82,25 +83,19 @@ class Database(SqliteFile):
         (self._last_end,) = self.rows("SELECT IFNULL(MAX(done_at), 0) FROM promises")[0]
 
     def begin(
-        self,
-        owner: str,
-        target: str,
-        seq: int,
-        kind: str,
-        body: bytes | None,
-        state: Literal["pending", "refused"] = "pending",
-        size: int = 0,
+        self, owner: str, target: str, seq: int, kind: str, body: bytes | None, size: int = 0
     ) -> tuple[str, bool]:
         """Write down a call before it is done. Returns the promise's id, and False if the call is a repetition.
 
-        A repetition has the ``target`` and ``seq`` of an earlier call, whose promise it gets.
+        A repetition has the ``target`` and ``seq`` of an earlier call, whose promise it gets. One that was refused has
+        no ``body``.
         """
         promise, moment = f"promise-{secrets.token_hex(12)}", time.time()
         with self.transaction() as connection:
             found = connection.execute("SELECT id FROM promises WHERE target = ? AND seq = ?", (target, seq)).fetchone()
             if found is not None:
                 return found["id"], False
-            done_at = None if state == "pending" else self._end_microseconds()
+            state, done_at = ("refused", self._end_microseconds()) if body is None else ("pending", None)
             values = (promise, owner, target, seq, kind, body, size, state, moment, done_at)
             columns = "id, owner, target, seq, kind, body, size, state, created, done_at"
             connection.execute(f"INSERT INTO promises ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
@@ -142,10 +137,13 @@ class Database(SqliteFile):
         self._last_end = max(self._last_end + 1, int(time.time() * 1e6))
         return self._last_end
 
-    async def wait(self, key: str, look: Callable[[], T | None], seconds: float) -> T | None:
-        """Return what ``look`` finds. It looks now, and again whenever a promise of ``key`` ends.
+    async def wait(
+        self, key: str, look: Callable[[], T | None], seconds: float, is_over: Callable[[], bool] = lambda: False
+    ) -> T | None:
+        """Return what ``look`` finds. It looks now, whenever a promise of ``key`` ends, and every `_LOOK_SECONDS`.
 
-        Returns None if nothing was found for so many seconds. ``key``: a promise, or a target with all of its promises.
+        Returns None if nothing was found for so many seconds, or ``is_over`` says that nothing will be. ``key``: a
+        promise, or a target with all of its promises.
         """
         waits, ends_at = (asyncio.get_running_loop(), asyncio.Event()), time.monotonic() + seconds
         with self._waiting_lock:
@@ -154,10 +152,10 @@ class Database(SqliteFile):
             while True:
                 waits[1].clear()  # before the look, so that an end during the look is not missed
                 found = await asyncio.to_thread(look)
-                if found is not None or (left := ends_at - time.monotonic()) <= 0:
+                if found is not None or (left := ends_at - time.monotonic()) <= 0 or is_over():
                     return found
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waits[1].wait(), left)
+                    await asyncio.wait_for(waits[1].wait(), min(left, _LOOK_SECONDS))
         finally:
             with self._waiting_lock:
                 self._waiting[key].discard(waits)

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field
 
 from qvera.serve.api.access import Action
 from qvera.serve.api.errors import DOWNLOADS, ApiError
+from qvera.serve.api.server import while_connected
 from qvera.serve.api.service import require, service_of
 from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed, place_of
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 router = APIRouter(prefix="/api/v1")
 _HELD_SECONDS = 40.0  # a poll for a result; the client waits 45
-_POLL_SECONDS = 4.0  # between two looks whether the client has gone
 _CHUNK_BYTES = 5_000_000  # of a part of forward_backward; a single row may be larger
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _OF_RUN = "/training_runs/{run}/checkpoints/{checkpoint:path}"
@@ -59,19 +59,9 @@ class Sender:
         return self.database.rows(query, (self.owner, min(limit, 1000), offset))
 
     async def wait(self, key: str, look: Callable[[], T | None], seconds: float) -> T | None:
-        """Hold the call until ``look`` finds something (`Database.wait`), and return that.
-
-        Returns None if that takes longer, the client goes, or the server stops.
-        """
-        # in short waits, since nothing wakes `Database.wait` when the client goes
-        ends_at = time.monotonic() + seconds
-        while True:
-            left = ends_at - time.monotonic()
-            found = await self.database.wait(key, look, min(left, _POLL_SECONDS))
-            if found is not None or left <= _POLL_SECONDS or self.service.draining:
-                return found
-            if await self.request.is_disconnected():
-                return None
+        """Hold the call as `Database.wait` does, but not while the server stops. Raises ClientGone."""
+        waits = self.database.wait(key, look, seconds, lambda: self.service.draining)
+        return await while_connected(self.request.receive, waits)
 
 
 async def _reader(request: Request) -> Sender:

@@ -327,7 +327,7 @@ class Tinker:
     def refuse(self, model: TrainedModel, seq: int, kind: str) -> None:
         """Note that a call was refused: it has used its seq, and later ones do not wait for it."""
         with self._lock:
-            promise, is_new = self.database.begin(model.owner, model.id, seq, kind, None, "refused")
+            promise, is_new = self.database.begin(model.owner, model.id, seq, kind, None)
             if is_new and seq >= model.next_seq:
                 model.waiting[seq] = kind, promise, None
                 self._advance(model)

@@ -81,7 +81,7 @@ def test_a_promise_that_takes_longer_stays_pending(database: Database) -> None:
 
 def test_other_owners_and_refused_calls_find_no_promise(database: Database) -> None:
     promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
-    refused, _ = database.begin("anna", "s:train:0", 2, "create_custom_loss", None, "refused")
+    refused, _ = database.begin("anna", "s:train:0", 2, "create_custom_loss", None)
     for name, owner in ((promise, "tom"), (refused, "anna"), ("promise-0", "anna")):
         assert database.promise(name, owner) is None
 

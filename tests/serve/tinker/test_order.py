@@ -219,6 +219,18 @@ def test_promises_and_sessions_of_others_are_unknown(start_tinker: StartTinker) 
     assert server.call("session_heartbeat", {"session_id": session}, "anna").status_code == 200
 
 
+def test_a_call_is_not_held_for_a_client_that_has_gone(server: TinkerServer) -> None:
+    model = server.model()
+    server.tenants.runs.clear()
+    accepted = server.train(model, 1)
+    with pytest.raises(httpx.ReadTimeout):
+        headers = {"X-API-Key": "tml-anything"}
+        httpx.post(f"{server.url}/api/v1/retrieve_future", json=accepted.json(), headers=headers, timeout=0.5)
+    soon(lambda: not server.tinker.database._waiting, 3.0)
+    server.tenants.runs.set()
+    assert server.result(accepted).metrics["loss:sum"] == 6
+
+
 def test_a_finished_session_is_gone_and_its_models_are_free(server: TinkerServer) -> None:
     session = server.session()
     model = server.model(session)
