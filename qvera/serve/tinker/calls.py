@@ -238,7 +238,7 @@ READERS: dict[str, Callable[[Tinker, TrainedModel, int, str, bytes], Call]] = {
     "optim_step": _optim_step,
     **dict.fromkeys(SAVES, _save),
 }
-"""CheckpointKind → a function that reads a call from its model, seq, kind and body.
+"""Kind of a call → a function that reads a call from its model, seq, kind and body.
 
 It raises InputError, or ApiError 404, for a body that can't be used.
 """

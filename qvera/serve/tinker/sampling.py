@@ -42,20 +42,19 @@ from qvera.serve.text import TextStream
 from qvera.serve.tinker.calls import parsed
 from qvera.serve.tinker.database import SAMPLE
 from qvera.serve.tinker.messages import FLOAT32, INT32, INT64, MESSAGES, dense_of, packed
+from qvera.serve.tinker.tenancy import Tinker, require_room
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 if TYPE_CHECKING:
     import sqlite3
 
     from qvera.serve.api.access import Access
-    from qvera.serve.tinker.tenancy import Tinker
 
 _logger = logging.getLogger(__name__)
 CLONE = 1_000_000_000
 """The seq_ids of a joined client begin at its number times this."""
 _MOST_TOP = 64  # tokens in one place: likely, drawn, or given
 _NO_LOGPROB = -99999.0  # where there is no likely token
-_MOST_OPEN = 4096  # samples of one key that wait or run
 _SAMPLE_BYTES = 128 << 10  # a call whose body has more bytes for each sample counts as more of them
 _BUSY_SECONDS = 0.05  # until an engine with a full queue is asked again
 Int32 = Annotated[int, Field(ge=-1, lt=2**31)]
@@ -292,9 +291,7 @@ class Samples:
         with self._database.transaction():  # no other call is accepted meanwhile
             _, samples = self._database.open_of(owner, samples=True)
             size = max(count, -(-len(body) // _SAMPLE_BYTES))
-            if samples + size > _MOST_OPEN:
-                text = f"The key {owner!r} has {samples:,} samples open, and may have {_MOST_OPEN:,}."
-                raise ApiError(429, text, retry_seconds=self._service.limits.retry_seconds)
+            require_room("samples", samples, self._tinker.settings.open_samples, size)
             promise, is_new = self._database.begin(owner, sampler, asked.seq_id, SAMPLE, body, size=size)
         if is_new:
             self._put(partial(self._queue, _Call(promise, owner, sampler)))

@@ -60,6 +60,7 @@ class TinkerSettings:
     models: int = 2048  # live, of one key
     open_calls: int = 512  # accepted and without a result, of one key
     open_bytes: int = 512 << 20  # bodies of these, or their rows in memory where those are larger
+    open_samples: int = 4096  # that wait or run, of one key
     checkpoint_bytes: int = 64 << 30  # of one key, on disk
     session_seconds: float = 600.0  # a session without a heartbeat ends after this long
     gap_seconds: float = 5.0  # a missing seq_id holds up later ones for so long
@@ -168,7 +169,7 @@ class Tinker:
     def create_session(self, owner: str, about: dict[str, Any]) -> tuple[str, str]:
         """Begin a session. Returns its id, and what its user should know. Raises ApiError 429 at the key's limit."""
         with self._lock:
-            _require_room("sessions", sum(one == owner for _, one in self._sessions), self.settings.sessions)
+            require_room("sessions", sum(one == owner for _, one in self._sessions), self.settings.sessions)
             session, now, text = f"session-{secrets.token_hex(12)}", time.time(), json.dumps(about)
             self.database.insert("sessions", id=session, owner=owner, created=now, heartbeat=now, about=text)
             self._sessions[session, owner] = time.monotonic()
@@ -206,14 +207,16 @@ class Tinker:
     def _write_end(self, session_id: str, models: list[str]) -> None:
         """Write down that a session has ended with its models."""
         for model in models:
-            self._write_model_end(model, "The session has ended.")
+            self._end_model(model, "The session has ended.")
         # the session last: after a kill before that it is still live, and ends once more
         for table, key in (("samplers", "session"), ("sessions", "id")):
             query = f"UPDATE {table} SET ended = ? WHERE {key} = ? AND ended IS NULL"
             self.database.rows(query, (time.time(), session_id))
 
-    def _write_model_end(self, model: str, why: str, category: Literal["user", "server"] = "user") -> None:
-        """Write down that a model has ended, and fail its calls that have no result."""
+    def _end_model(self, model: str, why: str, category: Literal["user", "server"] = "user") -> None:
+        """End a model, if it is live still, write that down, and fail its calls that have no result."""
+        with self._lock:
+            self._models.pop(model, None)
         for row in self.database.rows("SELECT id FROM promises WHERE target = ? AND state = 'pending'", (model,)):
             self.database.fail(row["id"], why, category)
         self.database.saved(model, 2**31)  # none of its calls is done again
@@ -262,7 +265,7 @@ class Tinker:
             if model is None:
                 if self.database.rows("SELECT 1 FROM models WHERE id = ?", (model_id,)):  # an ended one keeps its id
                     raise self._gone("models", model_id, owner)
-                _require_room("models", sum(one.owner == owner for one in self._models.values()), self.settings.models)
+                require_room("models", sum(one.owner == owner for one in self._models.values()), self.settings.models)
                 seed = secrets.randbits(31) if seed is None else seed % 2**63
                 model = TrainedModel(model_id, session, owner, base, shape, seed)
                 self.database.add_model(model_id, session, owner, base, shape, seed, asked.user_metadata)
@@ -310,8 +313,8 @@ class Tinker:
             if self._models.get(model.id) is not model:
                 raise self._gone("models", model.id, owner)
             count, size = self.database.open_of(owner, samples=False)
-            _require_room("calls", count, settings.open_calls)
-            _require_room("bytes of calls", size, settings.open_bytes)
+            require_room("calls", count, settings.open_calls)
+            require_room("bytes of calls", size, settings.open_bytes)
             held = max(len(body), call.held_bytes)
             promise, is_new = self.database.begin(owner, model.id, seq, kind, body, size=held)
             if is_new:
@@ -376,10 +379,8 @@ class Tinker:
         """End a model whose state can't be read back, before the engine says why its calls fail."""
         if isinstance(result, CallFailed):
             _logger.error("%s can't be brought back after a restart: %s", model.id, result)
-            with self._lock:
-                self._models.pop(model.id, None)
             why = "The server could not bring the model back after a restart; load its last saved state."
-            self.put(partial(self._write_model_end, model.id, why, "server"))
+            self.put(partial(self._end_model, model.id, why, "server"))
 
     def _states(self, model_id: str) -> Path:
         return self.directory / "models" / model_id.replace(":", "_")
@@ -427,9 +428,7 @@ class Tinker:
         if isinstance(found, CallFailed):
             self.database.fail(promise, found.message, found.category)
             if call.kind in ("create_model", "load_weights"):  # there is no such model, then
-                with self._lock:
-                    self._models.pop(model.id, None)
-                self._write_model_end(model.id, f"The model was not made: {found.message}")
+                self._end_model(model.id, f"The model was not made: {found.message}")
                 remove_remains([self._states(model.id)])
             return
         payload = found if isinstance(found, bytes) else json.dumps(found).encode()
@@ -511,6 +510,7 @@ class Tinker:
             self._advance(model)
 
 
-def _require_room(what: str, count: int, most: int) -> None:
-    if count >= most:
+def require_room(what: str, count: int, most: int, more: int = 1) -> None:
+    """Raise ApiError 429 if ``more`` are too many for a key that has ``count``."""
+    if count + more > most:
         raise ApiError(429, f"This key has {count:,} {what} open, and may have {most:,}.", retry_seconds=1)

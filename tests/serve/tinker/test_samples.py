@@ -147,7 +147,7 @@ def test_beyond_its_quota_a_key_is_told_to_wait_and_another_is_not(server: Serve
 
 
 def test_long_bodies_count_as_more_samples(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvera.serve.tinker.sampling._MOST_OPEN", 8)
+    monkeypatch.setattr(server.tinker, "settings", TinkerSettings(open_samples=8))
     server.engine.hold.set()
     promises = [server.ask("anna", 2, unread="x" * (6 << 17)), server.ask("anna")]  # 128 KiB each count as a sample
     with pytest.raises(ApiError, match="8 samples open"):
