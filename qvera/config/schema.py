@@ -406,7 +406,8 @@ def _note_lines(
 def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: bool = False) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides, whose values are YAML.
 
-    An override that holds out rows replaces the recipe's own way to do so.
+    An override that holds out rows replaces the recipe's own way to do so. One that changes the method takes away the
+    rank and the learning rate, which suit the recipe's own method: `methods.check_recipe` then asks for others.
     With ``of_a_run`` the run has begun, maybe with an older qvera that accepted keys without effect. These are ignored.
     Raises InputError: the file can't be read, is not YAML, or is not a valid recipe.
     """
@@ -429,6 +430,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
         reason = error.strerror or error
         raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML.") from None
     tree, lines = read_yaml(text, str(path))
+    method = _method_in(tree)
     given = {override.partition("=")[0] for override in overrides or []}
     for override in overrides or []:
         tree = _override(tree, override)
@@ -437,7 +439,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
             if isinstance(section, dict) and f"data.{key}" not in given:
                 section.pop(key, None)
         lines.pop(tuple(override.partition("=")[0].split(".")), None)
+    for part, key in (("adapter", "rank"), ("training", "learning_rate")) if _method_in(tree) != method else ():
+        section = tree.get(part)
+        if isinstance(section, dict) and f"{part}.{key}" not in given:
+            section.pop(key, None)
     return parse_recipe(tree, str(path), lines, drop_idle_keys=of_a_run)
+
+
+def _method_in(tree: object) -> object:
+    section = tree.get("adapter") if isinstance(tree, dict) else None
+    return (section if isinstance(section, dict) else {}).get("method", AdapterSection().method)
 
 
 def _override(tree: object, override: str) -> dict[object, object]:

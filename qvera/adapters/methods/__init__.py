@@ -72,12 +72,14 @@ def check_recipe(recipe: Recipe) -> None:
     # the recipe's defaults are VeRA's; another method's rank and rate have to be written down
     given = {"adapter": section.model_fields_set, "training": recipe.training.model_fields_set}
     missing = []
-    for key, value in method.usual.items() if section.method != Vera.name else ():
+    needed = ("adapter.rank", "training.learning_rate", *method.usual) if section.method != Vera.name else ()
+    for key in dict.fromkeys(needed):
         part, _, name = key.partition(".")
         if name not in given[part]:
+            usual = f" {method.usual[key]:g} is a usual value." if key in method.usual else ""
             missing.append(
-                f"{key}: has no default for adapter.method {section.method}, since it depends on the model. "
-                f"{value:g} is a usual value."
+                f"{key}: has no default for adapter.method {section.method}, since it depends on the model, and what "
+                f"suits another method does not suit this one. Set it too.{usual}"
             )
     if missing:
         raise InputError("\n".join(missing))

@@ -17,7 +17,7 @@ from qvera.adapters import QveraLinear, methods
 from qvera.adapters.methods import check_recipe
 from qvera.cli.main import main
 from qvera.config import plugins
-from qvera.config.schema import parse_recipe
+from qvera.config.schema import load_recipe, parse_recipe
 from qvera.config.sections import AdapterSection
 from qvera.evaluation.load import open_run
 from qvera.training.trainer import train
@@ -117,3 +117,16 @@ def test_a_recipe_that_does_not_suit_its_method_is_refused(
     recipe = parse_recipe({"model": "m", "data": {"path": "x"}, "adapter": adapter, "training": training}, "a test")
     with pytest.raises(InputError, match=words):
         check_recipe(recipe)
+
+
+def test_an_override_of_the_method_does_not_take_the_rank_and_rate_of_the_old_one(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("{model: m, data: x.csv, adapter: {rank: 256}, training: {learning_rate: 0.05}}")
+    words = r"(?s)adapter\.rank: .*Set it too\. 16 is .*\ntraining\.learning_rate: .*0\.0002 is"
+    with pytest.raises(InputError, match=words):
+        check_recipe(load_recipe(file, ["adapter.method=lora"]))
+    own = load_recipe(file, ["adapter.rank=16", "training.learning_rate=0.002", "adapter.method=lora"])
+    check_recipe(own)
+    same = load_recipe(file, ["adapter.method=vera"])
+    assert (own.adapter.rank, own.training.learning_rate) == (16, 0.002)
+    assert (same.adapter.rank, same.training.learning_rate) == (256, 0.05)
