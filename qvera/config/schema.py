@@ -439,10 +439,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
             if isinstance(section, dict) and f"data.{key}" not in given:
                 section.pop(key, None)
         lines.pop(tuple(override.partition("=")[0].split(".")), None)
-    for part, key in (("adapter", "rank"), ("training", "learning_rate")) if _method_in(tree) != method else ():
-        section = tree.get(part)
-        if isinstance(section, dict) and f"{part}.{key}" not in given:
-            section.pop(key, None)
+    if isinstance(tree, dict) and _method_in(tree) != method:
+        for part, key in (("adapter", "rank"), ("training", "learning_rate")):
+            if isinstance(section := tree.get(part), dict) and f"{part}.{key}" not in given:
+                section.pop(key, None)
     return parse_recipe(tree, str(path), lines, drop_idle_keys=of_a_run)
 
 

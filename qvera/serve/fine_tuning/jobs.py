@@ -247,6 +247,10 @@ class Jobs:
             rows += f" and {len(datasets.eval):,} held-out rows" if len(datasets.eval) else ""
             said = [Event(job.id, f"Files validated: {rows}. Moving job to queued state.")]
             warnings = [self._for_its_owner(text, files) for text in data_warnings(datasets.stats)]
+            if unread := datasets.stats.unused_columns:  # which `qvera init` and `preview` would have shown
+                format = datasets.stats.format
+                advice = " To train on labels, call the columns prompt and completion." if format == "text" else ""
+                warnings.append(f"Rows are read as {format}. Columns not read: {', '.join(unread)}.{advice}")
             said += [Event(job.id, text, level="warn") for text in warnings]
             self.database.move(job.id, ("validating_files",), "queued", *said, recipe=recipe.to_dict())
         elif not has_begun:  # its rows were read first by a server with another recipe, maybe

@@ -102,6 +102,15 @@ def test_a_job_becomes_a_model_and_tells_its_steps(training: Served) -> None:
     assert "qvera_training_tokens_total 60.0" in metrics
 
 
+def test_columns_that_nothing_reads_are_told(training: Served) -> None:
+    rows = b"".join(b'{"text": "ticket %d", "label": "billing"}\n' % number for number in range(4))
+    made = create(training, rows=rows).json()
+    wait_for(training, made, "succeeded", "failed")
+    assert events(training, made, "Rows are") == [
+        "Rows are read as text. Columns not read: label. To train on labels, call the columns prompt and completion."
+    ]
+
+
 # What is refused
 
 BAD_ROWS = [
