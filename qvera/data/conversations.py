@@ -247,7 +247,8 @@ class _Cells:
             return ""
         value = self.value(name)
         if not isinstance(value, str):
-            raise InputError(f"{self.where(name)} must be text, got {describe(value)}. Fix the row.")
+            advice = "Write it as JSON text (json.dumps)" if isinstance(value, (dict, list)) else "Fix the row"
+            raise InputError(f"{self.where(name)} must be text, got {describe(value)}. {advice}.")
         _require_whole_characters(value, self.where(name))
         return value
 
@@ -587,9 +588,7 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
         except (MissingColumn, UnknownFormat) as error:
             raise InputError(f"{error} Rows to answer need no answers: a column called prompt is enough.") from None
         if not isinstance(parsed, Conversation):
-            raise InputError(
-                f"{row.source}: is plain text, which asks nothing. Expected prompts, instructions or messages."
-            )
+            raise InputError(f"{row.source}: is plain text, which asks nothing. Expected prompts or messages.")
         turns = list(parsed.turns)
         while turns and turns[-1].role == "assistant":
             turns.pop()
