@@ -138,7 +138,7 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"text": None}, {}, "text must be text, got null"),
         ({"prompt": "p", "completion": float("nan")}, {}, "7: completion must be text or a number, got nan"),
         ({"prompt": "p", "completion": True}, {}, "completion must be text, got a boolean"),
-        ({"instruction": "i", "output": ["o"]}, {}, r"output must be text, got a list .*json\.dumps"),
+        ({"instruction": "i", "output": ["o"]}, {}, r"output must be text, got a list.*json\.dumps"),
         ({"q": 1, "a": "b"}, {"columns": {"prompt": "q", "completion": "a"}}, "7: q must be text, got a number"),
         ({"messages": "hi"}, {}, "messages must be a list of turns .*got a string .'hi'"),
         (
