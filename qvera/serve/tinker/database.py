@@ -179,12 +179,12 @@ class Database(SqliteFile):
 
         Promises that may be done again stay, what a live session has had, models with checkpoints, and their sessions.
         """
-        ended = "ended < :before AND session NOT IN (SELECT id FROM sessions WHERE ended IS NULL)"
+        live, saved = "SELECT id FROM sessions WHERE ended IS NULL", "SELECT run FROM checkpoints"
         with self.transaction() as connection:
             for query in (
                 "promises WHERE done_at < :before * 1e6 AND body IS NULL",
-                f"samplers WHERE {ended}",
-                f"models WHERE {ended} AND id NOT IN (SELECT run FROM checkpoints)",
+                "samplers WHERE session IN (SELECT id FROM sessions WHERE ended < :before)",
+                f"models WHERE ended < :before AND session NOT IN ({live}) AND id NOT IN ({saved})",
                 "sessions WHERE ended < :before AND id NOT IN (SELECT session FROM models)",
             ):
                 connection.execute(f"DELETE FROM {query}", {"before": before})

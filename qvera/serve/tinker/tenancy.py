@@ -479,11 +479,14 @@ class Tinker:
         model.is_saving = False
 
     def _remove_remains(self) -> None:
-        """Delete directories that the database does not name. What is done again writes its own anew."""
+        """Delete directories that the database does not name, and empty ones. What is done again writes its own."""
         for table, place in (("models", self._states), ("sessions", (self.directory / "sessions").joinpath)):
             live = self.database.rows(f"SELECT id FROM {table} WHERE ended IS NULL")
             remove_remains(self.directory.glob(f"{table}/*"), [place(row["id"]) for row in live])
         remove_remains(self.directory.glob("runs/*/*/*"), self.checkpoints.directories())
+        for empty in [*self.directory.glob("runs/*/*"), *self.directory.glob("runs/*")]:
+            with contextlib.suppress(OSError):  # it has checkpoints
+                empty.rmdir()
 
     def _restore(self) -> None:
         """Begin again the calls whose effect is in no state file, and those that were promised and not done."""

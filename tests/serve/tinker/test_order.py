@@ -265,6 +265,8 @@ def test_an_ended_session_is_forgotten_once_nothing_of_it_is_left(server: Tinker
         }
 
     assert left()["sessions"] == set(sessions)
+    about = {"session": plain, "owner": "local", "base": "tiny", "created": 1.0}
+    database.insert("samplers", id=f"{plain}:sample:1", **about)  # one that was made while its session ended
     for table in ("sessions", "models", "samplers"):
         database.rows(f"UPDATE {table} SET ended = ended - 3601")  # an hour later
     database.rows("UPDATE promises SET done_at = done_at - 3601000000")

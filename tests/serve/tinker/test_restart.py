@@ -142,6 +142,7 @@ def test_what_a_killed_server_left_unfinished_goes_and_what_its_database_names_s
     names = [model.replace(":", "_") for model in models]
     runs = {f"runs/{name}/weights/one" for name in names}  # a named checkpoint outlives its session
     assert places() == {f"models/{names[0]}", f"sessions/{live}", *runs}
+    assert not list(first.directory.glob("runs/copy-*"))
     assert list(second.tinker._models) == [models[0]]  # a copy is no live model
 
 
