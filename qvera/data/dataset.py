@@ -509,7 +509,8 @@ def data_warnings(stats: DataStats) -> list[str]:
     if stats.truncated_rows:
         lines.append(
             f"Cut to length: {counted(stats.truncated_rows, 'row')} lost {counted(stats.truncated_tokens, 'token')}, "
-            "of answers too. Raise data.max_length (or max_source_length, max_target_length), or see data.too_long."
+            f"{stats.truncated_targets:,} of them trained ones. Raise data.max_length (or max_source_length, "
+            "max_target_length), or see data.too_long."
         )
     for reason, sources in stats.dropped.items():
         shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")

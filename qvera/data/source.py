@@ -381,8 +381,8 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, show: Phase)
         )
     else:
         why = (
-            f"none of all {count} has a trained token within data.max_length ({limit}). Raise it, or set "
-            "data.max_source_length below it, or change data.too_long."
+            f"none of all {count} has a trained token within data.max_length ({limit}). Raise it, or let "
+            "prompts be cut and not answers (data.max_source_length below it), or change data.too_long."
         )
     raise InputError(f"{path}: no {'held-out' if part.name == EVAL else 'training'} row is left: {why}")
 

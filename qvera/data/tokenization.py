@@ -215,6 +215,7 @@ class RowCounts:
 
     truncated_rows: int = 0
     truncated_tokens: int = 0
+    truncated_targets: int = 0  # of these tokens, those that would have been trained
     split_rows: int = 0
     split_parts: int = 0
     special_token_rows: int = 0
@@ -437,6 +438,7 @@ class RowTokenizer:
         if not keep.all():  # a row that is split or dropped below has lost these too
             counts.truncated_rows += 1
             counts.truncated_tokens += int((~keep).sum())
+            counts.truncated_targets += int(whole.trained[~keep].sum())
         elif not is_long:
             return [whole]
         if is_long and too_long == "drop":
