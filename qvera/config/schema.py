@@ -417,7 +417,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        others = [other.name for other in path.parent.glob("*.yaml")]
+        near = f"; did you mean {path}.yaml?" if f"{path.name}.yaml" in others else did_you_mean(path.name, others)
         raise InputError(f"{path}: no such recipe file{near}") from None
     except UnicodeDecodeError:
         raise not_utf8(path) from None

@@ -137,8 +137,8 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         )
     if resume and (changed := changed_keys(load_recipe(existing, of_a_run=True).to_dict(), recipe, LENGTH)):
         raise InputError(
-            f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Undo that, or start a new run "
-            "in another training.output_dir."
+            f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Go on with the run's own by "
+            f"`qvera train {existing} --resume`, or start a new run in another training.output_dir."
         )
     return resume
 

@@ -40,6 +40,8 @@ def existing_parent(path: Path) -> Path:
 
 def no_directory(path: Path) -> str:
     """Begin a message about a path that should be a directory and is not."""
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return f"{path}: is a recipe. Name the directory of its run (runs/{path.stem}, or its training.output_dir)"
     return f"{path}: " + ("is a file, not a directory" if path.exists() else "no such directory")
 
 
