@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from qvera.adapters.adapter_file import read_config
 from qvera.config.sections import ModelSection
-from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, require_answers
-from qvera.evaluation.named_adapters import adapters_root
+from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, require_adapter, require_answers
+from qvera.evaluation.named_adapters import adapters_root, named_directories
 from qvera.models.hub import is_adapter_of_hub, local_directory
 from qvera.models.loader import load_base
 from qvera.serve.slots import require_served
 from qvera.serve.store import AdapterStore
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
 
@@ -45,7 +46,10 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     if adapters is not None and not adapters.is_dir():
         raise InputError(f"--adapters {adapters}: is no directory. Make it, or name a run that trained many adapters.")
     if adapters is not None and _is_run_or_adapter(adapters) and adapters_root(adapters) is None:
-        raise InputError(f"--adapters {adapters}: has a single adapter. Expected a directory that holds those of many.")
+        raise InputError(
+            f"--adapters {adapters}: has a single adapter. Expected a directory with an adapter in each of its "
+            "directories: make one, and copy the adapter's directory into it."
+        )
     single, directory = None, Path(resolve_path(path))
     own_name = directory.resolve().name
     if is_adapter_of_hub(path):  # its directory is called as its commit
@@ -53,13 +57,18 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
     if _is_run_or_adapter(directory) or adapters_root(directory) is not None:
         target = find_target(directory, needs_name=False)
         require_answers(target, "qvera serve")
-        if adapters is None and adapters_root(directory) is None and target.adapter is not None:
-            require_served(read_config(target.adapter), target.adapter)  # before a big model is loaded
-        opened = open_target(target, adapter=False)
         if adapters_root(directory) is not None:
             adapters = adapters or directory
-        elif target.adapter is not None:
-            single = target.adapter
+        else:
+            single = require_adapter(target)
+            if adapters is None:
+                require_served(read_config(single), single)  # before a big model is loaded
+            elif not named_directories(adapters).get(own_name, single).samefile(single):
+                raise InputError(
+                    f"{path}: {adapters} has an adapter {shown_name(own_name)} too. Name the base in place of the run: "
+                    f"`qvera serve {target.section.path} --adapters {adapters}`."
+                )
+        opened = open_target(target, adapter=False)
     elif (directory / CERTIFICATE).is_file() and adapters is None:  # an exported checkpoint
         target = find_target(directory)
         require_answers(target, "qvera serve")

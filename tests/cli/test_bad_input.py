@@ -175,7 +175,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
         write("run/checkpoints/step-00000002/manifest.json"),
     ),
     "a run that is misspelt": ("generate ren/adapter --prompt hello", "did you mean 'run/adapter'? Nor has the hub"),
-    "a directory of runs for adapters": ("serve model --adapters .", "a directory of runs. Name", drop("recipe.yaml")),
+    "a directory of runs for adapters": (
+        "serve model --adapters .",
+        "Copy them there, `mkdir adapters; cp -r run/adapter adapters/run`, and",
+        drop("recipe.yaml"),
+    ),
     "a recipe in place of its run": ("serve recipe.yaml", "recipe.yaml: is a recipe. Name the directory of"),
     "eval of a model without rows": ("eval model", "Name a file with --data FILE"),
     "eval beside an unknown base": ("eval model --data rows.jsonl --with-base", "there is none to compare with"),

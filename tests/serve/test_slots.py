@@ -181,7 +181,7 @@ def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_the_others_go_on(
 
 
 def test_one_adapter_that_cannot_be_served_is_refused_before_its_base_is_loaded(
-    tiny_model_dir: Path, adapters_dir: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir: Path, adapters_dir: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_adapters(root, tiny_model_dir, {"dvora": 1}, magnitude=True)
     _change_config(added_tokens={"<call>": 300})(root / "a1")
@@ -193,6 +193,9 @@ def test_one_adapter_that_cannot_be_served_is_refused_before_its_base_is_loaded(
         open_served(str(root / "dvora"))
     with pytest.raises(InputError, match=r"adds the tokens <call>, whose rows are not served.*export --to merged"):
         open_served(str(root / "a1"))
+    shutil.copytree(root / "dvora", tmp_path / "others" / "dvora")
+    with pytest.raises(InputError, match=rf"has an adapter dvora too.*`qvera serve {tiny_model_dir} --adapters "):
+        open_served(str(root / "dvora"), tmp_path / "others")
 
 
 def test_a_server_that_starts_makes_the_layers_of_the_first_adapter_that_is_whole(
