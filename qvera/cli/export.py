@@ -27,6 +27,7 @@ from qvera.config.sections import Dtype, ExportDtype, ExportKind
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.files import replace_text, require_empty
+from qvera.utils.formatting import counted
 from qvera.utils.safetensors_io import same_base
 
 if TYPE_CHECKING:
@@ -117,8 +118,20 @@ def merge_adapters(
     Example:
         qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7
     """
+    from qvera.evaluation.named_adapters import adapters_root
+
     for path in adapters:
         check_target(path)
+        if not names and (root := adapters_root(path)) is not None:
+            raise InputError(
+                f"{path}: has several adapters. Name their directories, such as {root}/NAME; or {path} alone, and "
+                "--adapter NAME for each that is added."
+            )
+    if len(names or adapters) == 1 and not any((weights, to, rank, dtype)):
+        raise InputError(
+            f"{adapters[0]}: is one adapter, and this would copy it. Name others too, or scale it with --weights W. "
+            "`qvera export` merges an adapter into its base."
+        )
 
     import torch
 
@@ -158,7 +171,7 @@ def merge_adapters(
         if dtype is not None:
             raise InputError("--dtype: a QVERA adapter is written in float32. Leave it out, or add --to lora.")
         write_vectors(found[0][1], weighted_sum(deltas, factors), out, template)
-        print(f"{len(deltas)} adapters, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
+        print(f"{counted(len(deltas), 'adapter')}, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
     deltas = [in_every_place(adapter, model) for adapter in deltas]
     stacked = stacked_factors(deltas, factors)

@@ -60,7 +60,7 @@ def truncation_text(errors: Mapping[str, float], own: int, rank: int) -> str:
     lost = "Most" if typical > 0.5 else "Part"
     return (
         f"{line}. {lost} of what was trained is lost: the change is spread over all {own} directions. Leave out --rank "
-        "for the whole LoRA, or use --to merged."
+        "for the whole LoRA, which `qvera export` merges into the base."
     )
 
 

@@ -182,7 +182,7 @@ def test_an_adapter_without_held_out_rows(make_recipe: Any, tmp_path: Path, caps
     assert [one["text"] for one in losses] == [str(tmp_path / "text.txt")]
 
 
-def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     merged = tmp_path / "merged"
     assert main(["export", str(run), str(merged), "--adapter", "../chloe", "--dtype", "float32"]) == 0
     difference = json.loads((merged / "qvera_export.json").read_text())["difference"]
@@ -191,6 +191,8 @@ def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, monke
     assert (target.name, target.run) == ("../chloe", run)
     line = ["merge-adapters", str(run), str(tmp_path / "sum"), "--weights", "1", "-0.5", "--to", "lora"]
     assert main([*line, "--adapter", "dan", "--adapter", "anna"]) == 0
+    assert main([*line[:2], str(run / "adapters" / "dan"), str(tmp_path / "two"), "--to", "lora"]) == 2
+    assert f"Name their directories, such as {run}/adapters/NAME; or {run} alone" in capsys.readouterr().err
     assert (tmp_path / "sum" / "adapter_config.json").is_file()
     monkeypatch.setattr("sys.stdin", io.StringIO("say 3 red\n/quit\n"))
     assert main(["chat", str(run), "--adapter", "dan", "--max-new-tokens", "3"]) == 0

@@ -225,6 +225,7 @@ def test_a_sum_can_be_cut(directories: dict[str, Path], tmp_path: Path) -> None:
 def test_refusals_say_what_is_wrong(directories: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     for options, said in (
         (["--weights", "1", "2"], "give one for each"),
+        ([], "is one adapter, and this would copy it. Name others too, or scale it with --weights W."),
         (["--weights", "nan"], "--weights: expected numbers, got nan"),
         (["--rank", "4", "--to", "qvera"], "--rank: goes with --to lora only"),
         (["--dtype", "float16"], "--dtype: a QVERA adapter is written in float32. Leave it out, or add --to lora."),
