@@ -36,7 +36,7 @@ from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, disk_errors, exchange, flush, resolve_path
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_TEMPLATE, disk_errors, exchange, flush, resolve_path
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import save_tensors
 
@@ -247,10 +247,12 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     vectors: dict[str, Tensor] | None = None,
     adapter: str = "default",
+    chat_template: str | None = None,
 ) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
-    Added tokens' rows (`ADDED_ROWS`) and the base's ``tokenizer`` go beside them. ``vectors`` are written in place of
+    Added tokens' rows (`ADDED_ROWS`) and the base's ``tokenizer`` go beside them, and the ``chat_template`` (Jinja) of
+    its prompts if it is not the base's own. ``vectors`` are written in place of
     the model's own, by the same keys; any ``adapter`` but the default one needs them. Files get a temporary name first,
     so that no half-written adapter is ever found. Returns the size in bytes, without the tokenizer's files.
 
@@ -261,6 +263,10 @@ def save_adapter(
         _discard(partial)
         try:
             _write_files(model, partial, tokenizer, vectors, adapter)
+            if chat_template is not None:
+                (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+            for file in partial.iterdir():
+                flush(file)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -310,8 +316,6 @@ def _write_files(
         save_token_rows(model.get_base_model(), ids, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-    for file in directory.iterdir():
-        flush(file)
 
 
 def _discard(path: Path) -> None:

@@ -118,6 +118,8 @@ def merge_adapters(
     Example:
         qvera merge-adapters runs/one runs/two out/ --to lora --weights 0.3 0.7
     """
+    if names and len(adapters) != 1:
+        raise InputError("--adapter: takes the adapters of one run; name one directory and OUT.")
     from qvera.evaluation.named_adapters import adapters_root
 
     for path in adapters:
@@ -143,8 +145,6 @@ def merge_adapters(
     from qvera.exporting.sums import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_class import CAUSAL_LM, empty_model
 
-    if names and len(adapters) != 1:
-        raise InputError("--adapter: takes the adapters of one run; name one directory and OUT.")
     found = [find_adapter(adapters[0], name) for name in names] or [find_adapter(path) for path in adapters]
     require_empty(out)
     _require_one_base(found)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,6 +146,22 @@ class ChatTemplate:
         ] = {}  # by a conversation's shape and tools; None: none can be learned
         self._added = _any_of([token.content for token in added] + named)
         self._written: set[tuple[str, bool]] = set()
+
+    def with_system(self, system: str | None) -> str:
+        """Return the template's text; conversations without a system prompt begin with ``system``, if there is one.
+
+        So other programs, which read no recipe, ask as in training.
+        """
+        if not system:
+            return self.jinja
+        [message] = self.in_parts([{"role": "system", "content": system}])
+        literal = json.dumps(message, ensure_ascii=False)  # which Jinja reads too
+        default = f"{{% set messages = [{literal}] + messages %}}"
+        return f"{{% if not messages or messages[0]['role'] != 'system' %}}{default}{{% endif %}}{self.jinja}"
+
+    def beside(self, system: str | None) -> str | None:
+        """Return `with_system`, for a file beside an adapter; None: it is what the base's tokenizer has."""
+        return None if self.name == OWN and not system else self.with_system(system)
 
     def messages(self, turns: list[Turn]) -> list[Message]:
         """Return turns as the messages that ``apply_chat_template`` takes."""

@@ -137,7 +137,9 @@ def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | No
     # An evaluation of the base, or of an earlier state of the adapter, is not about what is shared.
     if not isinstance(about, dict) or (about.get("column"), about.get("adapter_sha256")) != ("Adapter", sha256):
         found = {}
-    return summary, found, NAMED_TEMPLATES.get(template_name(target.recipe, target.run))
+    beside = target.adapter / CHAT_TEMPLATE
+    named = NAMED_TEMPLATES.get(template_name(target.recipe, target.run))
+    return summary, found, beside.read_text(encoding="utf-8") if beside.is_file() else named
 
 
 def model_card(subject: CardSubject, repo: str | None = None) -> str:

@@ -160,7 +160,7 @@ def _require_fitting(
 
 
 class Chat(NamedTuple):
-    """The chat template and system prompt of a run; ``beside`` is the template if it is not the base's own."""
+    """The chat template of a run, which begins with its system prompt; ``beside``: if it is not the base's own."""
 
     template: str | None
     system: str | None
@@ -176,9 +176,8 @@ def chat_of(target: Artifact) -> Chat:
     if not task_of(recipe).has_answers:
         return Chat(None, None, None)
     tokenizer = load_tokenizer(target.section)
-    template = resolve_template(template_name(recipe, target.run), tokenizer).jinja
-    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    return Chat(template, recipe.data.system, None if template == own else template)
+    template, system = resolve_template(template_name(recipe, target.run), tokenizer), recipe.data.system
+    return Chat(template.with_system(system), system, template.beside(system))
 
 
 def _merge(

@@ -336,7 +336,9 @@ class Trainer(Run):
 
         def save() -> int:
             with disk_errors(f"the adapter in {directory}", kept):
-                return save_adapter(self.loop.model, directory, self.session.base.tokenizer)
+                session = self.session
+                template = session.chat_template
+                return save_adapter(self.loop.model, directory, session.base.tokenizer, chat_template=template)
 
         self.summary["adapter"]["file_bytes"] = self.group.on_first(save)
 

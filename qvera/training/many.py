@@ -94,7 +94,7 @@ class ManyTrainer(Run):
         return sum(planned_steps(recipe, len(rows.train)) for rows in self.session.datasets.adapters)
 
     def no_longer(self) -> str | None:
-        return "adapters of many have left it with their steps"
+        return "each of its adapters ends with its own steps, and is not taken up again"
 
     def setup(self) -> None:
         """Make bank and loop, try the longest pass and open the files. A resumed run has as many slots as at first."""
@@ -259,7 +259,8 @@ class ManyTrainer(Run):
         for run in [run for run in roster.in_flight if run.has_ended]:
             if run.reason is None:
                 directory = self.run_dir / ADAPTERS / run.directory
-                save_adapter(loop.model, directory, vectors=loop.bank.take(run.held_slot))
+                vectors, template = loop.bank.take(run.held_slot), self.session.chat_template
+                save_adapter(loop.model, directory, vectors=vectors, chat_template=template)
                 roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
             else:
                 name = shown_name(run.name)

@@ -84,10 +84,13 @@ class Run(ABC):
             )
         if now > before:
             if (reason := self.no_longer()) is not None:
-                adapter = self.run_dir / (ADAPTERS if self.recipe.data.has_adapters else "adapter")
+                again = f"from its adapter: adapter.init_from={self.run_dir / 'adapter'}, with"
+                if self.recipe.data.has_adapters:
+                    one = f"adapter.init_from={self.run_dir / ADAPTERS}/NAME"
+                    again = f"with {' or '.join(LENGTH)} as they are meant, or one on an adapter's own rows ({one}), in"
                 raise InputError(
-                    f"{self.run_dir}: can't go on to {now:,} steps, since {reason}. Start a new run from its adapter: "
-                    f"adapter.init_from={adapter}, with another training.output_dir."
+                    f"{self.run_dir}: can't go on to {now:,} steps, since {reason}. Start a new run {again} another "
+                    "training.output_dir."
                 )
             training = self.recipe.training
             rate = f"warms up again and decays ({training.lr_scheduler_type})"

@@ -190,6 +190,12 @@ class TrainingSession:
             require_packing(self.model)
         self.task.prepare(self.model, self.base.tokenizer, self.datasets)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template to save beside an adapter of this run (`ChatTemplate.beside`)."""
+        template = self.datasets.template if self.task.has_answers else None
+        return None if template is None else template.beside(self.recipe.data.system)
+
     def prepare_model(self, alone: bool = True, start: Callable[[], object] = lambda: None) -> None:
         """Set gradient checkpointing, compilation and held weights before the first pass, as recipe and plan say.
 

@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.vera import VeraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from qvera import __version__
 from qvera.adapters import QveraLinear
@@ -21,12 +22,15 @@ from qvera.adapters.adapter_file import read_config
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.cli.main import main
 from qvera.config.sections import AdapterSection, ModelSection
-from qvera.evaluation.load import find_target
+from qvera.data import Turn
+from qvera.evaluation.generate import PromptWriter
+from qvera.evaluation.load import find_target, open_run
 from qvera.exporting import lora
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.lora import export_lora, export_stock_vera
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from tests.adapters.helpers import relative
@@ -267,3 +271,26 @@ def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(alpaca
             assert (section.eos_token, section.pad_token) == ("<|endoftext|>", "<|im_start|>"), name
             assert read_config(tmp_path / name).base_fingerprint == fingerprint, name  # type: ignore[union-attr]
     assert main(["generate", str(tmp_path / "lora"), "--prompt", "say red 1", "--max-new-tokens", "2"]) == 0
+
+
+def test_what_is_taken_from_its_run_is_asked_with_the_system_prompt_of_the_run(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    """Other programs read no recipe, so the chat template beside the weights begins with the prompt."""
+    run, asked = tmp_path / "run", [Turn("user", "say red 1")]
+    system = 'Say "red".\n {{ always }} %} ü'
+    train(make_recipe(data={"system": system, "max_length": 128}, training={"max_steps": 1}), run)
+    expected = PromptWriter.of(open_run(run)).ids([Turn("system", system), *asked])
+    places = {name: tmp_path / name for name in ("lora", "merged", "copy")}
+    assert main(["export", str(run), str(places["lora"]), "--to", "lora"]) == 0
+    assert main(["export", str(run), str(places["merged"]), "--no-compare"]) == 0
+    shutil.copytree(run / "adapter", places["copy"])
+    run.rename(tmp_path / "gone")
+    for place in places.values():
+        writer = PromptWriter.of(open_run(place))
+        assert writer.ids(asked) == expected, place
+        assert writer.ids([Turn("system", "Mine."), *asked]) != expected, place
+    tokenizer = AutoTokenizer.from_pretrained(places["merged"])
+    messages = [{"role": "user", "content": "say red 1"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
