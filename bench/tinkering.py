@@ -254,8 +254,9 @@ async def send_heartbeats(tenants: Collection[Any]) -> None:
     """Keep the sessions of all tenants' ``model`` alive, without end. A call may wait longer than a session lives."""
 
     async def send(model: Trained) -> None:
-        with contextlib.suppress(httpx.TransportError):
-            await model.link.once("session_heartbeat", {"session_id": model.session})
+        with contextlib.suppress(httpx.TransportError, TimeoutError):
+            async with asyncio.timeout(_HEARTBEAT_SECONDS):  # one that waits must not hold up those of the others
+                await model.link.once("session_heartbeat", {"session_id": model.session})
 
     while True:
         await asyncio.sleep(_HEARTBEAT_SECONDS)
