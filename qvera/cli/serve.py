@@ -13,7 +13,7 @@ from qvera.cli.common import argument, check_target, flag, number, option, progr
 from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
-from qvera.utils.files import RECIPE_FILE
+from qvera.utils.files import runs_in
 from qvera.utils.formatting import counted
 
 if TYPE_CHECKING:
@@ -146,10 +146,10 @@ def serve(
     require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
 
     check_target(model)
-    if adapters and not (adapters / RECIPE_FILE).exists() and (runs := sorted(adapters.glob(f"*/{RECIPE_FILE}"))):
+    if adapters is not None and (runs := runs_in(adapters)):
         raise InputError(
             f"--adapters {adapters}: is a directory of runs. Expected one with an adapter in each of its directories. "
-            f"Copy them there, `mkdir adapters; cp -r {runs[0].parent}/adapter adapters/{runs[0].parent.name}`, and "
+            f"Copy them there, `mkdir adapters; cp -r {runs[0]}/adapter adapters/{runs[0].name}`, and "
             "serve their base with --adapters adapters."
         )
 

@@ -113,7 +113,7 @@ class Recipe(Section):
             name, wanted = f"training.objective: {objective}", _FORMAT_OF_OBJECTIVE.get(objective)
         for key, source in self.data.sources("data.format"):
             if wanted is not None and source.format != wanted:
-                yield key, f"{name} reads rows of the format {wanted}; remove this key."
+                yield key, f"{name} reads rows of the format {wanted}; set this key to auto."
             elif wanted is None and source.format in _FORMAT_OF.values():
                 task = next(task for task, format in _FORMAT_OF.items() if format == source.format)
                 yield key, f"{source.format} is for task: {task}. Set that beside the sections."

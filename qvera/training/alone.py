@@ -206,9 +206,10 @@ class Trainer(Run):
         state.add_evaluation(self._sign * result.get(metric, math.nan), patience)
         self.say(f"step {state.step}: {self._line(result)}")
         if state.stopped_early:
-            self.say(
-                f"stopping: {patience} evaluations without a better held-out {metric} (best: step {state.best_step})"
-            )
+            best = f"(best: step {state.best_step})"
+            if not training.load_best_model_at_end:
+                best += ". The adapter is the last step's; the best step's takes training.load_best_model_at_end: true"
+            self.say(f"stopping: {patience} evaluations without a better held-out {metric} {best}")
 
     def _line(self, scores: dict[str, Any]) -> str:
         task = self.session.task
@@ -315,6 +316,8 @@ class Trainer(Run):
         session.keep_checkpointing(saved.state.get("gradient_checkpointing", session.checkpointing), self.group)
         session.builds_per_pass = saved.state.get("builds_per_pass", BUILDS_UNHELD)
         self.say(f"Going on from step {self.state.step} of {self.steps} ({saved.path}).")
+        if self.state.stopped_early:
+            self.say("It stopped early, so no step is left. A new run with adapter.init_from goes on from its adapter.")
 
     def load_best_vectors(self) -> None:
         """Put the best step's vectors into the model. Those of the last step stay where that checkpoint is damaged."""

@@ -50,9 +50,15 @@ def refuse_runs(directory: Path) -> None:
     run = directory.parent.parent
     if directory.parent.name == "checkpoints" and (run / RECIPE_FILE).is_file():
         raise InputError(f"{directory}: is a checkpoint from which `qvera train --resume` goes on. Name the run {run}.")
-    runs = sorted(directory.glob(f"*/{RECIPE_FILE}"))
-    if runs and not any((directory / name).exists() for name in (RECIPE_FILE, "config.json")):
-        raise InputError(f"{directory}: is a directory of runs. Name one of them, such as {runs[0].parent}.")
+    if runs := runs_in(directory):
+        raise InputError(f"{directory}: is a directory of runs. Name one of them, such as {runs[0]}.")
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """Return the runs in a directory that is no run and no model itself."""
+    if any((directory / name).exists() for name in (RECIPE_FILE, "config.json")):
+        return []
+    return sorted(file.parent for file in directory.glob(f"*/{RECIPE_FILE}"))
 
 
 def refuse_file_name(prompt: str, where: str) -> None:

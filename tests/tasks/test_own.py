@@ -143,6 +143,15 @@ def scripted(*values: float) -> Callable[..., float]:
     return lambda *_: left.pop(0)
 
 
+def test_a_run_that_stops_early_says_of_which_step_its_adapter_is(
+    make_recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = {"metric_for_best_model": "mine", "early_stopping_patience": 1, "max_steps": 4, "eval_steps": 1, **QUIET}
+    train(make_recipe(training=training), tmp_path, metrics={"mine": scripted(0.5, 0.75, 0.625, 0.5)})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(best: step 1). The adapter is the last step's" in said
+
+
 @pytest.mark.parametrize(("greater", "best", "steps"), [(None, 2, 4), (False, 1, 3)])
 def test_a_metric_chooses_the_best_step_and_stops_early(
     make_recipe: Any,

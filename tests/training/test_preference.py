@@ -173,7 +173,7 @@ def test_a_plan_counts_both_answers_of_a_pair(recipe_of: Any, make_recipe: Any) 
     ("dpo", {"data": {"train_on": "all"}}, "data.train_on"),
     ("dpo", {"data": {"max_target_length": 8}}, "data.max_target_length"),
     ("dpo", {"data": {"adapter_column": "who"}}, "training.objective: dpo is not built for many adapters"),
-    ("dpo", {"data": {"format": "text"}}, "training.objective: dpo reads rows of the format preference"),
+    ("dpo", {"data": {"format": "text"}}, "training.objective: dpo reads rows of the format preference; set this key to auto"),
     ("kto", {"data": {"format": "preference"}}, "training.objective: kto reads rows of the format unpaired-preference"),
     ("sft", {"data": {"format": "preference"}}, "preference is for training.objective: dpo or orpo. Set that"),
     ("sft", {"training": {"beta": 0.2}}, "training.beta: has no effect without"),

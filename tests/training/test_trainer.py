@@ -393,6 +393,7 @@ def test_early_stopping_keeps_the_best_vectors(
     assert again.run["result"]["steps"] == len(evals)
     text = console.export_text()
     assert "not what the manifest says" in text
+    assert "It stopped early, so no step is left." in text
     assert "The adapter gets the last step's vectors, not the best." in text
     assert same(vectors(run_dir), load_file(saved / f"step-{len(evals):08d}" / "vectors.safetensors"))
 
