@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from qvera.evaluation.load import Artifact, OpenRun, find_target, open_adapters,
 from qvera.evaluation.named_adapters import adapters_root, named_directories, require_all_named, require_named
 from qvera.exporting import export as exports
 from qvera.tasks import evaluate as evaluations
-from qvera.utils.errors import InputError, did_you_mean, first_line
+from qvera.utils.errors import InputError, QveraError, did_you_mean, first_line
 from qvera.utils.files import refuse_file_name
 from qvera.utils.progress import Phase
 
@@ -69,9 +70,28 @@ def _checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
                 except ValidationError as error:
                     problems = dict.fromkeys(map(value_problem, error.errors()))
                     raise InputError(f"{name}: {' Or: '.join(problems)}") from None
-        return function(*given, **named)
+        try:
+            return function(*given, **named)
+        except QveraError as error:
+            error.args = (_OPTION.sub(_as_argument, str(error)).replace("same command", "same call"),)
+            raise
 
     return call
+
+
+_ARGUMENTS = {"data": "rows", "lr-from": "start", "lr-steps": "steps", "resume": "resume=True"}
+"""An option of a command that messages name → the argument here, where it is called otherwise."""
+_OPTIONS = "adapter|base|data|dtype|find-lr|lr-from|lr-steps|quantize|rank|recipe|resume|to|with-base"
+_VALUES = "NAME|FILE|merged|lora|peft|gguf-lora|gguf|q8_0|b?float[0-9]+|original|dequantized"
+_OPTION = re.compile(rf"`[^`]*`|--({_OPTIONS})\b(?: ({_VALUES})\b)?")
+
+
+def _as_argument(found: re.Match[str]) -> str:
+    """Turn an option of a message into an argument; a command in backticks stays as it is."""
+    option, value = found.groups()
+    if option is None:
+        return found[0]
+    return _ARGUMENTS.get(option, option.replace("-", "_")) + (f"={value}" if value else "")
 
 
 def _is_plain(hint: Any) -> bool:
@@ -267,7 +287,8 @@ class Model:
                 if name is not None and name not in self.names:
                     raise InputError(f"adapter: {name!r} is not loaded{did_you_mean(name, self.names)}")
         elif adapter is not None and (wrong := [name for name in names if name != self.target.name]):
-            advice = f"{self.target.path} has one adapter" if self.target.name is None else "name it in `load`"
+            is_alone = self.target.name is None and not self.base_alone
+            advice = f"{self.target.path} has one adapter" if is_alone else "name it in `load`"
             raise InputError(f"adapter: {wrong[0]!r} is not loaded; {advice}.")
         opened = self.opened
         writer = PromptWriter.of(opened)

@@ -70,6 +70,11 @@ def test_the_callback_gets_each_record_and_false_stops_the_run_for_a_resume(
     assert json.loads((tmp_path / "stopped" / "run.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     resumed = qvera.train(small, tmp_path / "stopped", resume=True)
     assert resumed is not None
+    with pytest.raises(qvera.InputError, match=r"already holds a run\. Add resume=True to go on with it"):
+        qvera.train(small, tmp_path / "stopped")
+    changed = {**small, "adapter": {**small["adapter"], "rank": 2}}
+    with pytest.raises(qvera.InputError, match=r"by `qvera train \S+ --resume`, or"):  # a command is one
+        qvera.train(changed, tmp_path / "stopped", resume=True)
     assert resumed.run["result"]["eval_after"]["loss"] == whole.run["result"]["eval_after"]["loss"]
 
 
@@ -179,6 +184,7 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         ("export", {"out": "x", "to": "peftt"}, "to: should be 'merged', 'lora', 'peft', 'gguf' or 'gguf-lora', got"),
         ("export", {"out": "x", "quantize": "4bit"}, "quantize: should be 'nf4' or 'fp4', got '4bit'."),
         ("export", {"out": "x", "rank": 2.5, "to": "lora"}, "rank: should be a whole number, got 2.5."),
+        ("export", {"out": "x", "rank": 2}, "rank: goes with to=lora and to=gguf-lora only."),
         ("export", {"out": "x", "compare": "no"}, "compare: should be true or false, got 'no'."),
     ],
 )

@@ -126,15 +126,19 @@ def init(
     classes = f", {stats.targets_text}" if stats.labels is not None else ""
     longest = "" if stats.format == "image" else f", the longest has {stats.longest_tokens:,} tokens"
     named = shlex.quote(str(out))
+    if system is None and recipe.data.system is not None:
+        print(f"system prompt     {recipe.data.system} (data.system in {named})")
     print(f"{out}: {stats.train_rows:,} rows, format {stats.format}{longest}{classes}")
     if longest and stats.longest_tokens > context:
         print(f"longer rows       are cut at {context:,} tokens, where the base's context ends (data.too_long)")
     if stats.unused_columns:
         unused = ", ".join(stats.unused_columns)
-        print(f"not read          {unused}. To train on other columns, name them: {COLUMN_OPTIONS}")
-        if stats.unused_labels:
-            print("                  To train a classifier of these labels: --task sequence-classification")
-            print("                  On answers that they call good or bad: --objective kto")
+        print(f"not read          {unused}. To train on other columns, delete {named}, and give {COLUMN_OPTIONS}")
+        if stats.unused_labels and stats.format == "text":  # whose column a classifier reads
+            print("                  To train a classifier of these labels, give --task sequence-classification")
+        elif stats.unused_labels:
+            print("                  A classifier of these labels: --task sequence-classification --prompt-column NAME")
+            print("                  Answers that they call good or bad: --objective kto")
     if stats.label_rows and (rarest := min(stats.label_rows)) < FEW_ROWS_OF_A_LABEL:
         print(f"few rows          a label has {rarest} of them; some dozens of each are better")
     elif stats.adapters is not None:
@@ -169,7 +173,7 @@ def _with_found_columns(recipe: Recipe) -> Recipe:
         raise InputError(f"{error} Here: --objective dpo.") from None
     except MissingColumn as error:
         # No option names the column of rejected answers.
-        here = "rename them in the file, or take --objective dpo for pairs, kto for judged answers"
+        here = "rename them in the file; --objective dpo and orpo take pairs, kto judged answers"
         here = here if recipe.data.format in PREFERENCES else COLUMN_OPTIONS
         raise InputError(f"{error} Here: {here}.") from None
     except UnknownFormat as error:
@@ -208,7 +212,6 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
         return recipe, datasets
     if list(shown.train[0].input_ids) == list(datasets.train[0].input_ids):  # the rows have their own
         return recipe, datasets
-    print(f"system prompt     {prompt} --system sets another")
     return named, shown
 
 

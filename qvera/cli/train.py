@@ -27,6 +27,7 @@ from qvera.config.sections import LrRange
 from qvera.utils import formatting
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
+from qvera.utils.files import RECIPE_FILE
 
 if TYPE_CHECKING:
     from qvera.training.lr_finder import RangeTestResult
@@ -65,11 +66,14 @@ def train(
         return
     result = trainer.train(loaded, run_dir, resume=resume, dry_run=dry_run, console=console)
     if result is not None:
+        from qvera.training.alone import depends_on_length
+
         with for_who_still_reads():
             print_result(result.run_dir, result.run)
             sets = [part for override in overrides for part in ("--set", override)]
             command = shlex.join(["qvera", "train", str(recipe), *sets])
-            print(f"loss              {loss_line(result.run, command, loaded.training.reward is not None)}")
+            has_rewards, fixed_length = loaded.training.reward is not None, depends_on_length(loaded)
+            print(f"loss              {loss_line(result.run, command, has_rewards, fixed_length)}")
 
 
 def launch(
@@ -159,7 +163,9 @@ def _print_curve(found: RangeTestResult, run_dir: Path, ramp: LrRange) -> None:
     if found.suggestion is None:
         print(f"suggestion        none: {found.reason}")
     else:
-        print(f"suggestion        --set training.learning_rate={found.suggestion:.2g}")
+        begun = (run_dir / RECIPE_FILE).exists()
+        elsewhere = ", with another training.output_dir: a run is in this one" if begun else ""
+        print(f"suggestion        --set training.learning_rate={found.suggestion:.2g}{elsewhere}")
         print(f"                  {RULE}; worth a try down to the steepest fall")
     print(f"curve             {run_dir / PAGE}\npoints            {run_dir / POINTS}")
 
@@ -196,8 +202,11 @@ NOTHING = 0.005  # below this share, shown as 0 %, more steps at the same rate a
 FEW_STEPS = 50  # from here on another rate was what helped (both: bench/loss_line.py)
 
 
-def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False) -> str:
-    """What the loss did in a run, by its run.json; where that was little, what to do next by which command."""
+def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixed_length: bool = False) -> str:
+    """What the loss did in a run, by its run.json; where that was little, what to do next by which command.
+
+    ``fixed_length``: the run can't be made longer.
+    """
     result = run["result"]
     pairs = [(one.get("eval_before"), one.get("eval_after")) for one in run.get("adapters", [result])]
     scored = [(before["loss"], after["loss"]) for before, after in pairs if before and after]
@@ -227,7 +236,8 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False) -> s
     first, last = result.get("train_loss_first"), result.get("train_loss_last")
     if share < 0 and first and last and last < first * (1 - HARDLY):
         return f"{change}, while the training loss fell: the rows are learnt by heart. Add rows, or take fewer steps."
-    if "adapters" not in run and share >= NOTHING and steps < FEW_STEPS:
+    has_ended = fixed_length or result.get("stopped_early") or "adapters" in run
+    if not has_ended and share >= NOTHING and steps < FEW_STEPS:
         return f"{change} in {steps} steps, which are few. Go on: {longer}   Or look for a better rate: {find}"
     if share >= HARDLY:
         more = "no more held-out answers are right than if all were the commonest one"

@@ -214,6 +214,8 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
         field = holder.model_fields.get(keys[-1]) if keys else None
         if kind == "string_type" and isinstance(got, (int, float)):
             hint = " Write it in quotes."
+        elif got is None and ":" in str(error["loc"][-1]):
+            hint = " Put a space after each colon."
         elif got is None and field is not None and not field.is_required():
             hint = " Leave the key out for its default."
         elif kind == "list_type" and isinstance(got, str) and "=" not in got:

@@ -56,13 +56,13 @@ class Recipe(Section):
     """What is trained: ``causal-lm``, a language model on answers or text; ``sequence-classification``, a model that
     gives each text or pair of texts a class or a number (docs/classification.md); or ``image-classification``, a model
     that gives each image a class (docs/images.md)."""
-    deepspeed: NonEmpty | None = None
-    """How several processes share the work. Null: they sum their gradients and share nothing else; right for almost
-    every run. ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not fit on one
-    device. ``zero3-offload-cpu`` and ``zero3-offload-nvme``: the shards are kept in RAM or on disk. ``zero1`` and
-    ``zero2``: the optimizer's state is sharded, which saves a few MB. Or the path of a DeepSpeed configuration file,
-    such as a copy of one in ds_configs/. It must not set what the recipe sets (batch size, precision, clipping,
-    schedule)."""
+    deepspeed: Annotated[NonEmpty | None, BeforeValidator(lambda value: None if value == "none" else value)] = None
+    """How several processes share the work. Null or ``none``: they sum their gradients and share nothing else; right
+    for almost every run. ``zero3``: each process holds only a shard of the frozen 4-bit base, for a base that does not
+    fit on one device. ``zero3-offload-cpu`` and ``zero3-offload-nvme``: the shards are kept in RAM or on disk.
+    ``zero1`` and ``zero2``: the optimizer's state is sharded, which saves a few MB. Or the path of a DeepSpeed
+    configuration file, such as a copy of one in ds_configs/. It must not set what the recipe sets (batch size,
+    precision, clipping, schedule)."""
 
     def _keys_without_effect(self) -> Iterator[tuple[str, str]]:
         """Yield keys that are set while what they are about is switched off (`OnlyWith`)."""
@@ -145,7 +145,9 @@ class Recipe(Section):
         if training.metric_for_best_model != "loss" and (data.has_adapters or not training.eval_steps):
             needs = "many adapters are compared by their loss" if data.has_adapters else "needs training.eval_steps"
             yield "training.metric_for_best_model", f"{training.metric_for_best_model}: {needs}."
-        if training.metric_for_best_model == "exact_match" and not training.exact_match_rows:
+        # other tasks have no exact match, and say so (`Task.take_own`)
+        asks = self.task == "causal-lm" and training.objective != "grpo" and not data.has_adapters
+        if asks and training.metric_for_best_model == "exact_match" and not training.exact_match_rows:
             yield "training.metric_for_best_model", "exact_match: needs training.exact_match_rows."
         if self.model.stream is True and training.torch_compile:
             yield "training.torch_compile", "compiled code does not wait for streamed layers; remove one of the two."
@@ -413,7 +415,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     """
     path = Path(path)
     if path.suffix in (".csv", ".tsv", ".jsonl", ".parquet"):
-        raise InputError(f"{path}: is a file of rows, not a recipe. `qvera init my.yaml --data {path}` writes one.")
+        raise InputError(
+            f"{path}: is a file of rows, not a recipe. `qvera init my.yaml --model MODEL --data {path}` writes one."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

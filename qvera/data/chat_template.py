@@ -125,7 +125,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
             f"data.template: {name} needs {', '.join(absent[name])}, which the tokenizer of "
             f"{tokenizer.name_or_path or 'this model'} does not have as single tokens. Templates that work with "
             f"it: {', '.join(usable)}. Or add them with model.added_tokens (and set model.eos_token to the one that "
-            f"ends a turn)."
+            f"ends a turn), which a run of many adapters does not take."
         )
     return ChatTemplate(name, NAMED_TEMPLATES[name], tokenizer)
 

@@ -155,10 +155,12 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             )
         format = matches[0]
     if missing := [name for name in FORMATS[format].required if name not in present]:
-        auto = f": auto reads it as {matches[0]}" if matches and format in detected else ""
+        # formats of a task or an objective are no choice
+        other = " or set another data.format" if format in detected else ""
+        auto = f": auto reads it as {matches[0]}" if matches and other else ""
         raise MissingColumn(
             f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
-            f"{found} Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}) or set another data.format{auto}."
+            f"{found} Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}){other}{auto}."
         )
     # optional columns are read wherever a row has them, though the first row may not
     read = {name: columns.get(name, name) for name in FORMATS[format].fields}

@@ -187,7 +187,7 @@ class DataStats(RowCounts):
     @property
     def unused_labels(self) -> bool:
         """Whether a column that is not read is named like one of labels."""
-        return not {"label", "labels"}.isdisjoint(self.unused_columns)
+        return self.labels is None and not {"label", "labels"}.isdisjoint(self.unused_columns)
 
     @property
     def targets_text(self) -> str:

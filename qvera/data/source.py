@@ -375,9 +375,8 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, show: Phase)
         why = f"all {count} are left out: {reasons}. Fix the rows, or raise data.max_length ({limit})."
     elif section.too_long == "drop":  # which leaves out no row for anything else
         why = (
-            f"all {count} are longer than data.max_length ({limit}), and data.too_long is drop. Raise data.max_length, "
-            "or shorten them by data.max_source_length and data.max_target_length, or set data.too_long to cut-end, "
-            "cut-start or split."
+            f"all {count} are {', '.join(dropped)}, and data.too_long is drop. Raise data.max_length, or set "
+            "data.too_long to cut-end."
         )
     else:
         why = (

@@ -115,7 +115,7 @@ class Rewards(CausalLM, TrainingHook):
     """
 
     takes_loss = False
-    scores = ("loss", "reward", "exact_match")
+    scores = ("loss", "reward")
     _tokenizer: PreTrainedTokenizerBase
 
     def __init__(self, recipe: Recipe) -> None:

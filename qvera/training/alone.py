@@ -29,6 +29,13 @@ from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import disk_errors, plain_json, try_read_json
 
 
+def depends_on_length(recipe: Recipe) -> bool:
+    """Whether what a step does depends on how many there are, so that the run can't be made longer."""
+    sections = {"data": recipe.data, "adapter": recipe.adapter, "training": recipe.training}
+    has_hook = type(method_of(recipe.adapter)).step_hook is not Method.step_hook
+    return has_hook or bool(list(plugins.schedules_of(**sections)))
+
+
 class Trainer(Run):
     """A run of one adapter. All processes call each method together."""
 
@@ -60,15 +67,12 @@ class Trainer(Run):
         return planned_steps(recipe, len(self.session.datasets.train))
 
     def no_longer(self) -> str | None:
-        recipe, info = self.recipe, try_read_json(self.run_dir / "run.json") or {}
+        info = try_read_json(self.run_dir / "run.json") or {}
         if (info.get("result") or {}).get("stopped_early"):
             return "it stopped early"
-        sections = {"data": recipe.data, "adapter": recipe.adapter, "training": recipe.training}
-        has_hook = type(method_of(recipe.adapter)).step_hook is not Method.step_hook
-        if has_hook or list(plugins.schedules_of(**sections)):
-            return (
-                f"what {recipe.adapter.method} or a schedule of the recipe does in a step depends on how many there are"
-            )
+        if depends_on_length(self.recipe):
+            method = self.recipe.adapter.method
+            return f"what {method} or a schedule of the recipe does in a step depends on how many there are"
         return None
 
     @property

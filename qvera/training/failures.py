@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _CHANGES = 3
 _LEAST_SHARE = 0.05  # a change has to take at least this share less than was planned, since the plan was too low
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+LOWER_RATE = "Begin again with a lower training.learning_rate, in another training.output_dir."
+"""A run that goes on keeps its rate, and nothing is written over one."""
 _ANY_RUN = "Lower data.max_length, or training.per_device_train_batch_size where rows are not packed."
 
 
@@ -56,12 +58,10 @@ def not_finite_error(
     of_ranks = group.gather({"losses": plain_json(losses), "rows": [source for sources in bad for source in sources]})
     where = [source for each in of_ranks for source in each["rows"]] or [f"the gradient only; rows {', '.join(rows)}"]
     text = not_finite_text(f"Step {step}", [loss for each in of_ranks for loss in each["losses"]], norm, where)
-    return for_all(
-        NotFinite(
-            f"{text} No step was taken and earlier checkpoints are kept. Lower training.learning_rate, or look at "
-            "these rows."
-        )
-    )
+    # the rate has no part in the first step's loss
+    advice = LOWER_RATE if step > 1 else "Or begin again with another model.compute_dtype and training.output_dir."
+    kept = "No step was taken and earlier checkpoints are kept. Look at these rows."
+    return for_all(NotFinite(f"{text} {kept} {advice}"))
 
 
 def not_finite_text(step: str, losses: Sequence[float | None], norm: float, rows: Sequence[str]) -> str:
@@ -83,7 +83,7 @@ def held_out_not_finite(step: str, before: dict[str, Any] | None) -> str:
     """Return why an adapter is not saved whose last held-out loss is not finite. ``before``: scores before training."""
     before_too = before is not None and not has_finite_loss(before)
     more = "It was not finite before training either: look at the held-out rows."
-    advice = more if before_too else "Lower training.learning_rate."
+    advice = more if before_too else LOWER_RATE
     return f"{step}: its held-out loss is not finite. {advice}"
 
 

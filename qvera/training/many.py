@@ -27,7 +27,7 @@ from qvera.distributed.group import ALONE, for_all
 from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
 from qvera.training.checkpoint import Checkpoint, TrainState
-from qvera.training.failures import has_finite_loss
+from qvera.training.failures import LOWER_RATE, has_finite_loss
 from qvera.training.loop import Records
 from qvera.training.plan.decisions import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
@@ -361,8 +361,7 @@ class ManyTrainer(Run):
 
         self.group.on_first(write)
         if status == "done" and all(entry["status"] in ("not_finite", "no_rows") for entry in entries):
-            text = "No adapter's loss stayed finite, so none was saved. Lower training.learning_rate."
-            raise for_all(NotFinite(text))
+            raise for_all(NotFinite(f"No adapter's loss stayed finite, so none was saved. {LOWER_RATE}"))
 
     def _result(self, run: AdapterRun) -> dict[str, Any]:
         """Return an adapter's entry in run.json. Its status is ``unfinished`` while it is still to be trained."""

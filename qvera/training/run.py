@@ -84,7 +84,14 @@ class Run(ABC):
             )
         if now > before:
             if (reason := self.no_longer()) is not None:
-                again = f"from its adapter: adapter.init_from={self.run_dir / 'adapter'}, with"
+                directory = self.run_dir / "adapter"
+                again = f"from its adapter: adapter.init_from={directory}, with"
+                try:
+                    self.recipe.replace(adapter={"init_from": str(directory)})
+                except InputError:  # as where the reference of an objective is the base without an adapter
+                    again = f"of what `qvera export {self.run_dir} OUT` writes, with OUT as model.path and"
+                if not directory.exists():
+                    again = f"when this one has come to its {before:,} steps, {again}"
                 if self.recipe.data.has_adapters:
                     one = f"adapter.init_from={self.run_dir / ADAPTERS}/NAME"
                     again = f"with {' or '.join(LENGTH)} as they are meant, or one on an adapter's own rows ({one}), in"
@@ -258,6 +265,8 @@ class Run(ABC):
                 said = (
                     f"{self.unit.capitalize()} {self.saved} is saved: the same command with --resume goes on from it."
                 )
+                if isinstance(error, OutOfMemory):
+                    said += " It may change training.on_oom, training.gradient_checkpointing and model.stream, no more."
                 error = for_all(type(error)(f"{error}\n{said}"))
         with contextlib.suppress(RunFailed):  # a disk that is full has its own error already
             self.finish("failed")

@@ -104,6 +104,13 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         raise InputError(
             f"{existing}: is no run's, and a run there would write over it. Choose another training.output_dir."
         )
+    # before --resume is advised, which takes no other recipe
+    begun = load_recipe(existing, of_a_run=True).to_dict() if existing.exists() else {}
+    if changed := changed_keys(begun, recipe, LENGTH):
+        raise InputError(
+            f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Go on with the run's own by "
+            f"`qvera train {existing} --resume`, or start a new run in another training.output_dir."
+        )
     if not resume and existing.exists():
         holder = try_read_json(run_dir / RUN_OWNER) if status == "running" else None
         add = "Add"
@@ -135,11 +142,6 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         raise InputError(
             f"{run_dir}: holds {first_of(others)} and no recipe.yaml. It is no run, and one would write over that. "
             "Choose another training.output_dir, or move them away."
-        )
-    if resume and (changed := changed_keys(load_recipe(existing, of_a_run=True).to_dict(), recipe, LENGTH)):
-        raise InputError(
-            f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Go on with the run's own by "
-            f"`qvera train {existing} --resume`, or start a new run in another training.output_dir."
         )
     return resume
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -195,8 +196,14 @@ def test_columns_of_no_known_format_are_asked_for(
 
 def test_the_new_recipe_of_a_classifier_knows_its_classes(init: Init, out: Path) -> None:
     said = init("text,label\nwhere is it,shipping\nmoney back,refund\n")
-    assert "not read          label. To train on other columns" in said
-    assert "To train a classifier of these labels: --task sequence-classification" in said
+    assert f"not read          label. To train on other columns, delete {out}, and give --prompt-column NAME" in said
+    assert "To train a classifier of these labels, give --task sequence-classification" in said
+    assert "--objective kto" not in said  # which reads no texts
+    init("text,label\nwhere is it,shipping\nmoney back,refund\n", "--task", "sequence-classification")
+    rows = "prompt,completion,label\n" + "say red,red,1\nsay blue,blue,0\n" * 6
+    said = init(rows)
+    for advice in re.findall(r": (--(?:task|objective) .*)", said):  # each works as it is said
+        assert "not read          label" not in init(rows, *advice.replace("NAME", "prompt").split())
     out.unlink()
     rows, task = "mail,about\n" + "where is it,shipping\nmoney back,refund\n" * 6, "sequence-classification"
     said = init(rows, "--task", task, code=2)
@@ -222,7 +229,7 @@ def test_no_recipe_is_written_for_a_base_that_cannot_be_trained(
 def test_the_new_recipe_of_preferences_has_their_objective(init: Init, out: Path) -> None:
     row = json.dumps({"prompt": "say", "chosen": "red", "rejected": "blue"}) + "\n"
     assert "Here: --objective dpo" in init(row, code=2, file="pairs.jsonl")
-    assert "Here: rename them in the file, or take --objective dpo for pairs" in init(
+    assert "Here: rename them in the file; --objective dpo and orpo take pairs" in init(
         '{"prompt": "a", "completion": "b"}\n', "--objective", "dpo", code=2, file="rows.jsonl"
     )
     init(row, "--objective", "orpo", file="pairs.jsonl")

@@ -138,6 +138,10 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     assert "all answers to a prompt had equal rewards" in loss_line({"result": result}, "", has_rewards=True)
     longer = loss_line({"result": result | {"grad_norm_last": 1.0}}, "qvera train my.yaml --set training.max_steps=9")
     assert "qvera train my.yaml --resume --set training.max_steps=18 " in longer
+    result["grad_norm_last"] = 1.0
+    ended = loss_line({"result": {**result, "stopped_early": True}}, "")
+    for text in (ended, loss_line({"result": result}, "", fixed_length=True)):  # neither can be made longer
+        assert "Go on" not in text and "Look for a better rate" in text
     entry: dict[str, Any] = {
         "eval_before": {"loss": 2.0},
         "eval_after": {"loss": 1.0},

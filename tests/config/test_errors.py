@@ -129,6 +129,7 @@ def test_an_unknown_key_gets_the_nearest_name_or_its_section_or_all_that_are_kno
         ("model.path", "", "string should have at least 1 character, got ''."),
         ("model.path", ["x" * 500], f"should be a valid string, got {['x' * 198]!r}".removesuffix("']") + "...."),
         ("data.columns", ["a"], "should be a mapping, got ['a']."),
+        ("data.columns", {"prompt:ask": None}, "should be a valid string, got None. Put a space after each colon."),
         ("training.learning_rate", 0, "should be greater than 0, got 0."),
         ("training.learning_rate", float("nan"), "should be a finite number, got nan."),
         ("adapter.targets", "all", "should be 'all-linear', got 'all'. Or: should be a valid list, got 'all'."),

@@ -122,7 +122,7 @@ def test_roles_parts_tools_and_weights() -> None:
         ({"q": "x"}, {"format": "text"}, "format text needs the column text. Columns found: q"),
         ({"q": "x"}, {"format": "text"}, r"or set another data\.format\.$"),
         ({"text": "x"}, {"format": "alpaca"}, r"or set another data\.format: auto reads it as text\.$"),
-        ({"text": "x"}, {"format": "preference"}, r"or set another data\.format\.$"),
+        ({"text": "x"}, {"format": "preference"}, r"\(\{chosen: YOUR_COLUMN\}\)\.$"),
         ({"q": "x"}, {"format": "alpaca"}, "format alpaca needs the columns instruction, output"),
         ({"q": "x"}, {"columns": {"text": "Q"}}, r"'Q' .data\.columns\.text.. Columns found: q\. Rename the one"),
         ({"question": "x"}, {"columns": {"text": "questoin"}}, "did you mean 'question'"),

@@ -143,7 +143,7 @@ def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokeniz
     assert said.startswith(f"{section.path}: no training row is left: all 2 are longer than data.max_length (8)")
     assert "data.too_long is drop" in said and "Raise data.max_length" in said
     assert "trained token" not in said and "data.max_source_length below" not in said
-    assert build_datasets(section.replace(too_long="split"), tokenizer).train  # one of the ways out that it names
+    assert build_datasets(section.replace(too_long="cut-end"), tokenizer).train  # one of the ways out that it names
 
 
 def read(rows: list[dict[str, Any]], format: str = "preference", **keys: Any) -> Datasets:

@@ -184,6 +184,7 @@ def test_other_mistakes_are_said(tmp_path: Path, make_recipe: Any) -> None:
         load_zero_config(str(tmp_path / "bad.json"))
     with pytest.raises(InputError, match="training.optim: adamw_8bit"):
         make_recipe(training={"optim": "adamw_8bit"}).replace(deepspeed="zero1")
+    assert make_recipe().replace(deepspeed="none").deepspeed is None  # as other messages advise
     recipe = make_recipe().replace(deepspeed="zero1")
     assert yaml.safe_load(recipe.to_yaml())["deepspeed"] == "zero1"
 

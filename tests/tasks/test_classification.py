@@ -279,7 +279,10 @@ BAD_ROWS = {
     "an empty text": ([{"text": "a", "label": 1}, {"text": " ", "label": 0}], r":2: the text is empty"),
     "one class": ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "a classifier needs two labels"),
     "an id as label": ([{"text": "a", "label": f"n{i}"} for i in range(41)], r"41 labels in 41 .* Is the column an id"),
-    "no such column": ([{"words": "a", "label": 1}], r"needs the column text.*YOUR_COLUMN"),
+    "no such column": (
+        [{"words": "a", "label": 1}],
+        r"needs the column text.*YOUR_COLUMN\}\)\.$",
+    ),  # no other format is one of labels
 }
 
 
@@ -288,6 +291,14 @@ def test_bad_rows_are_named(rows: list[dict[str, Any]], message: str, classify: 
     path = write(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(InputError, match=message):
         built(classify(data={"path": str(path), "eval_fraction": 0.0}))
+
+
+def test_rows_that_are_all_too_long_are_kept_as_the_message_says(classify: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *[{"text": "word " * 99, "label": i % 2} for i in range(4)])
+    data = {"path": str(path), "eval_fraction": 0.0, "max_length": 8, "too_long": "drop"}
+    with pytest.raises(InputError, match=r"Raise data\.max_length, or set data\.too_long to cut-end\.$"):
+        built(classify(data=data))
+    assert len(built(classify(data={**data, "too_long": "cut-end"})).train) == 4
 
 
 def test_one_row_of_each_of_many_labels_may_be_asked_for(classify: Any, tmp_path: Path) -> None:

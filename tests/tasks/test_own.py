@@ -192,6 +192,8 @@ def test_the_recipes_own_scores_choose_the_best_step_too(classify: Any, make_rec
     assert result is not None and result.run["result"]["best_step"] == 1
     with pytest.raises(InputError, match=r"metric_for_best_model: there is no score 'acuracy' here; did you mean 'acc"):
         train(classify(training={"metric_for_best_model": "acuracy", "eval_steps": 1}), tmp_path / "wrong")
+    with pytest.raises(InputError, match="there is no score 'exact_match' here. There are loss, accuracy"):
+        train(classify(training={"metric_for_best_model": "exact_match", "eval_steps": 1}), tmp_path / "wrong")
 
 
 def _of_rows(*_: Any) -> float:

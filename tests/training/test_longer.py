@@ -106,6 +106,15 @@ def test_what_cannot_be_made_longer_names_another_way(make_recipe: Any, tmp_path
     )
     with pytest.raises(InputError, match=f"can't go on to 6 steps, since it stopped early. {again}/early/adapter"):
         train(more, tmp_path / "early", resume=True)
+    drawn = {**keys, "resample_every": 2}
+    train(make_recipe(training=drawn), tmp_path / "drawn")  # begins with fresh vectors, so it takes no init_from
+    with pytest.raises(
+        InputError, match=r"new run of what `qvera export \S+/drawn OUT` writes, with OUT as model\.path"
+    ):
+        train(make_recipe(training={**drawn, "max_steps": 6}), tmp_path / "drawn", resume=True)
+    shutil.rmtree(tmp_path / "drawn" / "adapter")
+    with pytest.raises(InputError, match="new run when this one has come to its 3 steps, of what"):
+        train(make_recipe(training={**drawn, "max_steps": 6}), tmp_path / "drawn", resume=True)
     spiel: dict[str, Any] = {"adapter": {"method": "spiel"}}
     train(make_recipe(training=keys, **spiel), tmp_path / "spiel")
     with pytest.raises(InputError, match=f"since what spiel or a schedule .* depends on how many there are. {again}"):

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from qvera.cli.main import main
+from qvera.cli.train import _print_curve
 from qvera.config.schema import parse_recipe
 from qvera.config.sections import LrRange
 from qvera.training.loop import AloneLoop
@@ -58,6 +59,9 @@ def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any
         result = run_json(run)["result"]
         gained.append(result["eval_before"]["loss"] - result["eval_after"]["loss"])
     assert gained[1] > 0.3 > 5 * gained[0]
+    capsys.readouterr()
+    _print_curve(RangeTestResult(points, 0.02, 0.01, None), run, LrRange())
+    assert "learning_rate=0.02, with another training.output_dir: a run is in this one" in capsys.readouterr().out
 
 
 def test_it_stops_where_the_loss_diverges(make_recipe: Any, tmp_path: Path) -> None:

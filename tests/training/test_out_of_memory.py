@@ -100,12 +100,14 @@ def test_a_run_is_saved_before_the_step_and_goes_on_to_the_bit(
         "2.15 GB were asked for",
         "No change makes it fit; at the least (--set",  # most of this process's memory is torch itself
         "Or set training.on_oom=halve",
-        "Step 3 is saved: the same command with --resume goes on from it.",
+        "Step 3 is saved: the same command with --resume goes on from it. It may change training.on_oom, ",
     ):
         assert part in str(caught.value)
     assert run_json(tmp_path / "cut")["status"] == "failed"
     monkeypatch.undo()
-    train(recipe, tmp_path / "cut", resume=True)
+    with pytest.raises(InputError, match="per_device_train_batch_size changed"):
+        train(recipe.replace(training={"per_device_train_batch_size": 2}), tmp_path / "cut", resume=True)
+    train(recipe.replace(training={"on_oom": "halve"}), tmp_path / "cut", resume=True)
     assert_same_run(tmp_path / "cut", whole)
 
 

@@ -403,8 +403,9 @@ def test_a_finished_run_is_not_overwritten(make_recipe: Any, six_steps: tuple[Re
     before = files_of(run_dir)
     with pytest.raises(InputError, match="already holds a run. Add --resume"):
         train(recipe, run_dir)
-    with pytest.raises(InputError, match=r"another recipe; adapter\.rank changed"):
-        train(make_recipe(adapter={"rank": 16}, training={"max_steps": 6}), run_dir, resume=True)
+    for resume in (True, False):  # --resume is not advised where it would be refused
+        with pytest.raises(InputError, match=r"another recipe; adapter\.rank changed"):
+            train(make_recipe(adapter={"rank": 16}, training={"max_steps": 6}), run_dir, resume=resume)
     held = rf"process {os.getpid()} on .* \(since .* trains"
     with run_lock(run_dir), pytest.raises(InputError, match=held):
         train(recipe, run_dir, resume=True)

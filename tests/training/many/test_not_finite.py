@@ -14,6 +14,7 @@ from rich.console import Console
 from qvera.cli.train import print_result
 from qvera.evaluation.named_adapters import require_named
 from qvera.training.bank_loop import BankLoop
+from qvera.training.failures import LOWER_RATE
 from qvera.training.many import ManyTrainer
 from qvera.training.roster import AdapterRun
 from qvera.training.trainer import train
@@ -121,7 +122,7 @@ def test_a_held_out_loss_at_the_end_leaves_the_adapter_unsaved_and_is_said(
     found = train_many(recipe, tmp_path / "run", console=console)
     statuses = {name: entry["status"] for name, entry in found.items()}
     assert statuses == {"anna": "done", "ben": "not_finite", "cleo": "done"}
-    said = "step 6: its held-out loss is not finite. Lower training.learning_rate."
+    said = f"step 6: its held-out loss is not finite. {LOWER_RATE}"
     assert (found["ben"]["reason"], found["ben"]["eval_after"], found["ben"]["steps"]) == (said, None, 6)
     assert f"Adapter ben: {said} It is stopped and not saved; the others go on." in console.export_text()
     assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} == {"anna", "cleo"}
