@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from qvera.adapters import adapter_file, save_load
 from qvera.adapters.shared_model import load_adapters
 from qvera.config.schema import Recipe, load_recipe
 from qvera.config.sections import ModelSection
-from qvera.data import NAMED_TEMPLATES, Labels
+from qvera.data import NAMED_TEMPLATES, Datasets, Labels, data_sha256
 from qvera.evaluation.named_adapters import (
     adapters_root,
     name_of,
@@ -51,6 +52,7 @@ from qvera.utils.files import (
 from qvera.utils.formatting import first_of
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch import nn
 
 
@@ -229,6 +231,22 @@ def template_beside(target: Artifact) -> str | None:
     """The chat template beside an adapter whose recipe is not known; None where there is none."""
     file = None if target.adapter is None or target.recipe is not None else target.adapter / CHAT_TEMPLATE
     return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
+
+
+def warn_of_other_rows(target: Artifact, datasets: Datasets, console: Console) -> None:
+    """Say so where a run's rows have changed since its training: those held out now may be among the trained ones."""
+    data = None if target.run is None else (try_read_json(target.run / "run.json") or {}).get("data")
+    trained = data.get("sha256") if isinstance(data, dict) else None
+    if trained is not None and trained != data_sha256(datasets):
+        console.print(
+            f"{target.run}: its rows (data.path) are others now than in training, so rows that are held out now may "
+            "have been trained on, and score too well. Put the file back, or score rows that the run has never seen: "
+            f"qvera eval {shlex.quote(str(target.path))} --data FILE",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:

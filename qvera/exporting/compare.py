@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from qvera.data import Example, Labels, build_datasets
 from qvera.evaluation.held_out import prompts_of, score_model
-from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target
+from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, warn_of_other_rows
 from qvera.evaluation.metrics import text_metrics
 from qvera.evaluation.named_adapters import adapters_root, rows_to_compare
 from qvera.models.loader import exported_bytes, load_exported
@@ -214,6 +214,7 @@ def _open_with_rows(
         opened = open_target(target)
     labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
     datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
+    warn_of_other_rows(target, datasets, console)
     rows, split = rows_to_compare(datasets, target.name)
     return opened, datasets, rows[:limit], split
 

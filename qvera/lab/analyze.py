@@ -141,7 +141,7 @@ ScoredText: TypeAlias = "tuple[str, Rows, int]"
 def _texts(target: Artifact, text: Path, limit: int | None) -> list[ScoredText]:
     from qvera.config.sections import DataSection
     from qvera.data import build_datasets
-    from qvera.evaluation.load import template_beside, template_name
+    from qvera.evaluation.load import template_beside, template_name, warn_of_other_rows
     from qvera.evaluation.named_adapters import held_out_rows
     from qvera.models.tokenizer import load_tokenizer
 
@@ -156,6 +156,7 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[ScoredText]:
     found = [(str(text), datasets.train[:limit], datasets.pad_id)]
     if recipe is not None and recipe.data.has_held_out_rows:
         datasets = build_datasets(recipe.data.replace(template=about["template"]), tokenizer, console)
+        warn_of_other_rows(target, datasets, console)
         if held_out := held_out_rows(datasets, target.name):  # one of many adapters may have none
             found.append(("held-out rows of the run", held_out[:limit], datasets.pad_id))
     return found

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qvera.config import plugins
 from qvera.config.sections import DataSection
-from qvera.data import build_datasets, lengths_of
+from qvera.data import Datasets, Rows, build_datasets, lengths_of
 from qvera.data.images import thumbnail_uris
 from qvera.data.source import survey
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
@@ -24,6 +24,7 @@ from qvera.evaluation.load import (
     open_target,
     require_comparable,
     template_name,
+    warn_of_other_rows,
 )
 from qvera.evaluation.metrics import require_scorers, text_metrics
 from qvera.evaluation.named_adapters import require_held_out_rows
@@ -107,7 +108,7 @@ def evaluate(
     sha256 = None if base_alone else adapter_sha256(target)  # now: the run may go on while we score
     model = _open(target, opened, console, adapter=not base_alone)
     datasets = build_datasets(section, model.base.tokenizer, console)
-    examples = (datasets.train if rows is not None else require_held_out_rows(datasets, target.name))[:limit]
+    examples = _rows_to_score(target, rows, datasets, console)[:limit]
     prompts = prompts_of(examples, group_prompts) if answers else []
     require_positions(model.model, lengths_of(examples))
     others = None if judge is None else judge.others(prompts)
@@ -187,6 +188,14 @@ def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Conso
         return open_target(target, adapter=adapter)
 
 
+def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, console: Console) -> Rows:
+    """Return all rows of a file (``rows``), or the recipe's held-out rows; warn where the run had others."""
+    if rows is not None:
+        return datasets.train
+    warn_of_other_rows(target, datasets, console)
+    return require_held_out_rows(datasets, target.name)
+
+
 def _evaluate_labels(
     target: Artifact, rows: str | None, limit: int | None, opened: Callable[[], OpenRun] | None, console: Console
 ) -> dict[str, Any]:
@@ -199,7 +208,7 @@ def _evaluate_labels(
     model = _open(target, opened, console)
     labels = model.labels
     datasets = build_datasets(section, model.base.tokenizer, console, labels=labels)
-    examples = (datasets.train if rows is not None else require_held_out_rows(datasets, target.name))[:limit]
+    examples = _rows_to_score(target, rows, datasets, console)[:limit]
     require_positions(model.model, lengths_of(examples))
     batch_size = target.recipe.training.per_device_eval_batch_size if target.recipe else 4
     with Phase(console, "scoring", len(examples)) as show, scoring(model.model):

@@ -91,6 +91,23 @@ def test_a_run_its_base_its_adapter_and_what_it_exports_to(run: Path, of_run: di
         assert kind.replace("peft", "vera").upper() in found["subject"]["what"]
 
 
+def test_rows_that_changed_since_the_training_are_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = f"{run}: its rows (data.path) are others now than in training"
+    evaluate(run, "--no-generation")
+    assert told not in capsys.readouterr().err
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    rows = Path(recipe["data"]["path"]).read_text().splitlines(keepends=True)
+    recipe["data"]["path"] = str(tmp_path / "rows.jsonl")
+    Path(recipe["data"]["path"]).write_text("".join(reversed(rows)))
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    evaluate(run, "--no-generation")
+    assert told in capsys.readouterr().err
+    export(run, "merged")
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weights", ["original", "dequantized"])
 def test_a_merged_export_finds_its_run_and_its_base(
     run: Path, of_run: dict[str, Any], tiny_model_dir: Path, weights: str, capsys: pytest.CaptureFixture[str]
