@@ -95,10 +95,12 @@ class Contender:
         """CPU seconds that the server's processes have had."""
         return sum(process.cpu_times().user for process in self._all())
 
-    async def settle(self, http: httpx.AsyncClient, base: str, keys: list[str], rank: int, rows: int) -> None:
+    async def settle(self, stack: contextlib.AsyncExitStack, base: str, keys: list[str], rank: int, rows: int) -> None:
         """Make all tenants; each trains once, so that it has its moments."""
 
         async def make(number: int) -> Tenant:
+            # a client each: httpx looks through all connections of a client for each call
+            http = await stack.enter_async_context(httpx.AsyncClient(base_url=self.url, timeout=600, verify=False))
             link = Link(http, keys[number % len(keys)], self.statuses, self.is_old)
             model = await Trained.create(link, base, rank, number)
             return Tenant(model, random.Random(f"tenant {number}"), random_prompts(number))
@@ -172,11 +174,9 @@ async def measure(contenders: list[Contender], base: str, keys: list[str], args:
         kinds["sample"] = lambda tenant: tenant.answer()
     async with contextlib.AsyncExitStack() as stack:
         for one in contenders:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-            http = await stack.enter_async_context(httpx.AsyncClient(base_url=one.url, timeout=600, limits=limits))
             name = base if one.name != "qvera" or not args.vera else f"{base}:vera-{args.rank}"
             stack.callback(asyncio.create_task(send_heartbeats(one.tenants)).cancel)
-            await one.settle(http, name, keys if one.name == "qvera" else ["x"], args.rank, args.rows)
+            await one.settle(stack, name, keys if one.name == "qvera" else ["x"], args.rank, args.rows)
             print(one.name, one.facts, flush=True)
         turns = {(one, n): itertools.cycle(one.tenants[:n]) for one in contenders for n in one.counts}
         for number in range(args.rounds + 1):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 VERSION = 1
-_LOOK_SECONDS = 4.0  # nothing tells who waits that the engine has ended, or the server stops
+_ASK_SECONDS = 4.0  # nothing tells who waits that the engine has ended, or the server stops
 _SCHEMA = """
 CREATE TABLE sessions (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, created REAL NOT NULL, heartbeat REAL NOT NULL, ended REAL,
@@ -140,22 +140,26 @@ class Database(SqliteFile):
     async def wait(
         self, key: str, look: Callable[[], T | None], seconds: float, is_over: Callable[[], bool] = lambda: False
     ) -> T | None:
-        """Return what ``look`` finds. It looks now, whenever a promise of ``key`` ends, and every `_LOOK_SECONDS`.
+        """Return what ``look`` finds. It looks now, whenever a promise of ``key`` ends, and at the end.
 
-        Returns None if nothing was found for so many seconds, or ``is_over`` says that nothing will be. ``key``: a
-        promise, or a target with all of its promises.
+        Returns None if nothing was found for so many seconds, or when ``is_over``, asked every `_ASK_SECONDS`, says
+        that nothing will be. ``key``: a promise, or a target with all of its promises.
         """
-        waits, ends_at = (asyncio.get_running_loop(), asyncio.Event()), time.monotonic() + seconds
+        ended, ends_at = asyncio.Event(), time.monotonic() + seconds
+        waits = asyncio.get_running_loop(), ended
         with self._waiting_lock:
             self._waiting[key].add(waits)
         try:
             while True:
-                waits[1].clear()  # before the look, so that an end during the look is not missed
+                ended.clear()  # before the look, so that an end during the look is not missed
+                is_last = is_over() or time.monotonic() >= ends_at
                 found = await asyncio.to_thread(look)
-                if found is not None or (left := ends_at - time.monotonic()) <= 0 or is_over():
+                if found is not None or is_last:
                     return found
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(waits[1].wait(), min(left, _LOOK_SECONDS))
+                # a look takes a thread and a transaction: a thousand who wait must not look for nothing
+                while not ended.is_set() and not is_over() and (left := ends_at - time.monotonic()) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(ended.wait(), min(left, _ASK_SECONDS))
         finally:
             with self._waiting_lock:
                 self._waiting[key].discard(waits)

@@ -59,9 +59,12 @@ class Sender:
         return self.database.rows(query, (self.owner, min(limit, 1000), offset))
 
     async def wait(self, key: str, look: Callable[[], T | None], seconds: float) -> T | None:
-        """Hold the call as `Database.wait` does, but not while the server stops. Raises ClientGone."""
-        waits = self.database.wait(key, look, seconds, lambda: self.service.draining)
-        return await while_connected(self.request.receive, waits)
+        """Hold the call as `Database.wait` does, until the server stops or the engine has ended. Raises ClientGone."""
+
+        def is_over() -> bool:
+            return self.service.draining or self.service.engine.stats().dead is not None
+
+        return await while_connected(self.request.receive, self.database.wait(key, look, seconds, is_over))
 
 
 async def _reader(request: Request) -> Sender:

@@ -50,6 +50,17 @@ def test_who_waits_for_a_promise_or_its_target_wakes_with_the_result(database: D
     assert wait(database, key, promise, 30.0) == found  # a client whose connection broke asks again
 
 
+def test_who_waits_looks_only_when_something_has_ended(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvera.serve.tinker.database._ASK_SECONDS", 0.01)
+    promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
+    looks: list[float] = []
+    assert asyncio.run(database.wait(promise, lambda: looks.append(time.monotonic()), 0.5)) is None
+    assert len(looks) == 2  # at the beginning and at the end
+    is_over = iter([False, False, True, True])
+    assert asyncio.run(database.wait(promise, lambda: looks.append(0.0), 60.0, lambda: next(is_over))) is None
+    assert len(looks) == 4
+
+
 def test_an_event_loop_goes_on_while_a_transaction_waits_for_the_disk(database: Database) -> None:
     promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
     begun, written = threading.Event(), threading.Event()
