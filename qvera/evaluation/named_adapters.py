@@ -121,10 +121,8 @@ def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
     held_out, training = datasets.eval, datasets.train
     if name is not None and datasets.adapters:
         own = next((adapter for adapter in datasets.adapters if adapter.name == name), None)
-        if own is None:
-            raise InputError(
-                f"--adapter {shown_name(name)}: the recipe's data has no rows of this adapter; name a file with --data."
-            )
+        if own is None:  # such as one that a server's job has trained on rows of its own
+            return training[:0], "training"
         held_out, training = held_out.take(own.eval), training.take(own.train)
     return (held_out, "held-out") if held_out else (training, "training")
 

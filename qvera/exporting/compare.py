@@ -22,6 +22,7 @@ from qvera.evaluation.named_adapters import adapters_root, rows_to_compare
 from qvera.models.loader import exported_bytes, load_exported
 from qvera.tasks import CausalLM, Task, task_of
 from qvera.utils import accelerator, formatting, memory
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 from qvera.utils.files import try_read_json
 from qvera.utils.progress import Phase
@@ -216,13 +217,21 @@ def _open_with_rows(
     datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
     warn_of_other_rows(target, datasets, console)
     rows, split = rows_to_compare(datasets, target.name)
+    if not rows:
+        raise _NoRows(f"the data of {target.run} has no rows of adapter {shown_name(str(target.name))} to compare on.")
     return opened, datasets, rows[:limit], split
+
+
+class _NoRows(Exception):
+    """There is nothing to compare on, now or later."""
 
 
 def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, Any]:
     """Call ``measure``. If data or memory is missing, the result says so, because the export itself is good."""
     try:
         return measure()
+    except _NoRows as error:
+        return {"not_measured": str(error)}
     except (InputError, OSError, ValueError) as error:
         return {"not_measured": f"{error} {again}"}
     except (MemoryError, RuntimeError) as error:

@@ -125,7 +125,10 @@ def call_of(body: bytes) -> tuple[str, int]:
     with contextlib.suppress(DecodeError):  # what came before the damage was read
         place.ParseFromString(body)
     if not place.model_id:
-        raise InputError("the body is no ForwardBackwardRequest with a model_id.")
+        raise InputError(
+            "the body is no ForwardBackwardRequest with a model_id. forward_backward takes protobuf, as Tinker's "
+            "client sends it, and no JSON."
+        )
     return place.model_id, place.seq_id
 
 
