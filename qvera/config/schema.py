@@ -308,12 +308,13 @@ def _remove(tree: Any, key: str) -> bool:
 _MOST_NODES = 100_000
 """Values in a recipe after its aliases are expanded; a usual recipe has a hundred."""
 
-_OTHERS_HELD_OUT = {
-    "data.eval_path": ("eval_fraction",),
-    "data.eval_split": ("eval_fraction",),
-    "data.eval_fraction": ("eval_path", "eval_split"),
+_REPLACED = {
+    "data.eval_path": ("data.eval_fraction",),
+    "data.eval_split": ("data.eval_fraction",),
+    "data.eval_fraction": ("data.eval_path", "data.eval_split"),
+    "training.num_train_epochs": ("training.max_steps",),
 }
-"""Override → keys of ``data`` that it replaces: other ways to hold out rows."""
+"""Override → keys of the recipe that it replaces: other ways to say the same."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -408,8 +409,9 @@ def _note_lines(
 def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: bool = False) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides, whose values are YAML.
 
-    An override that holds out rows replaces the recipe's own way to do so. One that changes the method takes away the
-    rank and the learning rate, which suit the recipe's own method: `methods.check_recipe` then asks for others.
+    An override that holds out rows, or says how long to train, replaces the recipe's own way to do so. One that changes
+    the method takes away the rank and the learning rate, which suit the recipe's own method: `methods.check_recipe`
+    then asks for others.
     With ``of_a_run`` the run has begun, maybe with an older qvera that accepted keys without effect. These are ignored.
     Raises InputError: the file can't be read, is not YAML, or is not a valid recipe.
     """
@@ -439,15 +441,13 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     given = {override.partition("=")[0] for override in overrides or []}
     for override in overrides or []:
         tree = _override(tree, override)
-        section = tree.get("data")
-        for key in _OTHERS_HELD_OUT.get(override.partition("=")[0], ()):
-            if isinstance(section, dict) and f"data.{key}" not in given:
-                section.pop(key, None)
         lines.pop(tuple(override.partition("=")[0].split(".")), None)
-    if isinstance(tree, dict) and _method_in(tree) != method:
-        for part, key in (("adapter", "rank"), ("training", "learning_rate")):
-            if isinstance(section := tree.get(part), dict) and f"{part}.{key}" not in given:
-                section.pop(key, None)
+    replaced = [key for name in given for key in _REPLACED.get(name, ())]
+    if _method_in(tree) != method:
+        replaced += ["adapter.rank", "training.learning_rate"]
+    for part, _, key in (name.partition(".") for name in replaced if name not in given):
+        if isinstance(tree, dict) and isinstance(section := tree.get(part), dict):
+            section.pop(key, None)
     return parse_recipe(tree, str(path), lines, drop_idle_keys=of_a_run)
 
 

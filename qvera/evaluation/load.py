@@ -239,8 +239,9 @@ def warn_of_other_rows(target: Artifact, datasets: Datasets, console: Console) -
     trained = data.get("sha256") if isinstance(data, dict) else None
     if trained is not None and trained != data_sha256(datasets):
         console.print(
-            f"{target.run}: its rows (data.path) are others now than in training, so rows that are held out now may "
-            "have been trained on, and score too well. Put the file back, or score rows that the run has never seen: "
+            f"{target.run}: its rows (data.path or data.eval_path) are others now than in training, so rows that are "
+            "held out now may have been trained on, and score too well. Put the file back, or score rows that the run "
+            "has never seen: "
             f"qvera eval {shlex.quote(str(target.path))} --data FILE",
             style="yellow",
             markup=False,

@@ -24,7 +24,7 @@ from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run
-from qvera.training.run_dir import repeat_line, step_facts, write_run, write_run_json
+from qvera.training.run_dir import LENGTH, repeat_line, step_facts, write_run, write_run_json
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import disk_errors, plain_json, try_read_json
 
@@ -322,6 +322,8 @@ class Trainer(Run):
         self.say(f"Going on from step {self.state.step} of {self.steps} ({saved.path}).")
         if self.state.stopped_early:
             self.say("It stopped early, so no step is left. A new run with adapter.init_from goes on from its adapter.")
+        elif not self.has_steps_left:
+            self.say(f"All steps are done. A larger {' or '.join(LENGTH)} makes the run longer.")
 
     def load_best_vectors(self) -> None:
         """Put the best step's vectors into the model. Those of the last step stay where that checkpoint is damaged."""

@@ -255,7 +255,7 @@ def require_same_inputs(saved: Checkpoint, inputs: dict[str, Any]) -> None:
     A checkpoint of an earlier version has no inputs to compare.
     """
     what, theirs = (
-        {"rows": "rows (data.path)", "base": "weights of the base (model.path)", "loss": "loss"},
+        {"rows": "rows (data.path or data.eval_path)", "base": "weights of the base (model.path)", "loss": "loss"},
         saved.state.get("inputs"),
     )
     known = {key: value for key, value in (theirs or {}).items() if value is not None and inputs.get(key) is not None}

@@ -175,7 +175,9 @@ def test_an_adapter_without_held_out_rows(make_recipe: Any, tmp_path: Path, caps
         assert (found["split"], found["trained"]["rows"] if name == "lora" else found["rows"]) == ("training", 1)
     shutil.copytree(run / "adapters" / "solo", run / "adapters" / "job")  # as a server's job leaves one there
     assert main(f"export {run} --adapter job {tmp_path / 'of_job'}".split()) == 0
-    assert capsys.readouterr().out.endswith(f"not measured: the data of {run} has no rows of adapter job to compare on.\n")
+    assert capsys.readouterr().out.endswith(
+        f"not measured: the data of {run} has no rows of adapter job to compare on.\n"
+    )
     assert main(f"eval {run} --adapter job --no-generation".split()) == 2
     assert "adapter job has no held-out rows" in capsys.readouterr().err
     assert main(f"eval {run} --adapter solo --no-generation".split()) == 2

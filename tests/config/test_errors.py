@@ -263,6 +263,9 @@ def test_overrides(tmp_path: Path) -> None:
     assert load_recipe(half, ["data.eval_split=test"]).data.eval_fraction == 0.0
     with pytest.raises(InputError, match="remove one of the two"):
         load_recipe(half, ["data.eval_path=test.jsonl", "data.eval_fraction=0.2"])
+    long = write(tmp_path, "model: some/model\ndata: rows.jsonl\ntraining: {max_steps: 400}\n")
+    assert load_recipe(long, ["training.num_train_epochs=3"]).training.max_steps == -1
+    assert load_recipe(long, ["training.num_train_epochs=3", "training.max_steps=9"]).training.max_steps == 9
     assert load_recipe(write(tmp_path, "model: some/model\ndata: rows.jsonl\n")).data.path == "rows.jsonl"
     assert load_recipe(path, ["training.max_steps=1", "training.max_steps=2"]).training.max_steps == 2
 

@@ -94,7 +94,7 @@ def test_a_run_its_base_its_adapter_and_what_it_exports_to(run: Path, of_run: di
 def test_rows_that_changed_since_the_training_are_told(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = f"{run}: its rows (data.path) are others now than in training"
+    told = f"{run}: its rows (data.path or data.eval_path) are others now than in training"
     evaluate(run, "--no-generation")
     assert told not in capsys.readouterr().err
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())

@@ -73,7 +73,8 @@ def test_a_rate_that_has_decayed_warms_up_again_wherever_the_run_was_stopped(mak
     assert rates[4:] == rates[:4]
     assert losses(tmp_path / "cut") == losses(tmp_path / "done")
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "done"))
-    train(make_recipe(training=long), tmp_path / "done", resume=True)  # it is done, and stays so
+    said = longer(make_recipe(training=long), tmp_path / "done")  # it is done, and stays so
+    assert "All steps are done. A larger training.max_steps or training.num_train_epochs" in said
 
 
 def test_the_rate_of_each_part_is_that_of_a_run_of_its_length() -> None:
