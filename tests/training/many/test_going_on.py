@@ -166,7 +166,9 @@ def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path
     try:
         with pytest.raises(InputError, match="no checkpoint that can be used"):
             train(recipe, cut, resume=True)
-        assert "was saved with other rows (data.path or data.eval_path) than are there now" in " ".join(capsys.readouterr().err.split())
+        assert "was saved with other rows (data.path or data.eval_path) than are there now" in " ".join(
+            capsys.readouterr().err.split()
+        )
     finally:
         rows.write_text(text)
     for path in checkpoint.directories(cut / "checkpoints"):
