@@ -248,17 +248,19 @@ def save_adapter(
     vectors: dict[str, Tensor] | None = None,
     adapter: str = "default",
     chat_template: str | None = None,
+    kept: str = "What was there before is kept; make room, and save it again.",
 ) -> int:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
     Added tokens' rows (`ADDED_ROWS`) and the base's ``tokenizer`` go beside them, and the ``chat_template`` (Jinja) of
     its prompts if it is not the base's own. ``vectors`` are written in place of
     the model's own, by the same keys; any ``adapter`` but the default one needs them. Files get a temporary name first,
-    so that no half-written adapter is ever found. Returns the size in bytes, without the tokenizer's files.
+    so that no half-written adapter is ever found. ``kept`` ends the message about a full disk. Returns the size in
+    bytes, without the tokenizer's files.
 
     RunFailed: the disk is full. An adapter that was there before is kept.
     """
-    with disk_errors(str(directory), "The run's checkpoints are kept; make room and go on with --resume."):
+    with disk_errors(str(directory), kept):
         partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
         _discard(partial)
         try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from peft import PeftModel, VeraConfig
 from torch import Tensor, nn
 
-from qvera.adapters.adapter_file import read_adapter, read_config, require_tokens
+from qvera.adapters.adapter_file import read_adapter, read_config
 from qvera.adapters.bank import AdapterBank, AdapterShape, User, fit_to_bank
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
 from qvera.adapters.layer import QveraLinear, adapted_layers, linear_specs
@@ -76,9 +76,8 @@ def require_shareable(config: QveraConfig | VeraConfig, directory: Path) -> Qver
     if not isinstance(config, QveraConfig):
         why = f"is an adapter of PEFT's VeRA; many on one model have to be {PEFT_TYPE} adapters."
         raise InputError(f"{directory}: {why}")
-    require_tokens(config, directory, None)  # many adapters would each want rows of their own
-    if config.modules_to_save or config.bias != "none":
-        why = "has trained modules or biases beside its vectors; load it alone (load_adapter)."
+    if config.added_tokens or config.modules_to_save or config.bias != "none":
+        why = "has token rows, trained modules or biases beside its vectors; load it alone."
         raise InputError(f"{directory}: {why}")
     if isinstance(config.target_modules, str):
         raise InputError(f"{directory}: its targets are a pattern, not names; many adapters need names.")

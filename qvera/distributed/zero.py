@@ -414,8 +414,8 @@ class BaseSharder:
         if on_nvme and not table and weight.dtype != torch.bfloat16:
             raise InputError(
                 f"deepspeed: {self.recipe.deepspeed} reads weights through buffers of bfloat16, and "
-                f"{self.recipe.model.path} stores them as {str(weight.dtype).removeprefix('torch.')}. Quantize the "
-                "base with `qvera quantize` and model.quant_storage: bfloat16, or use zero3-offload-cpu."
+                f"those of {self.recipe.model.path} are {str(weight.dtype).removeprefix('torch.')}. Set "
+                "model.quant_storage: bfloat16, with a model.path that is stored in 16 bits, or use zero3-offload-cpu."
             )
         if table in self._first:
             # as one more of the weights that Init was given

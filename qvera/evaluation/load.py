@@ -100,7 +100,7 @@ def require_answers(target: Artifact, what: str) -> None:
     if target.model_class.has_own_head:
         raise InputError(
             f"{target.path}: is a classifier, and {what} is for models that write text. `qvera eval {target.path} "
-            "--predictions FILE` writes its labels."
+            "--data ROWS --predictions FILE` writes its labels."
         )
 
 
@@ -191,8 +191,8 @@ def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name:
     base = tree.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise InputError(
-            f"{adapter / ADAPTER_CONFIG}: names no base model (base_model_name_or_path). Name a recipe or run that "
-            "does with --recipe."
+            f"{adapter / ADAPTER_CONFIG}: names no base model. Write its directory or hub id there, as "
+            "base_model_name_or_path."
         )
     section = ModelSection(
         path=base,

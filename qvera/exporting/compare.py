@@ -205,7 +205,7 @@ def compare_lora(target: Artifact, recipe: Recipe, lora: Path, limit: int, conso
             exported = adapter_scores(open_target(find_target(lora, target.run)), recipe, datasets, rows)
         return {"split": split, "trained": trained, "exported": exported}
 
-    return _measured(measure, "Export again to measure it, or use `qvera eval` on either.")
+    return _measured(measure, f"`qvera eval {lora} --recipe {target.run or 'RECIPE'}` scores the LoRA later.")
 
 
 def _open_with_rows(

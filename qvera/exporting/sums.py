@@ -64,10 +64,10 @@ def weighted_sum(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) ->
     """
     _check_weights(adapters, weights)
     if (why := same_directions(adapters)) is not None:
-        raise InputError(
-            f"the sum of these adapters is not a VeRA adapter: {why}. With --to lora it is written exactly, as a LoRA "
-            f"of rank {sum(a.rank for a in adapters)}."
-        )
+        rank = sum(adapter.rank for adapter in adapters)
+        way = f" With --to lora it is written exactly, as a LoRA of rank {rank}."
+        can = all(adapter.is_low_rank for adapter in adapters)
+        raise InputError(f"the sum of these adapters is not a VeRA adapter: {why}.{way * can}")
     vectors = {}
     for name, delta in adapters[0].layers.items():
         total = torch.zeros((), dtype=torch.float64)

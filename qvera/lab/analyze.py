@@ -130,6 +130,8 @@ def analyze(
         print(json.dumps(plain_json(document), indent=1, ensure_ascii=False))
         return
     _print_analysis(document)
+    if text is None and not target.model_class.has_own_head:
+        print("Forgetting: not measured; --text FILE compares the loss on other text with that of the base.")
     if html is not None:
         print(f"{html}: the same, layer by layer")
 
@@ -216,8 +218,6 @@ def _print_analysis(document: dict[str, Any]) -> None:
     if losses := loss_rows(document):
         print()
         print_table(["loss", *(title.lower() for title in loss_titles(document))], losses)
-    else:
-        print("Forgetting: not measured; --text FILE compares the loss on other text with that of the base.")
     if reduced := document["reduced"]:
         size = formatting.size(reduced["bytes"])
         print(f"{size} in {reduced['path']}: LoRA of rank {reduced['rank']}, exact, intruders at {reduced['keep']:g}")

@@ -107,9 +107,10 @@ def load_base(
             require_own_weights(Path(name), entries, empty, model_class)
         model = _load_mapped(section, config, dtype, device, progress, sharder, model_class)
         if model is None and sharder is not None:
+            four_bit = "" if section.quantization in ("nf4", "fp4") else "model.quantization: nf4, or "
             raise InputError(
                 f"deepspeed: ZeRO-3 spreads a 4-bit base over the ranks while it reads it, and {name!r} with "
-                f"model.quantization {section.quantization} can't be read so. Use nf4, fp4, zero1, zero2 or none."
+                f"model.quantization {section.quantization} can't be read so. Use {four_bit}zero1 or zero2."
             )
         if model is None and section.stream is True:
             raise InputError(

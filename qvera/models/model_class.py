@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from qvera.config.sections import ModelSection
 from qvera.models.conversion import DECODED, is_decoded, made_of
+from qvera.models.hub import require_model_files
 from qvera.models.structure import share_tied_modules
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import resolve_path
@@ -243,7 +244,7 @@ def load_config(section: ModelSection, source: Path | str | None = None) -> Pret
     except ValueError as error:
         if "custom code" not in str(error):
             raise
-        advice = "Set model.trust_remote_code: true, if you trust its authors."
+        advice = "Set model.trust_remote_code: true (`qvera quantize`: --trust-remote-code), if you trust its authors."
         raise InputError(f"model.path: {name!r} needs Python code of its own. {advice}") from None
     stored = getattr(config, "quantization_config", None)
     if section.quantization in ("nf4", "fp4") and is_decoded(stored):
@@ -289,6 +290,8 @@ def empty_model(
             return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         name = str(source or resolve_path(section.path))
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            require_model_files(name)  # it says what the directory is instead
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise InputError(
                 f"model.path: {name!r} is no directory here. Nor can it be read from the hub "

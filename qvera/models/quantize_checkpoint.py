@@ -197,7 +197,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
         if entry.numel % (2 * getattr(torch, section.quant_storage).itemsize):
             raise NotPlain(
                 f"{entry.file}: {entry.name} has {entry.numel} weights, which do not fill whole elements of "
-                f"{section.quant_storage}. Set model.quant_storage: uint8."
+                f"{section.quant_storage}. Train with model.quant_storage: uint8, which makes a copy in the cache."
             )
     digest = file_sha256(directory / "config.json")
     stamps, settings = file_stamps(entries), settings_of(section, model_class.settings)

@@ -266,9 +266,12 @@ class PagedBatches:
                     f"the cache of keys and values does not fit into memory ({first_line(error)}) Lower "
                     "--cache-tokens or --running."
                 ) from None
+            way = "Use the static engine (--engine static)."
+            if settings.batch_invariant:  # which the static engine has not
+                way = "Leave out --batch-invariant."
             raise RunFailed(
                 f"continuous batching can't run {type(model).__name__} ({type(error).__name__}: {first_line(error)}) "
-                "Use the static engine (--engine static)."
+                f"{way}"
             ) from None
 
     def may_begin(self) -> bool:

@@ -24,6 +24,7 @@ from qvera.adapters.bank import AdapterBank, AdapterShape, MixedForward, fit_to_
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import method_of
+from qvera.adapters.methods.base import Change
 from qvera.adapters.products.slots import PATHS
 from qvera.adapters.shared_model import add_adapter, give_to_answers, require_shareable
 from qvera.serve.requests import AdapterChanged, AdapterPart, ResolvedAdapter
@@ -56,10 +57,14 @@ def require_served(found: QveraConfig | VeraConfig, directory: Path) -> QveraCon
     way = "`qvera export --to merged` makes a checkpoint of its own, which `qvera serve` takes."
     if tokens := getattr(found, "added_tokens", None):
         raise InputError(f"{directory}: adds the tokens {', '.join(tokens)}, whose rows are not served. {way}")
+    way_alone = "`qvera generate` and `qvera chat` take it."
     try:
         config = require_shareable(found, directory)
     except InputError as error:
-        raise InputError(f"{error} Or serve it merged: {way}") from None
+        has_more = found.modules_to_save or found.bias != "none"  # which no export has
+        raise InputError(f"{error} {way_alone if has_more else way}") from None
+    if method_of(config).change is Change.PER_TOKEN:  # which nothing can merge
+        way = way_alone
     if method_of(config).peft_type not in PATHS:
         raise InputError(
             f"{directory}: the method {method_of(config).name} with these options is not served beside other adapters; "

@@ -26,7 +26,7 @@ from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run
 from qvera.training.run_dir import LENGTH, repeat_line, step_facts, write_run, write_run_json
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import disk_errors, plain_json, try_read_json
+from qvera.utils.files import plain_json, try_read_json
 
 
 def depends_on_length(recipe: Recipe) -> bool:
@@ -344,10 +344,8 @@ class Trainer(Run):
         directory, kept = self.run_dir / "adapter", "Checkpoints are kept; mend that and go on with --resume."
 
         def save() -> int:
-            with disk_errors(f"the adapter in {directory}", kept):
-                session = self.session
-                template = session.chat_template
-                return save_adapter(self.loop.model, directory, session.base.tokenizer, chat_template=template)
+            tokenizer, template = self.session.base.tokenizer, self.session.chat_template
+            return save_adapter(self.loop.model, directory, tokenizer, chat_template=template, kept=kept)
 
         self.summary["adapter"]["file_bytes"] = self.group.on_first(save)
 

@@ -260,7 +260,8 @@ class ManyTrainer(Run):
             if run.reason is None:
                 directory = self.run_dir / ADAPTERS / run.directory
                 vectors, template = loop.bank.take(run.held_slot), self.session.chat_template
-                save_adapter(loop.model, directory, vectors=vectors, chat_template=template)
+                kept = "Checkpoints are kept; mend that and go on with --resume."
+                save_adapter(loop.model, directory, vectors=vectors, chat_template=template, kept=kept)
                 roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
             else:
                 name = shown_name(run.name)

@@ -16,11 +16,13 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from qvera.adapters import QveraConfig, QveraLinear
+from qvera.adapters.adapter_file import read_config
 from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.models import linear
+from qvera.serve.slots import require_served
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import edit_config, perturb
 from tests.conftest import small_llama
@@ -216,6 +218,8 @@ def test_what_has_no_place_for_saved_modules_says_so(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(InputError, match="load it alone"):
         load_adapters(small_llama(), {"it": tmp_path / "adapter"})
+    with pytest.raises(InputError, match=r"load it alone. `qvera generate` and `qvera chat` take it"):
+        require_served(read_config(tmp_path / "adapter"), tmp_path / "adapter")
     with pytest.raises(InputError, match=r"modules_to_save .*lm_head"):
         read_deltas(tmp_path / "adapter", small_llama())
 

@@ -134,7 +134,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
     "no such run": ("info nothing", "no such directory"),
     "rows in place of a recipe's name": ("init rows.jsonl", "in .yaml. Rows go to --data rows.jsonl."),
-    "a run for a base": ("init new.yaml --model run --data rows.jsonl", "name its base, model. To go on", OWN_BASE),
+    "a run for a base": (
+        "init new.yaml --model run --data rows.jsonl",
+        "name its base, /bases/llama. To go on from its adapter: adapter.init_from: run/adapter.",
+        change(ADAPTER, base_model_name_or_path="/bases/llama"),
+    ),
     "a prompt for a file": ('generate run "A shawl in DK yarn"', "A prompt itself goes to --prompt."),
     "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),
     "file for a run": ("info rows.jsonl", "rows.jsonl: is a file, not a directory"),
@@ -193,7 +197,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "one file for two things": ("eval run --json x --html x", "need a file each"),
     "eval of no rows": ("eval run --rows 0", "Invalid value for '--rows'"),
     "certificate is broken": ("eval model --data rows.jsonl", "expected the certificate of a merged export", BROKEN),
-    "adapter without a base": ("eval lora --data rows.jsonl", "names no base model", lora_without_base),
+    "adapter without a base": (
+        "eval lora --data rows.jsonl",
+        "names no base model. Write its directory or",
+        lora_without_base,
+    ),
     "compare a run with a model": ("compare run model", "not a run directory"),
     "a ramp that falls": (f"{TRAIN} --find-lr --lr-from 0.1 --lr-to 0.01", "expected two rates, 0 < from < to"),
     "a ramp of few steps": (f"{TRAIN} --find-lr --lr-steps 3", "takes a whole number >= 10"),
@@ -211,6 +219,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "train run",
         "whose recipe is run/recipe.yaml. `qvera train run/recipe.yaml --res",
     ),
+    "a run as a base": ("plan recipe.yaml --set model.path=run --no-timing", "It is a run: name its base, /"),
     "a run without its recipe": ("eval run", "it has no recipe.yaml", lambda: Path("run/recipe.yaml").unlink()),
     "an empty prompt": ("generate run --prompt=", "--prompt: is empty, so there is nothing to answer"),
     "a file's name for a prompt": (

@@ -279,6 +279,10 @@ def test_a_base_without_index_and_small_blocks_give_the_same_weights(
         assert pieces["delta"][name] == pytest.approx(found, rel=1e-5)
 
 
+def _raise_memory_error(*_: object) -> None:
+    raise MemoryError
+
+
 def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -296,6 +300,11 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     after = contents(out)
     assert before.pop("qvera_export.json") != after.pop("qvera_export.json") and before == after
     assert main(["export", run, str(tmp_path / "nothing"), "--compare-only"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("qvera.exporting.compare.adapter_scores", _raise_memory_error)
+        assert main(["export", run, str(tmp_path / "cut"), "--to", "lora", "--rank", "4"]) == 0
+    (advised,) = re.findall("`qvera (eval .*)`", capsys.readouterr().out)
+    assert main(advised.split()) == 0
     assert main(["export", run, str(tmp_path / "lora"), "--to", "lora"]) == 0
     certificate = (tmp_path / "lora" / "qvera_export.json").read_bytes()
     assert main(["export", run, str(tmp_path / "lora"), "--compare-only"]) == 2

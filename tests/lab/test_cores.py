@@ -180,6 +180,9 @@ def test_a_mixture_resumes_to_the_bit_and_its_router_refuses_to_be_merged(
         assert main(["export", str(directory), str(tmp_path / "out"), "--to", to]) == 2
         assert "adapter.mixed_vectors: the router mixes 3 sets of values for each token" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+    assert main(["serve", str(directory), "--port", "0"]) == 2
+    assert "`qvera generate` and `qvera chat` take it." in capsys.readouterr().err
+    assert main(["generate", str(directory), "--prompt", "say red", "--max-new-tokens", "2"]) == 0
     layer = next(m for m in open_run(directory).model.modules() if isinstance(m, QveraLinear))
     with pytest.raises(InputError, match="the router mixes 3 sets"):
         layer.merge()

@@ -186,6 +186,8 @@ def test_its_export_is_the_weight_with_its_values_added_at_their_places(
         assert main(["export", str(run), str(tmp_path / to), "--to", to]) == 2
         assert to == "peft" or "No LoRA is the same" in capsys.readouterr().err
         assert not (tmp_path / to).exists()
+    assert main(["merge-adapters", str(run), str(run), str(tmp_path / "sum"), "--to", "qvera"]) == 2
+    assert capsys.readouterr().err.endswith("the method spiel has no vectors d and b.\n")
 
 
 DAMAGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

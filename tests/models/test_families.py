@@ -174,6 +174,9 @@ def test_a_server_takes_static_batches_where_pages_are_not_known(tmp_path: Path,
     said = " ".join(capsys.readouterr().err.split())
     assert "continuous batching can't run StableLmForCausalLM" in said
     assert "Answering in static batches." in said
+    settings = EngineSettings(cache_tokens=512, batch_invariant=True)
+    with pytest.raises(RunFailed, match=r"can't run StableLmForCausalLM .* Leave out --batch-invariant"):
+        start_engine(open_served(str(tmp_path / "stablelm")), settings)
 
 
 def test_a_server_does_not_run_a_layer_twice_over_the_same_blocks(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from qvera.adapters import save_load
 from qvera.adapters.save_load import attach
+from qvera.adapters.shared_model import load_adapters
 from qvera.config.sections import AdapterSection
 from qvera.serve.opening import open_served, warm_up
 from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
@@ -185,6 +186,8 @@ def test_one_adapter_that_cannot_be_served_is_refused_before_its_base_is_loaded(
 ) -> None:
     write_adapters(root, tiny_model_dir, {"dvora": 1}, magnitude=True)
     _change_config(added_tokens={"<call>": 300})(root / "a1")
+    with pytest.raises(InputError, match=r"has token rows, .* load it alone"):
+        load_adapters(small_llama(), {"a1": root / "a1"})
     served = open_served(str(root / "dvora"), adapters_dir)  # it says which base the others have
     assert served.own is None
     assert {"dvora", "a1"} <= set(served.store.names())

@@ -260,11 +260,17 @@ def test_the_plan_counts_the_head_and_no_vocabulary(classify: Any) -> None:
 
 
 def test_commands_for_text_refuse_a_classifier(
-    finished: Path, labelled_rows: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, labelled_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["generate", "--prompt", "x"], ["chat"], ["serve"], ["analyze", "--text", str(labelled_rows)]):
         assert main([command[0], str(finished), *command[1:]]) == 2
         assert "is a classifier" in capsys.readouterr().err
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter")  # away from its run it has no rows of its own
+    assert main(["chat", str(adapter)]) == 2
+    assert f"`qvera eval {adapter} --data ROWS --predictions FILE` writes its labels." in capsys.readouterr().err
+    assert main(f"eval {adapter} --data {labelled_rows} --predictions {tmp_path}/labels.jsonl".split()) == 0
+    assert main(["analyze", str(adapter), "--top-k", "2"]) == 0
+    assert "--text" not in capsys.readouterr().out
     assert main(["eval", str(finished), "--with-base"]) == 2
     assert "no head that was trained" in capsys.readouterr().err
     with judge_server(lambda text: "[[A]]") as server:

@@ -296,7 +296,7 @@ def read_evaluation(path: Path, weights: Path, notes: list[str]) -> Evaluation |
         notes.append(f"{path.name} has no scores of answers, and nothing else of it is shown.")
         return None
     # the scores may not be those of the run's present adapter
-    again = f"Remove {path.name} and run `qvera eval` again."
+    again = f"Remove it; `qvera eval ... --json {path}` writes it anew."
     try:
         if isinstance(about, dict) and "adapter_sha256" not in about:  # written by an older qvera
             if path.stat().st_mtime < weights.stat().st_mtime:

@@ -131,7 +131,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     root = Path(run_dir)
     run, target = read_run(root, metrics=False), root / "report.html"
-    with disk_errors(str(target), "The run's own files are untouched; mend that and write the report again."):
+    with disk_errors(str(target), f"The run's own files are untouched: `qvera ui {root}` shows them."):
         if not trained_many(run.info, run.recipe):
             replace_text(target, run_page(read_run(root)))
             return target

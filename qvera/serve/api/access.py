@@ -118,7 +118,7 @@ class KeyFile:
 
 def _read_keys(path: Path) -> list[tuple[str, Access]]:
     """Each key's hash and what it may do. Raises InputError that names the faulty entry."""
-    made = "Make one with `qvera serve --new-key NAME --keys FILE`."
+    made = "`qvera serve --new-key NAME --keys FILE` makes one, where FILE is not there yet."
     entries = read_json(path, "a file of keys", keys=("keys",), fix=made)["keys"]
     if not isinstance(entries, list):
         raise InputError(f"{path}: keys: expected a list. {made}")

@@ -48,7 +48,10 @@ class Recipes:
         shared = {key: value for key, value in self._training.items() if key not in _EVALUATIONS}
         # parsed as a recipe of many adapters, which refuses what can't be trained beside others
         rows = {"path": "rows.jsonl", "adapter_column": "adapter", **self._data}
-        self.server = self._parse(rows, shared)  # what all jobs share
+        try:
+            self.server = self._parse(rows, shared)  # what all jobs share
+        except InputError as error:  # it names keys that make a run one of many, which the served recipe has not
+            raise InputError(f"{error} Or serve the base, with --adapters DIR.") from None
 
     def of(self, job: Job, training_file: str, validation_file: str | None = None) -> Recipe:
         """The recipe of a job. Raises InputError if its hyperparameters do not fit together.

@@ -136,6 +136,14 @@ def test_the_file_holds_no_key_and_a_bad_one_is_refused(tmp_path: Path) -> None:
         path.write_text(text.replace("HASH", "0" * 64))
         with pytest.raises(InputError, match=message):
             KeyFile(path)
+    path.write_text("")  # its advice, with the same FILE, would be refused
+    with pytest.raises(
+        InputError, match=r"`qvera serve --new-key NAME --keys FILE` makes one, where FILE is not there"
+    ):
+        KeyFile(path)
+    path.unlink()
+    key = new_key(path, "anna", ["*"], ["use"])
+    assert KeyFile(path).find(key) is not None
 
 
 def test_without_keys_only_this_machines_own_names_and_pages_are_answered(start: Start) -> None:
