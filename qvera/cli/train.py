@@ -221,6 +221,11 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
     change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
     answers = result.get("eval_after") or {}
     if has_rewards:
+        change = (
+            "a step's loss tells nothing of rewards; the report has them. Hold out rows to score them before and after"
+        )
+        if scored:  # a loss that is the negative reward
+            change = f"the held-out reward went from {-before:.4g} to {-after:.4g}"
         equal = "In the last step all answers to a prompt had equal rewards, of which nothing is learnt (equal_groups)."
         return f"{change}. {equal}" if result.get("grad_norm_last") == 0 else f"{change}."
     if result.get("grad_norm_last") == 0 and result["train_loss_last"]:

@@ -135,7 +135,11 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     few = line(5.53, 4.48, steps=17, exact=0)
     assert "in 17 steps, which are few. Go on: qvera train my.yaml --resume --set training.max_steps=34 " in few
     result = {"steps": 9, "train_loss_first": 2.0, "train_loss_last": 1.95, "grad_norm_last": 0.0}
-    assert "all answers to a prompt had equal rewards" in loss_line({"result": result}, "", has_rewards=True)
+    rewarded = loss_line({"result": result}, "", has_rewards=True)
+    assert "a step's loss tells nothing of rewards" in rewarded and "all answers to a prompt had equal" in rewarded
+    scores = {"eval_before": {"loss": -0.2}, "eval_after": {"loss": -0.9}}
+    rewarded = loss_line({"result": {**result, **scores, "grad_norm_last": 1.0}}, "", has_rewards=True)
+    assert rewarded == "the held-out reward went from 0.2 to 0.9."
     longer = loss_line({"result": result | {"grad_norm_last": 1.0}}, "qvera train my.yaml --set training.max_steps=9")
     assert "qvera train my.yaml --resume --set training.max_steps=18 " in longer
     result["grad_norm_last"] = 1.0
