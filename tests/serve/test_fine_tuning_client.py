@@ -197,7 +197,8 @@ def test_training_needs_a_place_for_adapters_and_a_recipe_that_fits(
     recipe = {"model": model, "data": {"path": "rows.csv"}, "adapter": {"dropout": 0.1}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     assert main(["serve", str(run), "--adapters", str(tmp_path / "adapters"), *training]) == 2
-    assert "adapter.dropout: each adapter" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "adapter.dropout: each adapter" in said and said.endswith("Or serve the base, with --adapters DIR.\n")
     (tmp_path / "file").write_text("")
     adapters = ["--adapters", str(tmp_path / "adapters")]
     assert main(["serve", str(tiny_model_dir), *adapters, "--training-dir", str(tmp_path / "file")]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import weakref
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from qvera.adapters import save_load
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.training import tenants
 from qvera.training.optim import AdamSettings
@@ -420,7 +422,9 @@ def test_a_lora_starts_as_tinkers_do_and_is_saved_as_pefts(tmp_path: Path) -> No
     assert names == {"gate_proj", "up_proj", "down_proj"}
 
 
-def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(tmp_path: Path) -> None:
+def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls, rows = Calls(tmp_path), some_rows(3, 5)
     calls.create("one", LORA)
     calls.rows("one", rows)
@@ -435,6 +439,14 @@ def test_what_can_not_be_done_is_said_in_its_turn_and_changes_nothing(tmp_path: 
     expected = ["is there already", "is not there", "damaged", "could not be made"]
     assert all(part in message for part, message in zip(expected, messages, strict=True)), messages
     assert equal(calls.tensors("one"), before)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(save_load, "_write_files", full)
+    calls.tenants.save_adapter("one", tmp_path / "saved", calls.done("saved"))
+    (failed,) = calls.finish()["saved"]
+    assert failed.message.endswith("the disk is full. What was there before is kept; make room, and save it again.")
     calls.rows("one", rows)
     calls.tenants.remove(["one"], calls.done("removed"))
     calls.finish()

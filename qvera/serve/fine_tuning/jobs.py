@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from rich.console import Console
 
+from qvera.config.sections import DataSection, TrainingSection
 from qvera.data import build_datasets, data_warnings
 from qvera.data.images import text_only
 from qvera.serve.fine_tuning.database import (
@@ -50,6 +52,7 @@ _logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 30.0
 _DELETED = ".{}.deleted"  # an adapter's directory until its files are gone; no list shows hidden ones
 _JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
+_KEYS = re.compile(rf"\b(data|training)\.({'|'.join([*DataSection.model_fields, *TrainingSection.model_fields])})\b")
 JobAction = Literal["cancel", "pause", "resume"]
 _ACTIONS: dict[JobAction, tuple[tuple[JobStatus, ...], JobStatus, str]] = {
     "cancel": ((*BEFORE, "running", "paused"), "cancelled", "Fine-tuning job cancelled"),
@@ -221,7 +224,9 @@ class Jobs:
             text = str(error)
             named = next((key for key, file in files.items() if str(self.directory.place(file)) in text), None)
             code = "invalid_training_file" if named else "invalid_job"
-            self.directory.fail(job.id, code, self._for_its_owner(text, files), named)
+            self.directory.fail(
+                job.id, code, self._for_its_owner(_without_recipe(text) if named else text, files), named
+            )
         except RunFailed:
             raise
         except Exception:  # it ends this job alone: the thread reads the rows of all
@@ -246,7 +251,7 @@ class Jobs:
             rows = f"{len(datasets.train):,} training rows"
             rows += f" and {len(datasets.eval):,} held-out rows" if len(datasets.eval) else ""
             said = [Event(job.id, f"Files validated: {rows}. Moving job to queued state.")]
-            warnings = [self._for_its_owner(text, files) for text in data_warnings(datasets.stats)]
+            warnings = [self._for_its_owner(_without_recipe(text), files) for text in data_warnings(datasets.stats)]
             if unread := datasets.stats.unused_columns:  # which `qvera init` and `preview` would have shown
                 format = datasets.stats.format
                 advice = " To train on labels, call the columns prompt and completion." if format == "text" else ""
@@ -262,6 +267,11 @@ class Jobs:
         for file in files.values():
             text = text.replace(str(self.directory.place(file)), shown(file.name))
         return self.directory.without_places(text)
+
+
+def _without_recipe(text: str) -> str:
+    """Add to a message about rows, which may advise to set a key, that a job has no recipe."""
+    return f"{text} A job sets no such key: the server's recipe does." if _KEYS.search(text) else text
 
 
 def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_once: int) -> Jobs:

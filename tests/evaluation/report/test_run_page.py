@@ -238,7 +238,7 @@ def test_an_older_page_is_replaced_whole_or_kept(build_run: Build, monkeypatch: 
     def refuse(*_: object) -> None:
         raise OSError(28, "full")
 
-    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"report\.html"):
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=rf"report\.html.*`qvera ui {run_dir}` shows"):
         patch.setattr(os, "replace", refuse)
         write_report(run_dir)
     assert (run_dir / "report.html").read_text() == "old"

@@ -118,6 +118,11 @@ BAD_ROWS = [
     (chat_rows(2) + b"{", ":3: not valid JSON"),
     (b"\xff\xfe\n", ":1: not UTF-8 text"),
     (json.dumps(dict.fromkeys(map(str, range(9000)), 1)).encode(), ":1: the columns match no known format"),
+    (
+        b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+        ":1: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train on such pairs. A job sets "
+        "no such key: the server's recipe does.",
+    ),
 ]
 
 
