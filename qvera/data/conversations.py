@@ -30,8 +30,7 @@ _ALIASES = {
     "tool": ("function", "observation", "ipython"),
 }
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-"""Columns whose contents the text of a row speaks of."""
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns that the text of a row speaks of
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys for what an assistant thought before it answered
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 """Message keys that only some templates read."""
@@ -132,7 +131,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             is_turned = ours in row.fields and theirs in known
             hint = f". Turn it around: {{{theirs}: {ours}}}." if is_turned else did_you_mean(ours, known)
             raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
-        if theirs not in row.fields:
+        if theirs not in row.fields and theirs:
             hint = f"{did_you_mean(theirs, row.fields)} {found} Rename the one that is meant, or change data.columns."
             raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint}")
     # Our names of the fields that the row has, called so in the file or in data.columns.
@@ -155,12 +154,11 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             )
         format = matches[0]
     if missing := [name for name in FORMATS[format].required if name not in present]:
-        # formats of a task or an objective are no choice
-        other = " or set another data.format" if format in detected else ""
-        auto = f": auto reads it as {matches[0]}" if matches and other else ""
+        auto = f": auto reads it as {matches[0]}" if matches else ""
+        other = f" or set another data.format{auto}" if format in detected else ""  # no choice of a task or objective
         raise MissingColumn(
             f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
-            f"{found} Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}){other}{auto}."
+            f"{found} Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}){other}."
         )
     # optional columns are read wherever a row has them, though the first row may not
     read = {name: columns.get(name, name) for name in FORMATS[format].fields}
@@ -480,13 +478,14 @@ def _parse_classification(cells: _Cells) -> LabelledRow:
 
 def _parse_image(cells: _Cells) -> LabelledRow:
     """The content is the image's bytes or its file's path. A relative path starts at the data file."""
-    label, row = _label(cells), cells.row
     content = read_image(cells.value("image"), cells.where("image"), cells.directory)
-    return LabelledRow(content, label, row.source, row.owner)
+    return LabelledRow(content, _label(cells), cells.row.source, cells.row.owner)
 
 
 def _label(cells: _Cells) -> str:
-    """The label as text. It may be written as a class's number, from 0, if no class name is a number."""
+    """The label as text, "" for rows without one. It may be a class's number, from 0, if no class name is a number."""
+    if cells.format.column("label") == "":  # a file to be labelled (`qvera eval`)
+        return ""
     value, where, names = cells.value("label"), cells.where("label"), cells.label_names
     if value is None or (isinstance(value, str) and not value.strip()) or (is_number(value) and value != value):
         raise InputError(f"{where} is empty. Each row needs its label: fill it in, or remove the row.")

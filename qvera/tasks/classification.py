@@ -235,9 +235,11 @@ def predictions(logits: torch.Tensor, rows: Sequence[Example], labels: Labels) -
     found = []
     for row, values in zip(rows, logits, strict=True):
         what = {"text": row.prompt_text} if row.image is None else {}
-        about: dict[str, Any] = {"source": row.source, **what, "label": row.reference}
+        about: dict[str, Any] = {"source": row.source, **what}
+        if row.reference:
+            about["label"] = float(row.reference) if labels.is_regression else row.reference
         if labels.is_regression:
-            about |= {"label": float(labels.targets([row])[0]), "prediction": float(values[0])}
+            about["prediction"] = float(values[0])
         else:
             shares = dict(zip(labels.names, values.double().softmax(0).tolist(), strict=True))
             about |= {"prediction": labels.names[int(values.argmax())], "probabilities": shares}

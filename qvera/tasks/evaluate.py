@@ -13,8 +13,9 @@ from rich.console import Console
 from qvera.config import plugins
 from qvera.config.sections import DataSection
 from qvera.data import Datasets, Rows, build_datasets, lengths_of
+from qvera.data.conversations import LABELLED
 from qvera.data.images import thumbnail_uris
-from qvera.data.source import survey
+from qvera.data.source import raw_rows, survey
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
 from qvera.evaluation.load import (
     Artifact,
@@ -203,6 +204,7 @@ def _evaluate_labels(
     task = classification_of(target.model_class)
     require_scorers(task.name)
     section = _data_section(target, rows, limit, {"format": task.row_format})
+    has_labels = section.columns.get("label") != ""
     about = _subject(target, section, False, rows)
     sha256 = adapter_sha256(target)
     model = _open(target, opened, console)
@@ -219,14 +221,18 @@ def _evaluate_labels(
             batch_size,
             progress=show,
         )
-    scores = label_scores(logits, examples, labels)
-    del scores["trained_tokens"]
+    scores: dict[str, Any] = {"rows": len(examples)}
+    if has_labels:
+        scores = {**label_scores(logits, examples, labels), "scored_rows": len(examples)}
+        del scores["trained_tokens"]
+    else:
+        console.print(f"{rows}: has no labels, so its rows are labelled, and not scored.", style="yellow", markup=False)
     package = "scipy" if labels.is_regression else "scikit-learn"
     signature = f"{package} {metadata.version(package)}"
     inputs = [{"prompt": row.prompt_text, "references": [row.reference]} for row in examples]
     return {
         "subject": {**about, "inputs_sha256": inputs_sha256(inputs), "adapter_sha256": sha256},
-        "scores": {**scores, "scored_rows": len(examples)},
+        "scores": scores,
         "metrics": [
             {"name": name, "label": title, "signature": signature, "lower_is_better": False}
             for name, title in TITLES.items()
@@ -278,8 +284,16 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
             eval_fraction=0.0,
             limit=rows,
         )
+    if section.format in LABELLED and _lacks_labels(section):
+        section = section.replace(columns={**section.columns, "label": ""})
     survey(section)
     return section
+
+
+def _lacks_labels(section: DataSection) -> bool:
+    """Return whether the first row has no column of labels. Readers refuse what holds no rows."""
+    names = [section.columns["label"]] if "label" in section.columns else ["label", "labels"]
+    return next(raw_rows(section)).fields.keys().isdisjoint(names)
 
 
 def _subject(target: Artifact, section: DataSection, base_alone: bool, data: str | None) -> dict[str, Any]:

@@ -202,6 +202,24 @@ def test_eval_writes_a_label_for_each_row(finished: Path, tmp_path: Path, capsys
         assert "accuracy     0.5000" in capsys.readouterr().out
 
 
+def test_eval_labels_rows_that_have_no_label_and_does_not_score_them(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.csv").write_text("text\nsay red\nsay hen\n")
+    out = tmp_path / "labels.jsonl"
+    options = ["--data", str(tmp_path / "new.csv"), "--predictions", str(out), "--json", str(tmp_path / "scores.json")]
+    assert main(["eval", str(finished), *options]) == 0
+    one, other = map(json.loads, out.read_text().splitlines())
+    assert (one["prediction"], other["prediction"]) == ("colour", "pet") and "label" not in one
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"] == {"rows": 2}
+    said = capsys.readouterr()
+    assert "has no labels, so its rows are labelled, and not scored" in " ".join(said.err.split())
+    assert "accuracy" not in said.out
+    (tmp_path / "new.csv").write_text("text,label\nsay red,\n")  # a cell that was forgotten
+    assert main(["eval", str(finished), "--data", str(tmp_path / "new.csv")]) == 2
+    assert "Each row needs its label" in capsys.readouterr().err
+
+
 def test_a_regression_learns_numbers_and_they_are_not_smoothed(classify: Any, tmp_path: Path) -> None:
     rows = [{"sentence": "again " * n, "label": n / 2 + 0.25} for n in range(1, 9)] * 6
     data = {"path": str(write(tmp_path / "rows.jsonl", *rows))}
