@@ -97,11 +97,13 @@ def load_run_recipe(path: Path) -> Recipe:
     """The recipe of a run that has an adapter. InputError: it can't be read, or has no adapter yet."""
     recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
     if not (path / "adapter").is_dir() and not (path / ADAPTERS).is_dir():
-        finish = "Finish"
-        if holder := try_read_json(path / RUN_OWNER):
+        finish, run = "Finish", try_read_json(path / "run.json") or {}
+        if status_of(run) == "running" and (holder := try_read_json(path / RUN_OWNER)):
             who = f"Process {holder.get('pid')} on {holder.get('host')}"
             finish = f"{who} trains it: wait for it. If that is gone, finish"
-        raise InputError(f"{path}: this run has no adapter/ yet. {finish} it with `qvera train ... --resume`.")
+        raise InputError(
+            f"{path}: this run has no adapter/ yet. {finish} it with `qvera train {path / RECIPE_FILE} --resume`."
+        )
     return recipe
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ Edit = Callable[[], object]
 """Spoils one thing of a good scratch directory, which is the working directory: model/, rows.jsonl, recipe.yaml, run/."""
 GOOD_ROW = '{"prompt": "say red 1", "completion": "red red"}'
 TRAIN, ANSWER = "train recipe.yaml", "generate run rows.jsonl --out answers.jsonl"
+HOST = socket.gethostname()
 ADAPTER = "run/adapter/adapter_config.json"
 
 
@@ -148,6 +150,14 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "Process 7 on box trains it: wait for it. If that is gone, finish it with",
         drop("run/adapter"),
         write("run/.qvera_run.owner", '{"pid": 7, "host": "box"}'),
+        write("run/run.json", '{"status": "running", "processes": {"pid": 7, "host": "box"}}'),
+    ),
+    "a run that was killed": (
+        "eval run",
+        "this run has no adapter/ yet. Finish it with `qvera train run/recipe.yaml --resume`",
+        drop("run/adapter"),
+        write("run/.qvera_run.owner", '{"pid": 7, "host": "box"}'),
+        write("run/run.json", json.dumps({"status": "running", "processes": {"pid": 2**30, "host": HOST}})),
     ),
     "run without adapter": ("chat run", "has no adapter/ yet", drop("run/adapter")),
     "base is not there": (ANSWER, "model.path: 'models/base' is no directory here. Nor", *MOVED),
