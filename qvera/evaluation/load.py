@@ -266,6 +266,12 @@ def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
         adapter_file.read_adapter(target.adapter)  # a broken adapter is found before a big model is loaded
     elif adapter:
         _require_loadable(target.adapter)
+    name = target.section.path
+    if target.recipe is None and os.path.isabs(name) and not Path(name).is_dir():  # there is no model.path to mend
+        raise InputError(
+            f"{target.adapter / ADAPTER_CONFIG}: its base {name} is not there. If it has moved, write its new place "
+            "there, as base_model_name_or_path."
+        )
     base = loader.load_base(target.section, model_class=target.model_class)
     if (template := template_beside(target)) is not None:
         base.tokenizer.chat_template = template
@@ -371,7 +377,8 @@ def _base_of_export(target: Artifact) -> ModelSection:
     try:
         base_directory(section)
     except InputError as error:
-        raise InputError(f"{target.path / CERTIFICATE}: names a base that is not there any more. {error}") from None
+        file = target.path / CERTIFICATE
+        raise InputError(f"{file}: names a base (base.path) that is not there any more. {error}") from None
     return section
 
 

@@ -171,8 +171,9 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
 
 def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, console: Console) -> dict[str, Any]:
     """Measure a merged export beside its run, on at most ``limit`` rows. Both models are in memory together."""
-    option = f" --adapter {shlex.quote(target.name)}" if target.name and adapters_root(target.path) else ""
-    again = f"`qvera export {target.path} {merged}{option} --compare-only` measures it later, or on a larger machine."
+    option = ["--adapter", target.name] if target.name and adapters_root(target.path) else []
+    command = shlex.join(["qvera", "export", str(target.path), str(merged), *option, "--compare-only"])
+    again = f"`{command}` measures it later, or on a larger machine."
 
     def measure() -> dict[str, Any]:
         summary = None if target.run is None else try_read_json(target.run / "run.json")
@@ -205,7 +206,8 @@ def compare_lora(target: Artifact, recipe: Recipe, lora: Path, limit: int, conso
             exported = adapter_scores(open_target(find_target(lora, target.run)), recipe, datasets, rows)
         return {"split": split, "trained": trained, "exported": exported}
 
-    return _measured(measure, f"`qvera eval {lora} --recipe {target.run or 'RECIPE'}` scores the LoRA later.")
+    command = shlex.join(["qvera", "eval", str(lora), "--recipe", str(target.run or "RECIPE")])
+    return _measured(measure, f"`{command}` scores the LoRA later.")
 
 
 def _open_with_rows(

@@ -212,6 +212,12 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "names no base model. Write its directory or",
         lora_without_base,
     ),
+    "adapter whose base has moved": (
+        "chat lone",
+        "lone/adapter_config.json: its base /no/base is not there. If it has moved, write its new place there",
+        lambda: shutil.copytree("run/adapter", "lone"),
+        change("lone/adapter_config.json", base_model_name_or_path="/no/base"),
+    ),
     "compare a run with a model": ("compare run model", "not a run directory"),
     "a ramp that falls": (f"{TRAIN} --find-lr --lr-from 0.1 --lr-to 0.01", "expected two rates, 0 < from < to"),
     "a ramp of few steps": (f"{TRAIN} --find-lr --lr-steps 3", "takes a whole number >= 10"),
