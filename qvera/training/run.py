@@ -266,7 +266,8 @@ class Run(ABC):
                     f"{self.unit.capitalize()} {self.saved} is saved: the same command with --resume goes on from it."
                 )
                 if isinstance(error, OutOfMemory):
-                    said += " It may change training.on_oom, training.gradient_checkpointing and model.stream, no more."
+                    said += " Of keys that save memory it may change training.on_oom, training.gradient_checkpointing, "
+                    said += "model.stream and deepspeed."
                 error = for_all(type(error)(f"{error}\n{said}"))
         with contextlib.suppress(RunFailed):  # a disk that is full has its own error already
             self.finish("failed")

@@ -100,7 +100,7 @@ def test_a_run_is_saved_before_the_step_and_goes_on_to_the_bit(
         "2.15 GB were asked for",
         "No change makes it fit; at the least (--set",  # most of this process's memory is torch itself
         "Or set training.on_oom=halve",
-        "Step 3 is saved: the same command with --resume goes on from it. It may change training.on_oom, ",
+        "Step 3 is saved: the same command with --resume goes on from it. Of keys that save memory it may change ",
     ):
         assert part in str(caught.value)
     assert run_json(tmp_path / "cut")["status"] == "failed"
