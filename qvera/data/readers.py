@@ -352,10 +352,10 @@ def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
             try:
                 value, repeated = _parse_json(line)
             except (ValueError, RecursionError) as error:
-                if number == 1 and line in ("[", "{"):
+                if number == 1 and (line == "{" or line.startswith("[")):
                     raise InputError(
                         f"{source}: the object is not on one line; the file looks like plain JSON. "
-                        + ("Rename it to .json." if line == "[" else _ONE_A_LINE)
+                        + ("Rename it to .json." if line != "{" else _ONE_A_LINE)
                     ) from None
                 detail = "nested too deeply" if isinstance(error, RecursionError) else _TOO_MANY_DIGITS
                 if isinstance(error, json.JSONDecodeError):

@@ -110,6 +110,7 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
         ("a.jsonl", '{"text": "x"}\n["x"]\n', r"a\.jsonl:2: expected one JSON object on the line.*got a list"),
         ("a.jsonl", '[{"text": "x"}]\n', r"a\.jsonl:1: .*one JSON list: rename it to \.json"),
         ("a.jsonl", '[\n{"text": "x"}\n]\n', r"a\.jsonl:1: .*looks like plain JSON. Rename it to \.json"),
+        ("b.jsonl", '[{"text": "x"},\n{"text": "y"}]\n', r"b\.jsonl:1: .*looks like plain JSON. Rename it to \.json"),
         ("a.jsonl", '{\n"text": "x"\n}\n', r"a\.jsonl:1: .*not on one line.* jq -c"),
         ("a.json", '{\n"a": "b"\n}\n{"a": "c"}\n', r"a\.json:4: more than one JSON value.* each object on one line"),
         ("a.jsonl", "\n\n", r"a\.jsonl: holds no rows"),
