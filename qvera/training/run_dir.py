@@ -117,8 +117,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         if holder:
             add = f"Process {holder.get('pid')} on {holder.get('host')} trains it: wait for it. If that is gone, add"
         raise InputError(
-            f"{run_dir}: already holds a run. {add} --resume (Python: resume=True) to go on with it, or choose "
-            "another training.output_dir."
+            f"{run_dir}: already holds a run. {add} --resume to go on with it, or choose another training.output_dir."
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
