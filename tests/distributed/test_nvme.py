@@ -86,5 +86,5 @@ def test_a_file_of_ones_own_is_followed_and_nothing_of_the_base_is_left_on_the_d
 def test_a_base_in_another_storage_dtype_is_refused_with_the_way_out(place: TinyRuns) -> None:
     for found in (rank["bytewise"] for rank in place.found):
         assert found["error"] == "InputError"
-        assert "stores them as uint8. Quantize the base with" in found["text"]
+        assert "are uint8. Set model.quant_storage: bfloat16" in found["text"]
     assert not (place.root / "bytewise").exists()

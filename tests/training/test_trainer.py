@@ -74,7 +74,9 @@ def test_a_run_does_not_go_on_with_other_inputs_under_the_same_paths(
     before = files_of(tmp_path / "run" / "adapter")
     text = rows.read_text()
     rows.write_text("".join(reversed(text.splitlines(keepends=True))))
-    with pytest.raises(InputError, match=r"was saved with other rows \(data\.path\) than are there now"):
+    with pytest.raises(
+        InputError, match=r"was saved with other rows \(data\.path or data\.eval_path\) than are there now"
+    ):
         train(recipe, tmp_path / "run", resume=True)
     rows.write_text(text)
     small_llama(seed=5).save_pretrained(model)
@@ -344,9 +346,7 @@ def test_an_adapter_whose_held_out_loss_is_not_finite_is_not_saved_unless_the_ba
 
     monkeypatch.setattr(AloneLoop, "held_out_loss", spoilt)
     run_dir = tmp_path / "run"
-    refused = pytest.raises(
-        NotFinite, match=r"Step 2: its held-out loss is not finite\. Lower training\.learning_rate\."
-    )
+    refused = pytest.raises(NotFinite, match=r"Step 2: its held-out loss is not finite\. Begin again with a lower")
     with contextlib.nullcontext() if also_of_the_base else refused:
         train(make_recipe(training={"max_steps": 2, "eval_steps": 1}), run_dir)
     assert (run_dir / "adapter").exists() is also_of_the_base
