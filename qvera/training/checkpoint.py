@@ -205,6 +205,10 @@ def newest(
     return None
 
 
+_PLACES = {"model.path": "base", "data.path": "rows", "data.eval_path": "rows"}
+"""Key of a recipe that names a place → which of a checkpoint's ``inputs`` is there."""
+
+
 def newest_of_run(
     run_dir: Path,
     recipe: Recipe,
@@ -221,7 +225,10 @@ def newest_of_run(
     """
 
     def use(saved: Checkpoint) -> None:
-        if changed := changed_keys(saved.state.get("recipe") or {}, recipe, LENGTH):
+        inputs = saved.state.get("inputs") or {}
+        # base and rows may have moved: `require_same_inputs` knows them by what is in them
+        places = [key for key, what in _PLACES.items() if inputs.get(what) is not None]
+        if changed := changed_keys(saved.state.get("recipe") or {}, recipe, (*LENGTH, *places)):
             raise InputError(f"{saved.path}: is of another run; {', '.join(changed)} differ from this recipe.")
         try:
             check(saved)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
 from qvera.cli.main import main
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.data import build_datasets, data_sha256
 from qvera.evaluation.load import open_run
 from qvera.models import forward
@@ -83,6 +83,21 @@ def test_a_run_does_not_go_on_with_other_inputs_under_the_same_paths(
     with pytest.raises(InputError, match=r"was saved with other weights of the base \(model\.path\) than are there"):
         train(recipe, tmp_path / "run", resume=True)
     assert files_of(tmp_path / "run" / "adapter") == before
+
+
+def test_a_run_goes_on_where_its_base_and_rows_have_moved(
+    make_recipe: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(tiny_model_dir, old / "model")
+    shutil.copy(make_recipe().data.path, old / "rows.jsonl")
+    places = {"model": {"path": str(old / "model")}, "data": {"path": str(old / "rows.jsonl")}}
+    train(make_recipe(**places, training={"max_steps": 1}), tmp_path / "run")
+    old.rename(new)
+    own = tmp_path / "run" / "recipe.yaml"
+    own.write_text(own.read_text().replace(str(old), str(new)))
+    result = train(load_recipe(own, ["training.max_steps=2"], of_a_run=True), tmp_path / "run", resume=True)
+    assert result is not None and result.run["result"]["steps"] == 2
 
 
 def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:
