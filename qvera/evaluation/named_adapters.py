@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 _SHOWN_NAMES = 8  # an error lists at most this many names
 
+_GONE = "it was trained, and its directory is no longer there"
 _NOT_SAVED = {
+    "done": _GONE,
+    "stopped_early": _GONE,
     "not_finite": "its loss, gradient or held-out loss was not finite, so its vectors were not saved",
     "no_rows": "it had no rows left to train on",
 }

@@ -5,6 +5,7 @@ Its text is in card.md. Unknown facts are left out, and no directory of this com
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -103,7 +104,7 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
     if kind not in _KINDS or not isinstance(certificate.get("adapter"), dict):
         kind = "adapter"
     if kind == "adapter":
-        target = find_target(path, name=name)
+        target = _find(path, name)
         if target.adapter is None:
             raise InputError(f"{path}: is a checkpoint that no adapter was merged into. Expected a run, or an export.")
         facts, outcome = directory_facts(target.adapter), _outcome(target)
@@ -113,12 +114,22 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
     facts, recipe, outcome = dict(certificate["adapter"]), None, ({}, {}, None)
     # The run tells more than the certificate, but it may have trained on since the export.
     if weights.is_file() and file_sha256(weights) == certificate["adapter"].get("sha256"):
-        target = find_target(weights.parent)
+        target = _find(weights.parent)
         facts, recipe, outcome = directory_facts(weights.parent), target.recipe, _outcome(target)
     if kind in ("lora", "gguf-lora"):
         facts["rank"] = certificate["rank"]
     model_class = CAUSAL_LM if "gguf" in kind else find_target(path).model_class
     return CardSubject(kind, path, facts, base, model_class, recipe, *outcome, certificate)
+
+
+def _find(path: Path, name: str | None = None) -> Artifact:
+    """Do what `find_target` does, but give an adapter that its run has not trained, as a server's job, no recipe."""
+    target = find_target(path, name=name)
+    if target.name is not None and target.run is not None:
+        entries = (try_read_json(target.run / "run.json") or {}).get("adapters") or ()
+        if all(entry.get("name") != target.name for entry in entries):
+            return dataclasses.replace(target, recipe=None, run=None)
+    return target
 
 
 def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | None]:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvera.config.schema import Recipe
+from qvera.config.schema import Recipe, load_recipe
 from qvera.config.sections import LrRange
 from qvera.data.source import hub_datasets
 from qvera.distributed.group import for_all, in_group
@@ -116,12 +116,15 @@ def find_lr(
 def run_directory(recipe: Recipe, file: Path | None) -> Path:
     """Return the directory of a recipe's run: ``training.output_dir``, or ``runs/`` and the name of its file.
 
-    The recipe.yaml that a run has written into its directory is a recipe of that directory.
+    The recipe.yaml that a run has written into its directory is a recipe of that directory, also after it was moved or
+    copied; another ``output_dir`` than is written there begins a run elsewhere.
     """
-    if recipe.training.output_dir is not None:
-        return Path(recipe.training.output_dir).expanduser()
-    if file is not None and file.name == RECIPE_FILE and (file.parent / "run.json").exists():
+    asked = recipe.training.output_dir
+    is_own = file is not None and file.name == RECIPE_FILE and (file.parent / "run.json").exists()
+    if file is not None and is_own and asked in (None, load_recipe(file, of_a_run=True).training.output_dir):
         return file.parent
+    if asked is not None:
+        return Path(asked).expanduser()
     return Path("runs") / (file.stem if file is not None else "run")
 
 

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from qvera.cli.main import main
 from qvera.exporting import card
 from qvera.exporting.card import files_of, find_subject, model_card
+from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from tests.many_adapters import write_run
 
@@ -160,3 +161,8 @@ def test_one_of_many_adapters_has_a_card_of_its_own(make_recipe: Any, tmp_path: 
     text = model_card(find_subject(run, entry["name"]))
     assert section(text, "Training")["rows"] == [str(entry["rows"])]
     assert float(section(text, "Scores")["loss"][1]) == pytest.approx(entry["eval_after"]["loss"], rel=1e-3)
+    (run / "adapters" / entry["directory"]).rename(run / "adapters" / "job")
+    text = model_card(find_subject(run, "job"))  # as a server's job leaves one there, trained on other rows
+    assert "rows.csv" not in text and "## Scores" not in text and "## Training" not in text
+    with pytest.raises(InputError, match="it was trained, and its directory is no longer there"):
+        find_subject(run, entry["name"])

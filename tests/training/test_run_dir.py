@@ -76,9 +76,13 @@ def test_the_recipe_in_a_runs_directory_is_one_of_that_directory(tmp_path: Path)
     recipe, file = Recipe(model="base", data="rows.jsonl"), tmp_path / "recipe.yaml"
     assert run_directory(recipe, file) == Path("runs/recipe"), "a recipe of that name that no run has written"
     (tmp_path / "run.json").write_text("{}")
+    file.write_text(recipe.to_yaml())
     assert run_directory(recipe, file) == tmp_path
     assert run_directory(recipe, tmp_path / "other.yaml") == Path("runs/other")
-    assert run_directory(recipe.replace(training={"output_dir": "out"}), file) == Path("out")
+    elsewhere = recipe.replace(training={"output_dir": "out"})
+    assert run_directory(elsewhere, file) == Path("out")
+    file.write_text(elsewhere.to_yaml())
+    assert run_directory(elsewhere, file) == tmp_path, "a copy of the run in out"
 
 
 def test_damaged_lines_of_the_log_are_passed_over(tmp_path: Path) -> None:
