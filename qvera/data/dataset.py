@@ -547,7 +547,7 @@ def data_warnings(stats: DataStats) -> list[str]:
     if stats.special_token_rows:
         lines.append(
             f"Rows whose text contains special tokens (such as </s>), which are read as those tokens: "
-            f"{stats.special_token_rows:,}."
+            f"{stats.special_token_rows:,}. A prompt already in a chat template gets a second one around it."
         )
     if stats.pads_with_eos:
         lines.append("The tokenizer has no pad token: batches are padded with eos, masked out of attention and loss.")

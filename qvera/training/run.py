@@ -22,7 +22,7 @@ from qvera.training.callbacks import Callbacks
 from qvera.training.run_dir import LENGTH, MetricsLog, Trackers, this_process, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, OwnCodeFailed, RunFailed
-from qvera.utils.files import ADAPTERS, RECIPE_FILE, disk_errors, replace_text
+from qvera.utils.files import ADAPTERS, RECIPE_FILE, disk_errors, replace_text, try_read_json
 from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Run(ABC):
         self.group, self.console, self.say, self.warn = session.group, session.console, session.say, session.warn
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.resume = resume  # the run in the directory is gone on with
+        # what the run took before: a process that takes no step, or a few, must not hide it
+        self.result_before = ((try_read_json(self.run_dir / "run.json") or {}).get("result") or {}) if resume else {}
         self.signals = session.signals
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
@@ -161,9 +163,11 @@ class Run(ABC):
         mapped_bytes = 0 if accelerator.is_accelerator(self.session.device) else memory.mapped_weights_bytes()
         peaks = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
         self.summary["processes"]["ranks"] = peaks
+        peak_bytes = max(watch.peak_bytes, self.result_before.get("peak_bytes") or 0)
+        mapped_bytes = max(mapped_bytes, self.result_before.get("mapped_bytes") or 0)
         if plan is not None:
-            self.summary["plan"]["measured"] = plan.measured(watch.peak_bytes, mapped_bytes, watch.peak_tensor_bytes)
-        return {"peak_bytes": watch.peak_bytes, "mapped_bytes": mapped_bytes}
+            self.summary["plan"]["measured"] = plan.measured(peak_bytes, mapped_bytes, watch.peak_tensor_bytes)
+        return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_bytes}
 
     def write_records(self, *records: dict[str, Any]) -> None:
         """Write records to metrics.jsonl and, on rank 0, hand them to the functions among the callbacks."""

@@ -73,7 +73,11 @@ def test_a_rate_that_has_decayed_warms_up_again_wherever_the_run_was_stopped(mak
     assert rates[4:] == rates[:4]
     assert losses(tmp_path / "cut") == losses(tmp_path / "done")
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "done"))
+    info = run_json(tmp_path / "done")
+    info["result"]["peak_bytes"] = 10**12  # a process that takes no step has less
+    (tmp_path / "done" / "run.json").write_text(json.dumps(info))
     said = longer(make_recipe(training=long), tmp_path / "done")  # it is done, and stays so
+    assert run_json(tmp_path / "done")["result"]["peak_bytes"] == 10**12
     assert "All steps are done. A larger training.max_steps or training.num_train_epochs" in said
 
 
