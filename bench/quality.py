@@ -120,6 +120,7 @@ def taken_as(trial: Trial) -> trials.Trial:
 WHOLE = tuple(method for method in METHODS if method not in (*RANKS[:3], *CANDIDATES))
 STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]] = [
     ("minilm", ("trec", "sst2"), 150, RANKS, ("rate",)),
+    ("minilm", ("trec",), 150, ("VeRA r=64", "two b and an a", *LEADERS), ("rate", "head", "ratio")),
     ("minilm", ("trec",), 150, CANDIDATES, ("rate",)),
     ("minilm", tuple(HEADS), 150, LEADERS, ("rate", "head")),
     ("smollm2", ("alpaca",), 50, LEADERS, ("rate",)),
