@@ -361,7 +361,8 @@ def test_an_adapter_whose_held_out_loss_is_not_finite_is_not_saved_unless_the_ba
 
     monkeypatch.setattr(AloneLoop, "held_out_loss", spoilt)
     run_dir = tmp_path / "run"
-    refused = pytest.raises(NotFinite, match=r"Step 2: its held-out loss is not finite\. Begin again with a lower")
+    advice = r"Begin again with a lower training\.learning_rate, in another training\.output_dir\."
+    refused = pytest.raises(NotFinite, match=rf"Step 2: its held-out loss is not finite\. {advice}")
     with contextlib.nullcontext() if also_of_the_base else refused:
         train(make_recipe(training={"max_steps": 2, "eval_steps": 1}), run_dir)
     assert (run_dir / "adapter").exists() is also_of_the_base
