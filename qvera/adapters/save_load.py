@@ -150,10 +150,12 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
 
 def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, Tensor]]:
     """Read the adapter that a run starts from, and compare it as far as the recipe alone decides."""
+    directory = Path(resolve_path(init_from))
     try:
-        theirs, vectors = read_adapter(Path(resolve_path(init_from)))
+        theirs, vectors = read_adapter(directory)
     except InputError as error:
-        raise InputError(f"adapter.init_from: {error}") from None
+        moved = " A run that goes on needs it too: where it has moved, write that into the run's recipe.yaml."
+        raise InputError(f"adapter.init_from: {error}{'' if directory.is_dir() else moved}") from None
     if not isinstance(theirs, QveraConfig):
         raise InputError(
             f"adapter.init_from: {init_from} is an adapter of PEFT's own VeRA, whose projections are not drawn from a "

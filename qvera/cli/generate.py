@@ -60,7 +60,8 @@ def generate(
     """Answer the prompts of a file in batches.
 
     PROMPTS: .jsonl, .json, .csv or .parquet rows as for training (a last assistant turn is ignored), or .txt. Each
-    output line has source, prompt, answer.
+    output line has source, prompt, answer, and can be a row of a training: a prompt of several turns, such as one with
+    a system prompt, is a list of messages.
 
     A run that trained many adapters answers with several in one batch. Each row names its adapter in the column that
     trained them (data.adapter_column), or in a column called adapter. Or --adapter, once for each, answers every prompt
@@ -147,25 +148,33 @@ def generate(
             )
     except KeyboardInterrupt:
         raise answers.interrupted() from None
-    answered: list[dict[str, str]] = [
-        {
-            "source": row.source,
-            **({"adapter": name} if name else {}),
-            "prompt": row.turns[-1].content,
-            "answer": answers.found[number],
-        }
-        for number, (row, name) in enumerate(questions)
-    ]
     if out is not None:
-        answers.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in answered))
-        print(f"{len(answered)} answers in {out}")
+        lines = [
+            {
+                "source": row.source,
+                **({"adapter": name} if name else {}),
+                "prompt": _as_row(row.turns),
+                "answer": answers.found[number],
+            }
+            for number, (row, name) in enumerate(questions)
+        ]
+        answers.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        print(f"{len(lines)} answers in {out}")
         return
-    several, last = len({(line["source"], line["prompt"]) for line in answered}) > 1, None
-    for line in answered:  # each after its adapter's name, if it has one; prompts too where there are several
-        if several and (line["source"], line["prompt"]) != last:
-            last = line["source"], line["prompt"]
-            print(f"> {line['prompt']}")
-        print(f"{shown_name(line['adapter'])}: {line['answer']}" if "adapter" in line else line["answer"])
+    several, last = len({row.source for row, _ in questions}) > 1, None
+    for place, (row, name) in enumerate(questions):
+        # each after its adapter's name, if it has one; prompts too where there are several
+        if several and row.source != last:
+            last = row.source
+            print(f"> {row.turns[-1].content}")
+        print(f"{shown_name(name)}: {answers.found[place]}" if name else answers.found[place])
+
+
+def _as_row(turns: Sequence[Turn]) -> str | list[dict[str, Any]]:
+    """A prompt as a row's ``prompt``: its text, or a list of messages where there are turns before it."""
+    if len(turns) == 1:
+        return turns[0].content
+    return [{"role": turn.role, "content": turn.content, **turn.extra} for turn in turns]
 
 
 def _with_images(text: str, files: Sequence[Path]) -> Turn:

@@ -381,10 +381,11 @@ def _parse_conversation(cells: _Cells) -> Conversation:
         question = Turn("user", text, context=context if context.strip() else None, images=images, parts=parts)
         turns = [question, Turn("assistant", _answer(cells, others[0]))]
     else:
-        turns = cells.turns(first)
-        if others:  # TRL's conversational form: both sides are lists of messages, and the completion is trained
-            turns = [replace(turn, in_prompt=True) for turn in turns] + cells.turns(others[0])
-        if cells.label_names:
+        turns, is_text = cells.turns(first), bool(others) and not cells.is_messages(others[0])
+        if others:  # TRL's conversational form: the prompt is a list of messages, and the completion is trained
+            answer = [Turn("assistant", _answer(cells, others[0]))] if is_text else cells.turns(others[0])
+            turns = [replace(turn, in_prompt=True) for turn in turns] + answer
+        if cells.label_names and not is_text:
             raise InputError(
                 f"data.label_names: names the labels of a column of answers, and {source} has messages. Remove it."
             )
@@ -489,10 +490,8 @@ def _label(cells: _Cells) -> str:
     value, where, names = cells.value("label"), cells.where("label"), cells.label_names
     if value is None or (isinstance(value, str) and not value.strip()) or (is_number(value) and value != value):
         raise InputError(f"{where} is empty. Each row needs its label: fill it in, or remove the row.")
-    if not isinstance(value, (int, float, str)):
-        raise InputError(f"{where} must be a label (a name or a number), got {describe(value)}.")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{where} must be finite, got {value}. Fix the row.")
+    if not isinstance(value, (int, float, str)) or value in (math.inf, -math.inf):
+        raise InputError(f"{where} must be a label (a name or a number), got {describe(value)}. Fix the row.")
     # A file may hold whole numbers as floats: 1.0 is the label 1.
     label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not names or label in names:

@@ -22,6 +22,7 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_name
+from qvera.evaluation.report.read import is_replaced
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.compare import rows_name
 from qvera.exporting.gguf_metadata import FAMILIES
@@ -123,12 +124,20 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
 
 
 def _find(path: Path, name: str | None = None) -> Artifact:
-    """Do what `find_target` does, but give an adapter that its run has not trained, as a server's job, no recipe."""
+    """Do what `find_target` does, but give an adapter that its run has not trained no recipe.
+
+    It may be a server's job's, or one that was put in the place of the run's.
+    """
     target = find_target(path, name=name)
-    if target.name is not None and target.run is not None:
-        entries = (try_read_json(target.run / "run.json") or {}).get("adapters") or ()
-        if all(entry.get("name") != target.name for entry in entries):
-            return dataclasses.replace(target, recipe=None, run=None)
+    if target.run is None or target.adapter is None:
+        return target
+    summary = try_read_json(target.run / "run.json") or {}
+    own = summary.get("adapter") or {}
+    if target.name is not None:
+        entries = summary.get("adapters") or ()
+        own = next((one for one in entries if one.get("name") == target.name), None)
+    if own is None or is_replaced(own.get("sha256"), target.adapter / ADAPTER_WEIGHTS):
+        return dataclasses.replace(target, recipe=None, run=None)
     return target
 
 

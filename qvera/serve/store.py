@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvera.evaluation.named_adapters import name_of, named_directories, run_of
+from qvera.evaluation.report.read import is_replaced
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
 from qvera.utils.adapter_names import directory_names, shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
@@ -167,6 +168,8 @@ class AdapterStore:
         entry = try_read_json(directory / TRAINING_FACTS) or {}
         if not entry or entry.get("adapter_sha256") != self._sha256(directory):  # other vectors are there now
             entry = self._run_entry(directory)
+            if is_replaced(entry.get("sha256"), directory / ADAPTER_WEIGHTS):
+                entry = {}
         base, rank, rows = config.get("base_model_name_or_path"), config.get("rank"), _number(entry.get("rows"))
         return {
             "name": name,
@@ -267,8 +270,11 @@ class AdapterStore:
                 if isinstance(listed, list):
                     entries = {str(entry.get("name")): entry for entry in listed if isinstance(entry, dict)}
                 else:
-                    rows = _mapping(document, "data").get("train_rows")
-                    entries = {_ONLY: {**_mapping(document, "result"), "rows": rows}}
+                    facts = {
+                        "rows": _mapping(document, "data").get("train_rows"),
+                        "sha256": _mapping(document, "adapter").get("sha256"),
+                    }
+                    entries = {_ONLY: _mapping(document, "result") | facts}
                 self._run = run, stamp, entries
             return self._run[2].get(name_of(directory) or _ONLY, {})
 

@@ -26,7 +26,7 @@ from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run
 from qvera.training.run_dir import LENGTH, repeat_line, step_facts, write_run, write_run_json
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import plain_json, try_read_json
+from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256, plain_json, try_read_json
 
 
 def depends_on_length(recipe: Recipe) -> bool:
@@ -343,11 +343,12 @@ class Trainer(Run):
         self.loop.engine.gather_vectors()
         directory, kept = self.run_dir / "adapter", "Checkpoints are kept; mend that and go on with --resume."
 
-        def save() -> int:
+        def save() -> dict[str, int | str]:
             tokenizer, template = self.session.base.tokenizer, self.session.chat_template
-            return save_adapter(self.loop.model, directory, tokenizer, chat_template=template, kept=kept)
+            file_bytes = save_adapter(self.loop.model, directory, tokenizer, chat_template=template, kept=kept)
+            return {"file_bytes": file_bytes, "sha256": file_sha256(directory / ADAPTER_WEIGHTS)}
 
-        self.summary["adapter"]["file_bytes"] = self.group.on_first(save)
+        self.summary["adapter"] |= self.group.on_first(save)
 
     def finish(self, status: str) -> None:
         state = self.state

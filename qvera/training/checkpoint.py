@@ -228,6 +228,8 @@ def newest_of_run(
         inputs = saved.state.get("inputs") or {}
         # base and rows may have moved: `require_same_inputs` knows them by what is in them
         places = [key for key, what in _PLACES.items() if inputs.get(what) is not None]
+        if recipe.adapter.init_from is not None:  # so may the adapter that it began with: vectors are the checkpoint's
+            places.append("adapter.init_from")
         if changed := changed_keys(saved.state.get("recipe") or {}, recipe, (*LENGTH, *places)):
             raise InputError(f"{saved.path}: is of another run; {', '.join(changed)} differ from this recipe.")
         try:

@@ -36,7 +36,7 @@ from qvera.training.run_dir import MetricsLog, join_records, metrics_path, step_
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import ADAPTERS, disk_errors, plain_json, resolve_path
+from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, disk_errors, file_sha256, plain_json, resolve_path
 
 T = TypeVar("T")
 
@@ -172,7 +172,12 @@ class ManyTrainer(Run):
     def _restore_runs(self, saved: Checkpoint) -> None:
         best = saved.files.get("best", {})
         for run, entry in zip(self.runs, saved.state["adapters"], strict=True):
+            directory = self.run_dir / ADAPTERS / run.directory
+            if entry["status"] in ("done", "stopped_early") and not directory.exists():
+                self.warn(f"{directory}: is gone, so adapter {shown_name(run.name)} is trained again.")
+                continue
             run.status, run.slot, run.after, run.reason = (entry[key] for key in ("status", "slot", "after", "reason"))
+            run.sha256 = entry.get("sha256")  # an earlier version did not keep it
             run.state = TrainState(**entry["state"])
             run.best = best.get(str(run.number))
 
@@ -262,6 +267,7 @@ class ManyTrainer(Run):
                 vectors, template = loop.bank.take(run.held_slot), self.session.chat_template
                 kept = "Checkpoints are kept; mend that and go on with --resume."
                 save_adapter(loop.model, directory, vectors=vectors, chat_template=template, kept=kept)
+                run.sha256 = file_sha256(directory / ADAPTER_WEIGHTS)
                 roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
             else:
                 name = shown_name(run.name)
@@ -316,7 +322,7 @@ class ManyTrainer(Run):
             **({"best": best} if best else {}),
         }
         adapters = [
-            {key: getattr(run, key) for key in ("name", "status", "slot", "after", "reason")}
+            {key: getattr(run, key) for key in ("name", "status", "slot", "after", "reason", "sha256")}
             | {"state": {key: value for key, value in vars(run.state).items() if value != _FRESH[key]}}
             for run in self.runs
         ]
@@ -373,6 +379,7 @@ class ManyTrainer(Run):
         return {
             "name": run.name,
             "directory": run.directory,
+            "sha256": run.sha256,
             "status": run.status if run.has_left else "unfinished",
             "rows": len(run.rows.train),
             "eval_rows": len(run.rows.eval),

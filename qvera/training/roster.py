@@ -44,6 +44,7 @@ class AdapterRun:
         best: fp32 [numbers], the vectors of its best step, where the recipe asks for them.
         after: the scores of the vectors that are saved.
         reason: why the adapter is not saved: something was not finite, or memory ran out.
+        sha256: of the file of its vectors, once that is written.
     """
 
     number: int
@@ -61,6 +62,7 @@ class AdapterRun:
     best: torch.Tensor | None = None
     after: dict[str, Any] | None = None
     reason: str | None = None
+    sha256: str | None = None
 
     @property
     def name(self) -> str:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from qvera.config.schema import Recipe, load_recipe
-from qvera.evaluation.report.read import status_of
+from qvera.evaluation.report.read import get, is_replaced, status_of
 from qvera.evaluation.report.run_page import write_report
 from qvera.utils.errors import InputError, QveraError, RunFailed
 from qvera.utils.files import (
+    ADAPTER_WEIGHTS,
     ADAPTERS,
     RUN_OWNER,
     RUN_PROGRESS,
@@ -90,8 +91,8 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
     to train. A run that was interrupted before that may begin again.
 
     Raises:
-        InputError: it holds a run or a run's files (without ``resume``); it holds no run, or one of another recipe
-            (with it).
+        InputError: it holds a run or a run's files (without ``resume``); it holds no run, one of another recipe, or
+            another adapter than its run wrote (with it).
     """
     existing = run_dir / "recipe.yaml"
     status = status_of(try_read_json(run_dir / "run.json") or {})
@@ -121,6 +122,12 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
+    own = get(try_read_json(run_dir / "run.json"), "adapter", "sha256")
+    if resume and is_replaced(own, run_dir / "adapter" / ADAPTER_WEIGHTS):
+        raise InputError(
+            f"{run_dir / 'adapter'}: another adapter is there now than this run wrote, and a run that goes on writes "
+            "its own there. Move it elsewhere. To train on from it, start a new run with adapter.init_from."
+        )
     # Look for files with the names that a run gives. Empty ones don't count: a run that died at once leaves an empty
     # metrics.jsonl.
     adapter = ADAPTERS if recipe.data.has_adapters else "adapter"

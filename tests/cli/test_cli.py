@@ -22,6 +22,8 @@ from qvera.cli.main import PANELS, main
 from qvera.config import plugins
 from qvera.config.schema import load_recipe
 from qvera.data import build_datasets, decode
+from qvera.data.conversations import Conversation, detect_format, parse_row
+from qvera.data.readers import RawRow
 from qvera.evaluation import generate as generation
 from qvera.models.tokenizer import load_tokenizer
 from tests.cli.helpers import stopped_after
@@ -160,6 +162,16 @@ def test_generate_from_rows_and_lines(trained_run: Path, tiny_rows: Path, tmp_pa
     assert [line["source"] for line in written("prompts.txt")] == ["prompts.txt:1", "prompts.txt:3"]
     first, again = (written("rows.jsonl", "--temperature", "1.0", "--seed", "7") for _ in range(2))
     assert first == again and len(first) == 9
+    # a conversation keeps the turns before the last one, and the line is a row to train on
+    asked = [{"role": "system", "content": "Say it twice."}, {"role": "user", "content": "say red 1"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
+    (line,) = written("chat.jsonl")
+    assert line["prompt"] == asked
+    row = RawRow(line, "next.jsonl:1")
+    parsed = parse_row(row, detect_format(row, columns={"completion": "answer"}))
+    assert isinstance(parsed, Conversation)
+    expected = [*(tuple(turn.values()) for turn in asked), ("assistant", line["answer"])]
+    assert [(turn.role, turn.content) for turn in parsed.turns] == expected
 
 
 def test_answers_are_kept_and_the_same_command_goes_on_from_them(

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from qvera.cli.main import main
 from qvera.exporting import card
 from qvera.exporting.card import files_of, find_subject, model_card
+from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from tests.many_adapters import write_run
@@ -98,6 +99,40 @@ def test_scores_of_anything_but_this_adapter_are_left_out(run: Path) -> None:
         (run / "eval.json").write_text(json.dumps({"subject": about | changes, "scores": {"bleu": 99.5, "rows": 8}}))
         front, text = written(run)
         assert "99.5" not in text and "metrics" not in front
+
+
+def test_an_adapter_in_the_place_of_the_runs_own_gets_none_of_its_scores(
+    run: Path, make_recipe: Any, tmp_path: Path, capsys: Any
+) -> None:
+    many = write_run(tmp_path / "many", make_recipe(), ["anna", "ben"])
+    summary = json.loads((many / "run.json").read_text())
+    for entry in summary["adapters"][:2]:
+        weights = many / "adapters" / entry["directory"] / "adapter_model.safetensors"
+        entry["sha256"] = file_sha256(weights)
+    (many / "run.json").write_text(json.dumps(summary))
+    shutil.rmtree(many / "adapters" / "anna")
+    for place in (run / "adapter", many / "adapters" / "anna"):  # one that was trained elsewhere
+        shutil.copytree(many / "adapters" / "ben", place, dirs_exist_ok=True)
+    for path, options in ((run, ()), (many, ("--adapter", "anna"))):
+        _, text = written(path, *options)
+        assert "## Scores" not in text and "## Training" not in text
+        assert main(["info", str(path), *options]) == 0
+        assert "another adapter is there now than this run wrote" in capsys.readouterr().out
+    store = AdapterStore(many)
+    store.add("mine", run / "adapter")
+    for name, is_own in (("mine", False), ("anna", False), ("ben", True)):
+        facts = store.facts(name)
+        assert (facts["loss"] is not None, facts["rows"] is not None) == (is_own, is_own)
+    assert main(["compare", str(many), "--adapter", "anna", "--adapter", "ben"]) == 0
+    said = capsys.readouterr().out
+    assert "anna: another adapter is there now" in said and "ben: another" not in said
+    there = file_sha256(run / "adapter" / "adapter_model.safetensors")
+    assert main(["train", str(run / "recipe.yaml"), "--resume"]) == 2  # which would write the run's own over it
+    assert "Move it elsewhere. To train on from it, start a new run with" in capsys.readouterr().err
+    assert file_sha256(run / "adapter" / "adapter_model.safetensors") == there
+    (run / "adapter").rename(run / "theirs")
+    assert main(["train", str(run / "recipe.yaml"), "--resume"]) == 0
+    assert file_sha256(run / "adapter" / "adapter_model.safetensors") != there
 
 
 @pytest.mark.parametrize(

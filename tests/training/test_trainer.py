@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
+from qvera.adapters.save_load import check_start
 from qvera.cli.main import main
 from qvera.config.schema import Recipe, load_recipe
 from qvera.data import build_datasets, data_sha256
@@ -92,9 +93,13 @@ def test_a_run_goes_on_where_its_base_and_rows_have_moved(
     shutil.copytree(tiny_model_dir, old / "model")
     shutil.copy(make_recipe().data.path, old / "rows.jsonl")
     places = {"model": {"path": str(old / "model")}, "data": {"path": str(old / "rows.jsonl")}}
+    train(make_recipe(**places, training={"max_steps": 1}), old / "first")
+    places["adapter"] = {"init_from": str(old / "first" / "adapter")}
     train(make_recipe(**places, training={"max_steps": 1}), tmp_path / "run")
     old.rename(new)
     own = tmp_path / "run" / "recipe.yaml"
+    with pytest.raises(InputError, match=r"first.adapter: no such adapter directory\. A run that goes on needs it too"):
+        check_start(load_recipe(own, of_a_run=True).adapter)
     own.write_text(own.read_text().replace(str(old), str(new)))
     result = train(load_recipe(own, ["training.max_steps=2"], of_a_run=True), tmp_path / "run", resume=True)
     assert result is not None and result.run["result"]["steps"] == 2

@@ -27,6 +27,7 @@ from qvera.utils.formatting import is_number
 Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 
 RUN_FILES = ("recipe.yaml", "metrics.jsonl", "run.json", RUN_OWNER)  # a run directory has at least one of these
+REPLACED = "another adapter is there now than this run wrote: the run's steps and scores are not of it"
 _MAX_STEP = 1e12
 _CLOCK_SECONDS = 5.0
 """A process begins before it writes down when it did; the two clocks may differ by this much."""
@@ -73,6 +74,11 @@ def status_of(info: dict[str, Any]) -> str:
     status, process = get_text(info, "status"), get(info, "processes")
     owner = get_number(process, "pid"), get_text(process, "host"), get_text(info, "started")
     return "interrupted" if status == "running" and not process_exists(*owner) else status
+
+
+def is_replaced(sha256: object, weights: Path) -> bool:
+    """Whether another adapter is at ``weights`` than the one of run.json's SHA-256; False where either is missing."""
+    return isinstance(sha256, str) and weights.is_file() and file_sha256(weights) != sha256
 
 
 def series(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
@@ -257,6 +263,8 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
     train, evals = ([steps[key] for key in sorted(steps)] for steps in kinds.values())
     notes += not_finite_notes(train)
     weights = root / "adapter" / ADAPTER_WEIGHTS
+    if is_replaced(get(info, "adapter", "sha256"), weights):
+        notes.append(f"{REPLACED}.")
     return RunFiles(
         name=root.resolve().name,
         info=info,
@@ -521,6 +529,8 @@ def read_adapter_of_run(run_dir: Path, name: str) -> RunFiles:
         raise InputError(f"--adapter {shown_name(name)}: {run_dir} {what}{did_you_mean(name, known)}")
     run = many.adapter_run(entry)
     directory = run_dir / ADAPTERS / entry.directory
+    if is_replaced(get(entry.tree, "sha256"), directory / ADAPTER_WEIGHTS):
+        run.notes.append(f"{REPLACED}.")
     evaluation = read_evaluation(directory / "eval.json", directory / ADAPTER_WEIGHTS, run.notes)
     return dataclasses.replace(run, evaluation=evaluation)
 

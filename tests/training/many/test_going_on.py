@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from safetensors.torch import load
 
 from qvera.adapters.save_load import save_adapter
 from qvera.config.schema import Recipe
@@ -76,6 +78,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole: tuple[Recipe, Path], tmp_p
         shutil.rmtree(cut / "adapters")
     train(recipe, cut, resume=True)
     assert_same(cut, run_dir)
+
+
+def test_an_adapter_whose_directory_is_gone_is_trained_again(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, run_dir = whole
+    there = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    shutil.rmtree(there / "adapters" / "dan")
+    console = Console(record=True, width=1000)
+    train(recipe, there, console=console, resume=True)
+    assert f"{there / 'adapters' / 'dan'}: is gone, so adapter dan is trained again." in console.export_text()
+    found, expected = all_files(there), all_files(run_dir)
+    dan = "adapters/dan/adapter_model.safetensors"
+    vectors, own = (load(files.pop(dan)) for files in (found, expected))
+    assert found == expected and entries(there).keys() == entries(run_dir).keys()
+    for name, tensor in own.items():  # it shares its passes with others now, which round differently
+        torch.testing.assert_close(vectors[name], tensor, rtol=1e-3, atol=2e-5)
+    assert (
+        entries(there)["dan"]["status"] == "done" and entries(there)["dan"]["steps"] == entries(run_dir)["dan"]["steps"]
+    )
 
 
 def test_a_stopped_run_is_saved_and_goes_on(
