@@ -116,10 +116,10 @@ def not_utf8(file: Path) -> InputError:
                 number += chunk.count(b"\n")
             except UnicodeDecodeError as error:
                 number += error.object[: error.start].count(b"\n")
-                guess = "UTF-16" if head in (b"\xff\xfe", b"\xfe\xff") else "Latin-1 or Windows-1252"
+                guess = "UTF-16" if head in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
                 return InputError(
                     f"{file}:{number}: not UTF-8 text (byte 0x{error.object[error.start]:02x}); the file looks like "
-                    f"{guess}. Convert it, for example: iconv -f {guess.split(' ')[0]} -t UTF-8 OLD > NEW."
+                    f"{guess}. Convert it, for example: iconv -f {guess} -t UTF-8 OLD > NEW."
                 )
     return InputError(f"{file}: not UTF-8 text.")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 import tracemalloc
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,6 +26,22 @@ ROW = {"prompt": "a", "completion": "b"}
 
 def rows(path: str, **kwargs: str) -> list[RawRow]:
     return list(read_rows(path, **kwargs))
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="no iconv here")
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_converted_by_the_command_that_is_advised(
+    write: Write, tmp_path: Path, encoding: str
+) -> None:
+    letter = "é" if encoding == "latin-1" else "5 € for a “café”"
+    path = write(f"prompt,completion\n{letter},b\n".encode(encoding), "old.csv")
+    with pytest.raises(InputError) as error:
+        rows(path)
+    command = re.search(r"iconv -f \S+ -t UTF-8 OLD > NEW", str(error.value))
+    assert command is not None
+    line = command[0].replace("OLD", str(path)).replace("NEW", str(tmp_path / "new.csv"))
+    subprocess.run(line, shell=True, check=True)
+    assert rows(str(tmp_path / "new.csv"))[0].fields == {"prompt": letter, "completion": "b"}
 
 
 def test_rows_of_every_kind_of_file_say_where_they_stand(write: Write, tmp_path: Path) -> None:
@@ -114,7 +132,11 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
         ("a.jsonl", '{\n"text": "x"\n}\n', r"a\.jsonl:1: .*not on one line.* jq -c"),
         ("a.json", '{\n"a": "b"\n}\n{"a": "c"}\n', r"a\.json:4: more than one JSON value.* each object on one line"),
         ("a.jsonl", "\n\n", r"a\.jsonl: holds no rows"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "caf\xe9"}\n', r"a\.jsonl:2: not UTF-8 text \(byte 0xe9\).*-f Latin-1"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "caf\xe9"}\n',
+            r"a\.jsonl:2: not UTF-8 text \(byte 0xe9\).*-f WINDOWS-1252",
+        ),
         ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 .*UTF-16"),
         ("a.csv", "prompt,completion\na,b\na\0,b\n", r"a\.csv:3: holds a NUL byte.*iconv -f UTF-16LE"),
         ("a.jsonl", '{"text": ' + "[" * 100_000 + "\n", r"a\.jsonl:1: not valid JSON"),
