@@ -8,7 +8,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
@@ -28,7 +27,7 @@ from qvera.serve.ui.directories import RunDirectories
 from qvera.serve.ui.metrics import NOTHING, Position, news_since
 from qvera.serve.ui.pages import Finder, Pages, list_signature, run_href
 from qvera.serve.ui.start import FIELDS, Starter
-from qvera.serve.ui.views import NotFound, Summaries, Views
+from qvera.serve.ui.views import NotFound, Summaries
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,22 +58,18 @@ _LOOK = {
 _TYPES = {".css": "text/css", ".js": "text/javascript"}
 
 
-@dataclass
 class Service:
     """The server's state; `qvera.serve.api.server.Server` reads limits, running and draining."""
 
-    place: str  # what the command line names, for the list's heading
-    directories: RunDirectories
-    limits: Limits = field(default_factory=lambda: Limits(drain_seconds=0.0))
-    running: int = 0
-    draining: bool = False
-    streams: int = 0
-    _listed: tuple[float, str] = (0.0, "")
-    """When the list was last read for event streams, and its signature then."""
-
-    def __post_init__(self) -> None:
+    def __init__(self, places: Sequence[Path]) -> None:
+        """Raises InputError if a place is no directory."""
+        self.directories = RunDirectories(places)
         self.summaries = Summaries(self.directories)
-        self.pages = Pages(self.place, self.directories, self.summaries, Views(self.directories))
+        self.pages = Pages(" ".join(map(str, places)), self.directories, self.summaries)
+        self.limits, self.draining = Limits(drain_seconds=0.0), False
+        self.running = self.streams = 0
+        self._listed = 0.0, ""
+        """When the list was last read for event streams, and its signature then."""
 
     def list_signature(self) -> str:
         """Return a hash that changes with the list of runs. Those who ask at about the same time share one look."""
@@ -102,7 +97,7 @@ def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1", trains: bo
     ]
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys((NotFound, InputError, HTTPException), _refused))
     app.add_exception_handler(Exception, lambda _, error: _text(500, "The server failed; its log says why."))
-    service = app.state.service = Service(" ".join(map(str, places)), RunDirectories(places))
+    service = app.state.service = Service(places)
     if trains:
         forms = {"/new": _new, "/recipe/{name}": _recipe}
         app.router.routes += [Route(path, answer, methods=["GET", "POST"]) for path, answer in forms.items()]

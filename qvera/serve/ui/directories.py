@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -117,14 +118,16 @@ def unreadable(directory: Path, *names: str) -> list[str]:
     return found
 
 
-def open_plain(path: Path) -> int | None:
-    """A descriptor of a regular file; None for a link, or anything else."""
+@contextlib.contextmanager
+def open_plain(path: Path) -> Iterator[int | None]:
+    """A descriptor of a regular file, until the block ends; None for a link, or anything else."""
     # O_NONBLOCK: to open a pipe would else wait for somebody to write into it
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return None
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    return None
+        yield None
+        return
+    try:
+        yield descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    finally:
+        os.close(descriptor)

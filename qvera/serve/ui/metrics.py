@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +42,8 @@ class Position(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Position | None:
         """The inverse of `str`; None for any other text."""
-        inode, _, offset = text.partition("-")
-        if not (inode.isascii() and inode.isdecimal() and offset.isascii() and offset.isdecimal() and len(text) < 64):
-            return None
-        return cls(int(inode), int(offset))
+        found = re.fullmatch("([0-9]{1,30})-([0-9]{1,30})", text)
+        return None if found is None else cls(int(found[1]), int(found[2]))
 
 
 NOTHING = Position(0, 0)  # of a file that does not exist yet
@@ -159,11 +159,11 @@ class MetricsFile:
 
     def update(self) -> Read:
         """Read what is new; a file that was replaced or cut is read from its beginning."""
-        descriptor = open_plain(self._path)
-        if descriptor is None:
-            self.read = Read(NOTHING)
-            return self.read
-        try:
+        # where the disk is gone, what was read stays
+        with open_plain(self._path) as descriptor, contextlib.suppress(OSError):
+            if descriptor is None:
+                self.read = Read(NOTHING)
+                return self.read
             facts = os.fstat(descriptor)
             known = self.read.position
             if facts.st_ino != known.inode or facts.st_size < known.offset:
@@ -178,10 +178,6 @@ class MetricsFile:
                 elif line.strip():
                     read.unreadable += 1
                 read.position = Position(read.position.inode, offset)
-        except OSError:  # the disk is gone: what was read stays
-            pass
-        finally:
-            os.close(descriptor)
         return self.read
 
     def _sample(self, descriptor: int, end: int) -> None:
@@ -192,13 +188,17 @@ class MetricsFile:
         stop = end - _CHUNK_BYTES
         for number in range(_SAMPLES):
             place = start + (stop - start) * number // _SAMPLES
-            piece = os.pread(descriptor, _SAMPLE_BYTES, place)
-            lines = piece.split(b"\n")[(1 if place else 0) : -1]  # the first and the last are cut
-            for row in filter(None, (parse_metrics(line, _PLACES) for line in lines)):
+            for row in whole_rows(descriptor, place, _SAMPLE_BYTES):
                 read.add(row)
         # ordinary reading goes on with the first whole line behind the samples
         after = os.pread(descriptor, _LINE_BYTES, stop).find(b"\n")
         read.position = Position(read.position.inode, stop + after + 1)
+
+
+def whole_rows(descriptor: int, offset: int, size: int) -> list[dict[str, Any]]:
+    """The records that lie in a piece of a file as a whole."""
+    lines = os.pread(descriptor, size, offset).split(b"\n")[(1 if offset else 0) : -1]  # the first and last are cut
+    return [row for line in lines if (row := parse_metrics(line, _PLACES)) is not None]
 
 
 def whole_lines(descriptor: int, offset: int, end: int) -> Iterator[tuple[bytes, int]]:
@@ -233,10 +233,9 @@ class News:
 
 def news_since(path: Path, position: Position) -> News:
     """Look at the file once; it may be missing."""
-    descriptor = open_plain(path)
-    if descriptor is None:
-        return News(NOTHING, [], is_other=position != NOTHING)
-    try:
+    with open_plain(path) as descriptor, contextlib.suppress(OSError):
+        if descriptor is None:
+            return News(NOTHING, [], is_other=position != NOTHING)
         facts = os.fstat(descriptor)
         now = Position(facts.st_ino, facts.st_size)
         if position == NOTHING:
@@ -253,7 +252,4 @@ def news_since(path: Path, position: Position) -> News:
             numbers = {key[:64]: get_number(row, key) for key in list(row)[:_KEYS]}
             records.append({"kind": kind, **{key: value for key, value in numbers.items() if value is not None}})
         return News(Position(now.inode, offset), records)
-    except OSError:
-        return News(position, [])
-    finally:
-        os.close(descriptor)
+    return News(position, [])

@@ -64,15 +64,16 @@ def find(
     wanted = asked.text.strip().lower()
     fitting = [row for row in rows if wanted in name(row).lower() and (not asked.flagged or is_flagged(row))]
     page = min(asked.page, max(0, (len(fitting) - 1) // PAGE_ROWS))
-    finder = Finder(asked.action, asked.text, asked.flagged, page, len(fitting))
-    return fitting[page * PAGE_ROWS : (page + 1) * PAGE_ROWS], finder
+    shown = fitting[page * PAGE_ROWS : (page + 1) * PAGE_ROWS]
+    return shown, dataclasses.replace(asked, page=page, found=len(fitting))
 
 
 class Pages:
     """Every page as HTML. Methods may be called from any thread, and raise what `Views` raises."""
 
-    def __init__(self, place: str, directories: RunDirectories, summaries: Summaries, views: Views) -> None:
-        self._place, self._directories, self._summaries, self._views = place, directories, summaries, views
+    def __init__(self, place: str, directories: RunDirectories, summaries: Summaries) -> None:
+        """``place``: what the command line names, for the list's heading."""
+        self._place, self._directories, self._summaries, self._views = place, directories, summaries, Views(directories)
         self.starter: Starter | None = None  # with --train
         self._made: OrderedDict[object, tuple[object, str]] = OrderedDict()
         self._lock = threading.Lock()

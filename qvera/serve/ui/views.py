@@ -26,7 +26,6 @@ from qvera.evaluation.report.read import (
     get_number,
     get_text,
     not_finite_notes,
-    parse_metrics,
     process_exists,
     read_adapter_of_run,
     read_evaluation,
@@ -34,7 +33,7 @@ from qvera.evaluation.report.read import (
     trained_many,
 )
 from qvera.serve.ui.directories import RunDirectories, open_plain, unreadable
-from qvera.serve.ui.metrics import MetricsFile, Read
+from qvera.serve.ui.metrics import MetricsFile, Read, whole_rows
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RECIPE_FILE, RUN_OWNER, RUN_PROGRESS, file_stamp, read_json
 from qvera.utils.formatting import count, duration, significant, text_or_dash
@@ -67,14 +66,10 @@ def state_of(directory: Path, status: str) -> State:
 
 def _small(file: Path) -> object:
     """Read a small JSON file; None where it can't be read."""
-    if (descriptor := open_plain(file)) is None:
-        return None
-    try:
-        return json.loads(os.read(descriptor, 4096))
-    except (OSError, ValueError, RecursionError):
-        return None
-    finally:
-        os.close(descriptor)
+    with open_plain(file) as descriptor, contextlib.suppress(OSError, ValueError, RecursionError):
+        if descriptor is not None:
+            return json.loads(os.read(descriptor, 4096))
+    return None
 
 
 class Progress(NamedTuple):
@@ -191,18 +186,10 @@ def left_seconds(steps: Sequence[dict[str, Any]], left: float) -> float | None:
 
 
 def _tail(path: Path) -> list[dict[str, Any]]:
-    descriptor = open_plain(path)
-    if descriptor is None:
-        return []
-    try:
-        start = max(0, os.fstat(descriptor).st_size - _TAIL_BYTES)
-        lines = os.pread(descriptor, _TAIL_BYTES, start).split(b"\n")[(1 if start else 0) : -1]
-    except OSError:
-        return []
-    finally:
-        os.close(descriptor)
-    rows = (parse_metrics(line, ("step", "round")) for line in lines)
-    return [row for row in rows if row is not None]
+    with open_plain(path) as descriptor, contextlib.suppress(OSError):
+        if descriptor is not None:
+            return whole_rows(descriptor, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES), _TAIL_BYTES)
+    return []
 
 
 class NotFound(Exception):
@@ -213,7 +200,6 @@ class NotFound(Exception):
 class View:
     """A run at a moment."""
 
-    id: str
     directory: Path
     run: RunFiles  # in a run of many adapters, steps are rounds
     many: ManyRun | None
@@ -262,7 +248,7 @@ class _Reader:
                 listed = entries_of(base.info)
                 known = {entry.name for entry in listed}
                 many = ManyRun(run, listed + [entry for entry in read.entries() if entry.name not in known], {})
-            return View(self.id, self.directory, run, many, state, read, stamps)
+            return View(self.directory, run, many, state, read, stamps)
 
 
 class Views:
