@@ -90,7 +90,7 @@ class ModelShape(NamedTuple):
 class RowResults(NamedTuple):
     """The result of `Tenants.forward_backward`."""
 
-    logprobs: list[np.ndarray]  # of each row's targets, fp32 [N, K], by the model before the next step
+    logprobs: list[np.ndarray]  # of each row's targets, in fp32, by the model before the next step
     loss: float  # the sum over the call
 
 

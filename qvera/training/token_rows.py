@@ -27,8 +27,8 @@ class TokenRow(NamedTuple):
     """A row to train on. Nothing is shifted: position t predicts ``targets[t]``."""
 
     tokens: np.ndarray  # int64 [N]
-    targets: np.ndarray  # int64 [N, K]
-    inputs: Mapping[str, np.ndarray]  # fp32 [N, K], by the names of `TOKEN_LOSSES`
+    targets: np.ndarray  # int64 [N], or [N, K]
+    inputs: Mapping[str, np.ndarray]  # fp32, of the targets' shape, by the names of `TOKEN_LOSSES`
 
 
 LossSettings: TypeAlias = tuple[tuple[str, float], ...]
@@ -47,7 +47,7 @@ class PassRow(NamedTuple):
 def run_pass(
     lent: LentBank, bank: AdapterBank, rows: Sequence[PassRow], chunk_tokens: int, is_training: bool, gradients: bool
 ) -> list[tuple[np.ndarray, float]]:
-    """Return the log-probabilities of each row's targets, fp32 [N, K], and its loss. Add gradients to the bank's.
+    """Return the log-probabilities of each row's targets, in fp32, and its loss. Add gradients to the bank's.
 
     Rows of one loss with equal settings must stand together. ``is_training``: the mode that the model is in.
     """
@@ -79,17 +79,20 @@ def run_pass(
         for part, each in found:
             ends = np.cumsum([len(own.row.tokens) for own in part])
             for own, values in zip(part, np.split(each.cpu().numpy(), ends[:-1]), strict=True):
-                results.append((values[:, : own.row.targets.shape[1]].copy(), math.fsum(values[:, -1].tolist())))
+                targets = own.row.targets
+                logprobs = values[:, : targets[0].size].reshape(targets.shape).copy()
+                results.append((logprobs, math.fsum(values[:, -1].tolist())))
         return results
 
 
 def _group_loss(hidden: Tensor, head: Head, rows: Sequence[PassRow], chunk_tokens: int) -> tuple[Tensor, Tensor]:
     """Return the loss of rows that share a kind, and fp32 [n, K + 1]: log-probabilities, and each token's loss."""
-    loss, wide = TOKEN_LOSSES[rows[0].loss], max(own.row.targets.shape[1] for own in rows)
+    loss, wide = TOKEN_LOSSES[rows[0].loss], max(own.row.targets[0].size for own in rows)
 
     # rows with fewer targets at a position than others get more of them; their inputs are 0, so these weigh nothing
     def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.pad(part, ((0, 0), (0, wide - part.shape[1]))) for part in parts])
+        columns = [part.reshape(len(part), -1) for part in parts]
+        return np.concatenate([np.pad(part, ((0, 0), (0, wide - part.shape[1]))) for part in columns])
 
     arrays = {name: joined([own.row.inputs[name].astype(np.float32) for own in rows]) for name in loss.inputs}
     arrays["targets"] = joined([own.row.targets for own in rows])

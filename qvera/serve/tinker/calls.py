@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from qvera.serve.tinker.checkpoints import CheckpointKind, Ttl, encrypt, recipients_of
-from qvera.serve.tinker.messages import call_of, decode_forward_backward, encode_forward_backward
+from qvera.serve.tinker.messages import decode_forward_backward, encode_forward_backward
 from qvera.training.optim import AdamSettings
 from qvera.utils.errors import InputError
 
@@ -27,11 +27,6 @@ STATE = "state.safetensors"
 Seq = Annotated[int, Field(ge=0, lt=2**31)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-
-class OfModel(BaseModel):
-    model_id: str
-    seq_id: int
 
 
 class LoraSettings(BaseModel):
@@ -123,14 +118,6 @@ def parsed(kind: type[M], body: bytes) -> M:
         raise InputError(f"{where or 'The body'}: {first['msg']}{found}.") from None
 
 
-def place_of(kind: str, body: bytes) -> tuple[str, int]:
-    """Return the model and seq that a body names; all else in it may be faulty. Raises InputError if it names none."""
-    if kind == "forward_backward":
-        return call_of(body)
-    asked = parsed(OfModel, body)
-    return asked.model_id, asked.seq_id
-
-
 def _create(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
     def start(promise: str, done: Done) -> None:
         tinker.tenants.create(model.id, model.owner, model.shape, model.seed, done)
@@ -161,11 +148,8 @@ def _forward_backward(tinker: Tinker, model: TrainedModel, seq: int, kind: str, 
     def start(promise: str, done: Done) -> None:
         tinker.tenants.forward_backward(model.id, asked.rows, asked.loss, asked.settings, asked.forward_only, done)
 
-    def finish(promise: str, results: Any) -> bytes:
-        return encode_forward_backward(results, asked.shapes)
-
     held = sum(array.nbytes for row in asked.rows for array in (row.tokens, row.targets, *row.inputs.values()))
-    return Call(kind, start, finish, not asked.forward_only, held)
+    return Call(kind, start, lambda promise, results: encode_forward_backward(results), not asked.forward_only, held)
 
 
 def _optim_step(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:

@@ -120,18 +120,13 @@ class Checkpoints:
                     written.rename(place.directory)
                 flush(place.directory.parent)
                 shutil.rmtree(written, ignore_errors=True)
-            self.database.insert(
-                "checkpoints",
-                path=place.path,
-                owner=owner,
-                run=place.run,
-                kind=place.kind,
-                name=place.name,
-                created=now,
-                bytes=sum(file.stat().st_size for file in place.directory.iterdir()),
-                expires=None if ttl_seconds is None else now + ttl_seconds,
-                about=json.dumps(about),
-            )
+            names = {"path": place.path, "owner": owner, "run": place.run, "kind": place.kind, "name": place.name}
+            facts = {
+                "created": now,
+                "bytes": sum(file.stat().st_size for file in place.directory.iterdir()),
+                "expires": None if ttl_seconds is None else now + ttl_seconds,
+            }
+            self.database.insert("checkpoints", **names, **facts, about=json.dumps(about))
 
     def find(self, path: str, owner: str, kind: CheckpointKind | None = None) -> Checkpoint:
         """Return a checkpoint that a key may read. Raises ApiError 404, or InputError if it is of another ``kind``."""
@@ -167,8 +162,8 @@ class Checkpoints:
             # a file that is saved over is a new file, so the copy keeps the old one
             written = place.directory.with_name(".copy")
             shutil.copytree(source.directory, written, copy_function=os.link)
-            about = source.about
-            self.database.add_model(run, "", owner, about["base"], source.shape, 0, about["user_metadata"], ended=now)
+            about, columns = source.about, {"id": run, "session": "", "owner": owner, "ended": now}
+            self.database.add_model(source.shape, about["user_metadata"], base=about["base"], **columns)
             # found from here on
             self.add(place, written, owner, False, ttl_seconds, {**about, "copy_key": key, "download": None})
             return place

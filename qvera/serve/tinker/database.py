@@ -120,10 +120,9 @@ class Database(SqliteFile):
             values = (state, payload, self._end_microseconds(), keep_body, promise)
             found = connection.execute(f"{query} AND state = 'pending' RETURNING target", values).fetchall()
         # after the transaction, so that those who are woken find the result
+        keys = [promise, *(row["target"] for row in found)]
         with self._waiting_lock:
-            waiting = [
-                one for key in (promise, *(row["target"] for row in found)) for one in self._waiting.get(key, ())
-            ]
+            waiting = [one for key in keys for one in self._waiting.get(key, ())]
         for loop, ended in waiting:
             with contextlib.suppress(RuntimeError):  # the server has stopped
                 loop.call_soon_threadsafe(ended.set)
@@ -168,7 +167,7 @@ class Database(SqliteFile):
 
     def promise(self, promise: str, owner: str) -> sqlite3.Row | None:
         """Return a promise with its result; None: there is no such promise, or it was forgotten long ago."""
-        query = "SELECT id, state, payload FROM promises WHERE id = ? AND owner = ? AND state != 'refused'"
+        query = "SELECT state, payload FROM promises WHERE id = ? AND owner = ? AND state != 'refused'"
         return next(iter(self.rows(query, (promise, owner))), None)
 
     def saved(self, model: str, through: int) -> None:
@@ -200,21 +199,10 @@ class Database(SqliteFile):
             raise ApiError(404, f"There is no {table.removesuffix('s')} {shortened_name(key)!r}.")
         return found[0]
 
-    def add_model(
-        self,
-        model: str,
-        session: str,
-        owner: str,
-        base: str,
-        shape: ModelShape,
-        seed: int,
-        metadata: Any,
-        ended: float | None = None,
-    ) -> None:
-        """Add a model; ``metadata`` are its user's. ``ended``: it was never live."""
+    def add_model(self, shape: ModelShape, metadata: Any, **columns: object) -> None:
+        """Add a model. ``metadata`` are its user's, ``columns`` the others that need a value."""
         now, about = time.time(), json.dumps({"user_metadata": metadata})
-        row = {"id": model, "session": session, "owner": owner, "base": base, "shape": json.dumps(shape)}
-        self.insert("models", **row, seed=str(seed), created=now, last_request=now, about=about, ended=ended)
+        self.insert("models", **columns, shape=json.dumps(shape), created=now, last_request=now, about=about)
 
     def insert(self, table: str, **values: object) -> None:
         """Add a row to a table, in place of one with its key."""

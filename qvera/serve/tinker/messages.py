@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,8 +105,6 @@ class ForwardBackward(NamedTuple):
     loss: str
     settings: dict[str, float]
     forward_only: bool
-    shapes: list[tuple[int, ...]]
-    """Of each row's targets as they came: [N] or [N, K]."""
 
 
 def decompress(body: bytes, most_bytes: int) -> bytes:
@@ -142,7 +140,7 @@ def decode_forward_backward(body: bytes, most_tokens: int, vocabulary: int) -> F
         request.ParseFromString(body)
     except DecodeError as error:
         raise InputError(f"the body is no ForwardBackwardRequest ({error}).") from None
-    rows, shapes, name, forward_only = [], [], request.loss_fn, request.forward_only
+    rows, name, forward_only = list[TokenRow](), request.loss_fn, request.forward_only
     if name not in TOKEN_LOSSES:
         why = f": {_REFUSED_LOSSES[name]}" if name in _REFUSED_LOSSES else ""
         others = ", ".join(TOKEN_LOSSES)
@@ -155,12 +153,10 @@ def decode_forward_backward(body: bytes, most_tokens: int, vocabulary: int) -> F
         raise InputError(f"data: has {cells:,} numbers, and a call at most {_MOST_CELLS:,}; send fewer rows.")
     for number, datum in enumerate(request.data):
         try:
-            row, shape = _row(datum, name, forward_only, most_tokens, vocabulary)
+            rows.append(_row(datum, name, forward_only, most_tokens, vocabulary))
         except InputError as error:
             raise InputError(f"data[{number}]: {error}") from None
-        rows.append(row)
-        shapes.append(shape)
-    return ForwardBackward(rows, name, settings, forward_only, shapes)
+    return ForwardBackward(rows, name, settings, forward_only)
 
 
 def _settings(request: Any) -> dict[str, float]:
@@ -182,10 +178,7 @@ def _settings(request: Any) -> dict[str, float]:
     return {key: number for key, number in chosen.items() if number is not None}
 
 
-def _row(
-    datum: Any, loss: str, forward_only: bool, most_tokens: int, vocabulary: int
-) -> tuple[TokenRow, tuple[int, ...]]:
-    """A row, and the shape of its targets as they came."""
+def _row(datum: Any, loss: str, forward_only: bool, most_tokens: int, vocabulary: int) -> TokenRow:
     tokens = _tokens(datum.model_input)
     if not 1 <= len(tokens) <= most_tokens:
         raise InputError(f"has {len(tokens):,} tokens; this base takes 1 to {most_tokens:,}.")
@@ -198,22 +191,21 @@ def _row(
         why = "missing" if odd[0] in wanted else "no input of this loss"
         raise InputError(f"loss_fn_inputs.{odd[0][:100]} is {why}. {loss} takes {', '.join(sorted(wanted))}.")
     targets = arrays.pop(_TARGETS)
-    shape, columns = targets.shape, math.prod(targets.shape[1:])
     if targets.dtype.kind != "i":
         raise InputError(f"{_TARGETS} has fractions; expected int64.")
-    if columns > 1 and loss != "cross_entropy":
+    if targets[0].size > 1 and loss != "cross_entropy":
         raise InputError(f"{_TARGETS} has several targets a token, which cross_entropy alone takes.")
     for name, ids in (("model_input", tokens), (_TARGETS, targets)):
         if ids.min() < 0 or ids.max() >= vocabulary:
             raise InputError(f"{name} has ids from {ids.min()} to {ids.max()}; this base has 0 to {vocabulary - 1}.")
     for name, values in arrays.items():
-        if values.shape != shape:
+        if values.shape != targets.shape:
             found = f"{name} has the shape {list(values.shape)}"
-            raise InputError(f"{found}; expected that of {_TARGETS}, {list(shape)}.")
+            raise InputError(f"{found}; expected that of {_TARGETS}, {list(targets.shape)}.")
         if not np.isfinite(values).all():
             raise InputError(f"loss_fn_inputs.{name} has NaN or Inf.")
-    inputs = {name: values.astype(np.float32).reshape(-1, columns) for name, values in arrays.items()}
-    return TokenRow(tokens, targets.astype(np.int64).reshape(-1, columns), inputs), shape
+    inputs = {name: values.astype(np.float32) for name, values in arrays.items()}
+    return TokenRow(tokens, targets.astype(np.int64), inputs)
 
 
 def _tokens(chunks: Iterable[Any]) -> np.ndarray:
@@ -277,15 +269,11 @@ def packed(dtype: int, values: npt.ArrayLike) -> bytes:
     return np.ascontiguousarray(values, _DTYPES[dtype]).tobytes()
 
 
-def encode_forward_backward(results: RowResults, shapes: Sequence[tuple[int, ...]]) -> bytes:
-    """Write a ForwardBackwardOutput. ``shapes`` are those of `ForwardBackward`.
-
-    Neighbouring rows of one trailing shape stand in one record.
-    """
+def encode_forward_backward(results: RowResults) -> bytes:
+    """Write a ForwardBackwardOutput. Neighbouring rows of one trailing shape stand in one record."""
     output = MESSAGES["ForwardBackwardOutput"](loss_fn_output_type="ArrayRecord", metrics={"loss:sum": results.loss})
-    rows = zip(results.logprobs, shapes, strict=True)
-    for trailing, group in itertools.groupby(rows, key=lambda row: row[1][1:]):
-        parts = [packed(FLOAT32, logprobs) for logprobs, _ in group]
+    for trailing, group in itertools.groupby(results.logprobs, key=lambda logprobs: logprobs.shape[1:]):
+        parts = [packed(FLOAT32, logprobs) for logprobs in group]
         record = output.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(parts))
         field = record.fields["logprobs"]
         field.data, field.dtype = b"".join(parts), FLOAT32

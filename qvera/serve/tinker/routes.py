@@ -22,9 +22,9 @@ from qvera.serve.api.access import Action
 from qvera.serve.api.errors import DOWNLOADS, ApiError
 from qvera.serve.api.server import while_connected
 from qvera.serve.api.service import require, service_of
-from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed, place_of
+from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
-from qvera.serve.tinker.messages import decompress
+from qvera.serve.tinker.messages import call_of, decompress
 from qvera.serve.tinker.sampling import CLONE, NewSampler, Samples
 from qvera.training.tenants import VERA_RATE_FACTOR, ModelShape
 from qvera.utils.errors import InputError
@@ -91,6 +91,11 @@ class Named(BaseModel):
     model_id: str = ""
     request_id: str = ""
     tinker_path: str = ""
+
+
+class OfModel(BaseModel):
+    model_id: str
+    seq_id: int
 
 
 class OfSampler(BaseModel):
@@ -217,7 +222,11 @@ async def _training(sender: Sender, kind: str, is_known: bool = True) -> dict[st
         content = body
         if request.headers.get("content-encoding") == "zstd":
             content = decompress(body, sender.service.limits.tinker_body_bytes)
-        model_id, seq = place_of(kind, content)
+        if kind == "forward_backward":
+            model_id, seq = call_of(content)
+        else:  # all else in the body may be faulty
+            place = parsed(OfModel, content)
+            model_id, seq = place.model_id, place.seq_id
         model = tinker.model(model_id, sender.owner)
         if not 0 < seq < 2**31:
             raise InputError(f"seq_id: is {seq}; expected 1 or more.")

@@ -117,7 +117,7 @@ class Sample:
     id: str
     stream: TextStream  # looks for stop texts
     events: list[TokenEvent] = field(default_factory=list)
-    is_stopped: bool | None = None  # None: it has not ended
+    is_stopped: bool = False  # by a token or text; else by its length
 
 
 class Asked:
@@ -189,7 +189,8 @@ class Asked:
 
     def encoded(self, samples: Sequence[Sample], scores: PromptScores | None) -> bytes:
         """Return the result of a call, the bytes of a SampleResponse."""
-        body, size, top = self.body, len(self.prompt), self.body.topk_prompt_logprobs
+        body, size = self.body, len(self.prompt)
+        top, draws = body.topk_prompt_logprobs, body.prompt_alt_tokens_k
         response = MESSAGES["SampleResponse"](prompt_cache_hit_tokens=samples[0].events[0].cached_tokens)
         for sample in samples:
             sequence = response.sequences.add(
@@ -200,24 +201,23 @@ class Asked:
             if body.topk_sample_logprobs:
                 likely = np.array([one.top for one in sample.events])  # [n, k, 2]
                 _write_top(sequence.topk_sampled_logprobs, likely[..., 0], likely[..., 1])
-        own, given = np.full(size, np.nan), np.zeros(self.targets.shape)
-        top_tokens, top_logprobs = np.zeros((size, top)), np.full((size, top), _NO_LOGPROB)
-        drawn_tokens = drawn = np.zeros((size - 1, body.prompt_alt_tokens_k))
-        if scores is not None:
-            for whole, part in ((own, scores.own), (top_tokens, scores.top_tokens), (top_logprobs, scores.top)):
-                # more places may be scored than these two are asked for in
-                whole[size - self.last :] = part[len(part) - self.last :]
-            given = np.where(self.targets < 0, 0.0, scores.targets) if given.size else given
-            drawn_tokens, drawn = scores.drawn_tokens, scores.drawn
+        if scores is None:  # nothing was asked, or the prompt is one token, which has none
+            scores = PromptScores(np.empty(0), self.targets, *[np.empty((0, top))] * 2, *[np.empty((0, draws))] * 2)
+
+        def in_whole(part: np.ndarray, fill: float) -> np.ndarray:  # more places may be scored than were asked for
+            return np.concatenate([np.full((size - self.last, *part.shape[1:]), fill), part[len(part) - self.last :]])
+
         if body.prompt_logprobs:
-            response.prompt_logprobs = packed(FLOAT32, own)
+            response.prompt_logprobs = packed(FLOAT32, in_whole(scores.own, np.nan))
         if top:
-            _write_top(response.topk_prompt_logprobs, top_tokens, top_logprobs)
+            tokens, logprobs = in_whole(scores.top_tokens, 0), in_whole(scores.top, _NO_LOGPROB)
+            _write_top(response.topk_prompt_logprobs, tokens, logprobs)
         if body.target_prompt_logprobs is not None:
+            given = np.where(self.targets < 0, 0.0, scores.targets)
             _write_tensor(response.target_prompt_logprobs, FLOAT32, given)
-        if body.prompt_alt_tokens_k:
-            _write_tensor(response.prompt_alt_tokens.tokens, INT64, drawn_tokens)
-            _write_tensor(response.prompt_alt_tokens.logprobs, FLOAT32, drawn)
+        if draws:
+            _write_tensor(response.prompt_alt_tokens.tokens, INT64, scores.drawn_tokens)
+            _write_tensor(response.prompt_alt_tokens.logprobs, FLOAT32, scores.drawn)
         return bytes(response.SerializeToString())
 
 
@@ -412,7 +412,7 @@ class Samples:
         if request not in self._sent:
             return
         call, asked, sample = self._sent[request]
-        texts, stream = self._service.texts, sample.stream
+        stream = sample.stream
         if isinstance(event, PromptScores):
             call.scores = event
             return
@@ -429,13 +429,15 @@ class Samples:
             return
         else:
             stream.finish()
-        sample.is_stopped = stream.stopped or (not isinstance(event, TokenEvent) and event.reason == "stop")
-        tokens = [one.token for one in sample.events]
-        while stream.stopped and any(text in texts.decode(tokens[:-1]) for text in asked.stops):
-            tokens.pop()  # the last token is the one that completes the text
-        del sample.events[len(tokens) :]
+            sample.is_stopped = event.reason == "stop"
+        if stream.stopped:
+            sample.is_stopped = True
+            tokens = [one.token for one in sample.events]
+            while any(text in self._service.texts.decode(tokens[:-1]) for text in asked.stops):
+                tokens.pop()  # the last token is the one that completes the text
+            del sample.events[len(tokens) :]
         self._leave_sent(request)
-        if len(call.samples) == asked.body.num_samples and all(one.is_stopped is not None for one in call.samples):
+        if len(call.samples) == asked.body.num_samples and not any(one.id in self._sent for one in call.samples):
             self._end(call, "proto", asked.encoded(call.samples, call.scores))
 
     def _end(self, call: _Call, state: Literal["proto", "user", "server"], payload: bytes) -> None:

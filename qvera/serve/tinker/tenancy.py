@@ -46,7 +46,7 @@ _logger = logging.getLogger(__name__)
 _TICK_SECONDS = 1.0
 _RETRY_SECONDS = 2.0  # after the disk was full
 _UNNAMED_KEPT = 8  # of a model's adapters for sampling, also if nobody asks for them
-_VERA = re.compile(r":vera-(\d{1,4})")
+_VERA = re.compile(r":vera-(\d{1,4})\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +267,9 @@ class Tinker:
                     raise self._gone("models", model_id, owner)
                 require_room("models", sum(one.owner == owner for one in self._models.values()), self.settings.models)
                 seed = secrets.randbits(31) if seed is None else seed % 2**63
-                model = TrainedModel(model_id, session, owner, base, shape, seed)
-                self.database.add_model(model_id, session, owner, base, shape, seed, asked.user_metadata)
+                columns: dict[str, Any] = {"id": model_id, "session": session, "owner": owner, "base": base}
+                model = TrainedModel(**columns, shape=shape, seed=seed)
+                self.database.add_model(shape, asked.user_metadata, **columns, seed=seed)
                 self._models[model_id] = model
             return self.call(model, 0, kind, body), model_id
 
@@ -283,14 +284,13 @@ class Tinker:
         """The rank of VeRA in a base's name; None: it trains LoRA. Raises InputError for another base."""
         if name in self.base.names:
             return None
-        bare, _, _ = name.rpartition(":")
-        found = _VERA.fullmatch(name[len(bare) :])
-        if bare not in self.base.names or found is None:
+        bare, *rank = _VERA.split(name)
+        if bare not in self.base.names or not rank:
             raise InputError(
                 f"base_model: {name[:200]!r} is not served here; expected {self.base.name!r}, or "
                 f"{self.base.name + ':vera-256'!r} for VeRA."
             )
-        return int(found[1])
+        return int(rank[0])
 
     def model(self, model_id: str, owner: str) -> TrainedModel:
         """Return a live model. Raises ApiError as `hear`."""
