@@ -105,53 +105,52 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
     if kind not in _KINDS or not isinstance(certificate.get("adapter"), dict):
         kind = "adapter"
     if kind == "adapter":
-        target = _find(path, name)
+        target, run = _find(path, name)
         if target.adapter is None:
             raise InputError(f"{path}: is a checkpoint that no adapter was merged into. Expected a run, or an export.")
-        facts, outcome = directory_facts(target.adapter), _outcome(target)
-        return CardSubject(kind, target.adapter, facts, target.section, target.model_class, target.recipe, *outcome, {})
+        about = directory_facts(target.adapter), target.section, target.model_class, target.recipe, run
+        return CardSubject(kind, target.adapter, *about, *_outcome(target), {})
     weights = Path(certificate["adapter"]["path"]) / ADAPTER_WEIGHTS
     base = ModelSection(path=certificate["base"]["path"], revision=certificate["base"].get("revision"))
-    facts, recipe, outcome = dict(certificate["adapter"]), None, ({}, {}, None)
+    facts, recipe, run = dict(certificate["adapter"]), None, dict[str, Any]()
+    outcome: tuple[dict[str, Any], str | None] = {}, None
     # The run tells more than the certificate, but it may have trained on since the export.
     if weights.is_file() and file_sha256(weights) == certificate["adapter"].get("sha256"):
-        target = _find(weights.parent)
+        target, run = _find(weights.parent)
         facts, recipe, outcome = directory_facts(weights.parent), target.recipe, _outcome(target)
     if kind in ("lora", "gguf-lora"):
         facts["rank"] = certificate["rank"]
     model_class = CAUSAL_LM if "gguf" in kind else find_target(path).model_class
-    return CardSubject(kind, path, facts, base, model_class, recipe, *outcome, certificate)
+    return CardSubject(kind, path, facts, base, model_class, recipe, run, *outcome, certificate)
 
 
-def _find(path: Path, name: str | None = None) -> Artifact:
-    """Do what `find_target` does, but give an adapter that its run has not trained no recipe.
+def _find(path: Path, name: str | None = None) -> tuple[Artifact, dict[str, Any]]:
+    """Do what `find_target` does, and read run.json; for one of many, only its part.
 
-    It may be a server's job's, or one that was put in the place of the run's.
+    An adapter that its run has not trained gets no recipe and {}. It may be a server's job's, or one that was put in
+    the place of the run's.
     """
     target = find_target(path, name=name)
     if target.run is None or target.adapter is None:
-        return target
+        return target, {}
     summary = try_read_json(target.run / "run.json") or {}
     own = summary.get("adapter") or {}
     if target.name is not None:
         entries = summary.get("adapters") or ()
         own = next((one for one in entries if one.get("name") == target.name), None)
     if own is None or is_replaced(own.get("sha256"), target.adapter / ADAPTER_WEIGHTS):
-        return dataclasses.replace(target, recipe=None, run=None)
-    return target
-
-
-def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """Read run.json, eval.json (if it is of this adapter) and the chat template; for one of many, only its part."""
-    if target.run is None or target.adapter is None or target.recipe is None:
-        return {}, {}, template_beside(target)
-    summary, place = try_read_json(target.run / "run.json") or {}, target.run
+        return dataclasses.replace(target, recipe=None, run=None), {}
     if target.name is not None:
-        place = target.adapter
-        entries = summary.get("adapters") or ()
-        own: dict[str, Any] = next((one for one in entries if one.get("name") == target.name), {})
         data = {**(summary.get("data") or {}), "train_rows": own.get("rows")}
         summary = {**summary, "data": data, "result": own}
+    return target, summary
+
+
+def _outcome(target: Artifact) -> tuple[dict[str, Any], str | None]:
+    """Read eval.json (if it is of this adapter) and the chat template."""
+    if target.run is None or target.adapter is None or target.recipe is None:
+        return {}, template_beside(target)
+    place = target.run if target.name is None else target.adapter
     found, sha256 = try_read_json(place / "eval.json") or {}, adapter_sha256(target)
     about = found.get("subject") if sha256 is not None and isinstance(found.get("scores"), dict) else None
     # An evaluation of the base, or of an earlier state of the adapter, is not about what is shared.
@@ -159,7 +158,7 @@ def _outcome(target: Artifact) -> tuple[dict[str, Any], dict[str, Any], str | No
         found = {}
     beside = target.adapter / CHAT_TEMPLATE
     named = NAMED_TEMPLATES.get(template_name(target.recipe, target.run))
-    return summary, found, beside.read_text(encoding="utf-8") if beside.is_file() else named
+    return found, beside.read_text(encoding="utf-8") if beside.is_file() else named
 
 
 def model_card(subject: CardSubject, repo: str | None = None) -> str:

@@ -24,7 +24,7 @@ from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run
-from qvera.training.run_dir import LENGTH, repeat_line, step_facts, write_run, write_run_json
+from qvera.training.run_dir import KEPT, LENGTH, repeat_line, step_facts, write_run, write_run_json
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256, plain_json, try_read_json
 
@@ -341,11 +341,11 @@ class Trainer(Run):
     def save_adapter(self) -> None:
         """Write the adapter into the run directory."""
         self.loop.engine.gather_vectors()
-        directory, kept = self.run_dir / "adapter", "Checkpoints are kept; mend that and go on with --resume."
+        directory = self.run_dir / "adapter"
 
         def save() -> dict[str, int | str]:
             tokenizer, template = self.session.base.tokenizer, self.session.chat_template
-            file_bytes = save_adapter(self.loop.model, directory, tokenizer, chat_template=template, kept=kept)
+            file_bytes = save_adapter(self.loop.model, directory, tokenizer, chat_template=template, kept=KEPT)
             return {"file_bytes": file_bytes, "sha256": file_sha256(directory / ADAPTER_WEIGHTS)}
 
         self.summary["adapter"] |= self.group.on_first(save)

@@ -32,7 +32,7 @@ from qvera.training.loop import Records
 from qvera.training.plan.decisions import wanted_slots
 from qvera.training.roster import AdapterRun, Roster, adapter_runs, deal, longest_pass
 from qvera.training.run import Run
-from qvera.training.run_dir import MetricsLog, join_records, metrics_path, step_facts, write_run
+from qvera.training.run_dir import KEPT, MetricsLog, join_records, metrics_path, step_facts, write_run
 from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, NotFinite
@@ -265,8 +265,7 @@ class ManyTrainer(Run):
             if run.reason is None:
                 directory = self.run_dir / ADAPTERS / run.directory
                 vectors, template = loop.bank.take(run.held_slot), self.session.chat_template
-                kept = "Checkpoints are kept; mend that and go on with --resume."
-                save_adapter(loop.model, directory, vectors=vectors, chat_template=template, kept=kept)
+                save_adapter(loop.model, directory, vectors=vectors, chat_template=template, kept=KEPT)
                 run.sha256 = file_sha256(directory / ADAPTER_WEIGHTS)
                 roster.leave(run, "stopped_early" if run.state.stopped_early else "done")
             else:

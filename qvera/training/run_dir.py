@@ -175,6 +175,8 @@ _FREE = {
 _FREE_SECTIONS = ("export", "deepspeed")  # a checkpoint goes on under any ZeRO stage, and without one
 
 
+KEPT = "Checkpoints are kept; mend that and go on with --resume."
+"""What a message about a full disk ends with."""
 LENGTH = ("training.max_steps", "training.num_train_epochs")
 """The keys that may grow in a run that goes on (`Run.check_length`)."""
 
@@ -214,7 +216,7 @@ def mark_ended(run_dir: Path, status: str) -> None:
 
 def write_run_json(run_dir: Path, summary: dict[str, Any]) -> None:
     """Write run.json, when a run begins and when it ends. RunFailed where the disk is full or read-only."""
-    with disk_errors(str(run_dir / "run.json"), "Checkpoints are kept; mend that and go on with --resume."):
+    with disk_errors(str(run_dir / "run.json"), KEPT):
         replace_text(run_dir / "run.json", json.dumps(plain_json(summary), indent=1, ensure_ascii=False))
 
 
@@ -236,7 +238,7 @@ def metrics_path(run_dir: Path, rank: int) -> Path:
 def join_records(run_dir: Path, processes: int) -> None:
     """Put the records of all processes into metrics.jsonl. RunFailed where the disk is full; nothing is lost."""
     first, *others = [metrics_path(run_dir, rank) for rank in range(processes)]
-    with disk_errors(str(first), "Checkpoints are kept; mend that and go on with --resume."):
+    with disk_errors(str(first), KEPT):
         for path in [path for path in others if path.exists()]:
             replace_text(first, first.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
             path.unlink()
@@ -286,7 +288,7 @@ class MetricsLog:
             flush(self.path)
 
     def _disk_full(self) -> AbstractContextManager[None]:
-        return disk_errors(str(self.path), "Checkpoints are kept; mend that and go on with --resume.")
+        return disk_errors(str(self.path), KEPT)
 
 
 def repeat_line(record: dict[str, Any]) -> str | None:
