@@ -30,7 +30,7 @@ from qvera.evaluation.named_adapters import (
 )
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
-from qvera.models.hub import base_directory, local_directory
+from qvera.models.hub import base_directory, local_directory, require_model_files
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, stored_class
 from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_processor
@@ -272,6 +272,10 @@ def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
             f"{target.adapter / ADAPTER_CONFIG}: its base {name} is not there. If it has moved, write its new place "
             "there, as base_model_name_or_path."
         )
+    try:
+        require_model_files(resolve_path(name))
+    except InputError as error:
+        raise error if target.run is None else InputError(f"{target.run / RECIPE_FILE}: {error}") from None
     base = loader.load_base(target.section, model_class=target.model_class)
     if (template := template_beside(target)) is not None:
         base.tokenizer.chat_template = template

@@ -290,7 +290,7 @@ def empty_model(
             return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         name = str(source or resolve_path(section.path))
-        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        if not (Path(name) / "config.json").is_file():
             require_model_files(name)  # it says what the directory is instead
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise InputError(

@@ -15,7 +15,7 @@ from qvera.config.sections import DataSection
 from qvera.data import Datasets, Rows, build_datasets, lengths_of
 from qvera.data.conversations import LABELLED
 from qvera.data.images import thumbnail_uris
-from qvera.data.source import raw_rows, survey
+from qvera.data.source import hub_datasets, raw_rows, survey
 from qvera.evaluation.held_out import prompts_of, score_model, scoring
 from qvera.evaluation.load import (
     Artifact,
@@ -36,6 +36,7 @@ from qvera.tasks import CausalLM, classification_of, task_of
 from qvera.tasks.classification import label_scores, predictions
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, QveraError
+from qvera.utils.files import RECIPE_FILE
 from qvera.utils.progress import Phase
 
 if TYPE_CHECKING:
@@ -264,6 +265,11 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
             )
         if not recipe.data.has_held_out_rows:
             raise InputError(f"{target.path}: its recipe holds out no rows; name a file with --data.")
+        try:
+            hub_datasets(recipe.data)  # before the model is loaded
+        except InputError as error:
+            where = "" if target.run is None else f"data of {target.run / RECIPE_FILE}: "
+            raise InputError(f"{where}{error} Or name other rows with --data FILE.") from None
         return recipe.data.replace(template=template_name(recipe, target.run))
     if recipe is None:
         section = DataSection(path=data, limit=rows, **without_recipe)

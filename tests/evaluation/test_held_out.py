@@ -191,6 +191,20 @@ def test_an_export_whose_base_or_run_has_gone_says_what_it_needs(run: Path, tiny
     assert main(["eval", str(out)]) == 2
 
 
+def test_a_run_whose_base_or_rows_have_moved_names_the_key_and_the_file_to_mend(run: Path, capsys: Any) -> None:
+    recipe = run / "recipe.yaml"
+    text, old = recipe.read_text(), load_recipe(recipe)
+    for place, said in (
+        (old.model.path, f"{recipe}: model.path: '{old.model.path}.gone' is not a directory"),
+        (old.data.path, f"data of {recipe}: {old.data.path}.gone: no such file or directory"),
+    ):
+        recipe.write_text(text.replace(str(place), f"{place}.gone"))
+        capsys.readouterr()
+        assert main(["eval", str(run)]) == 2
+        assert said in capsys.readouterr().err
+    recipe.write_text(text)
+
+
 @pytest.fixture(scope="module")
 def stock_lora(moved_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA that PEFT wrote."""
