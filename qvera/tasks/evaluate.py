@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
 from qvera.config import plugins
@@ -35,6 +36,7 @@ from qvera.models.structure import require_positions
 from qvera.tasks import CausalLM, classification_of, task_of
 from qvera.tasks.classification import label_scores, predictions
 from qvera.utils import accelerator, memory
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.files import RECIPE_FILE
 from qvera.utils.progress import Phase
@@ -110,7 +112,7 @@ def evaluate(
     sha256 = None if base_alone else adapter_sha256(target)  # now: the run may go on while we score
     model = _open(target, opened, console, adapter=not base_alone)
     datasets = build_datasets(section, model.base.tokenizer, console)
-    examples = _rows_to_score(target, rows, datasets, console)[:limit]
+    examples = _rows_to_score(target, rows, datasets, model, console)[:limit]
     prompts = prompts_of(examples, group_prompts) if answers else []
     require_positions(model.model, lengths_of(examples))
     others = None if judge is None else judge.others(prompts)
@@ -190,12 +192,41 @@ def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Conso
         return open_target(target, adapter=adapter)
 
 
-def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, console: Console) -> Rows:
-    """Return all rows of a file (``rows``), or the recipe's held-out rows; warn where the run had others."""
-    if rows is not None:
-        return datasets.train
-    warn_of_other_rows(target, datasets, console)
-    return require_held_out_rows(datasets, target.name)
+def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, model: OpenRun, console: Console) -> Rows:
+    """Return the rows of a file (``rows``), or the recipe's held-out rows; warn of those that the run was trained on.
+
+    Of a file that names adapters in the recipe's column, those of ``target`` alone.
+    """
+    if rows is None:
+        warn_of_other_rows(target, datasets, console)
+        return require_held_out_rows(datasets, target.name)
+    found = datasets.train
+    if datasets.adapters:
+        found, name = _own_rows(datasets, target.name), shown_name(str(target.name))
+        if not found:
+            raise InputError(f"{rows}: none of its rows names adapter {name}.")
+        if len(found) < len(datasets.train):
+            _say(console, f"{rows}: {len(found):,} of its {len(datasets.train):,} rows are of adapter {name}.")
+    is_trained = target.merged is not None or model.model is not model.base.model
+    if is_trained and target.recipe is not None and target.run is not None:
+        with contextlib.suppress(QveraError):  # rows that are gone can't be compared
+            if not hub_datasets(target.recipe.data):
+                labels = model.labels if target.model_class.has_own_head else None
+                data = build_datasets(target.recipe.data, model.base.tokenizer, console, labels=labels)
+                trained = _own_rows(data, target.name) if data.adapters else data.train
+                if count := int(np.isin(found.ids_hash, trained.ids_hash, kind="sort").sum()):
+                    text = f"the run was trained on {count:,} of these {len(found):,} rows. Scores will flatter."
+                    _say(console, f"{rows}: {text}")
+    return found
+
+
+def _own_rows(datasets: Datasets, name: str | None) -> Rows:
+    own = next((adapter.train for adapter in datasets.adapters if adapter.name == name), ())
+    return datasets.train.take(np.asarray(own, dtype=np.int64))
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _evaluate_labels(
@@ -211,7 +242,7 @@ def _evaluate_labels(
     model = _open(target, opened, console)
     labels = model.labels
     datasets = build_datasets(section, model.base.tokenizer, console, labels=labels)
-    examples = _rows_to_score(target, rows, datasets, console)[:limit]
+    examples = _rows_to_score(target, rows, datasets, model, console)[:limit]
     require_positions(model.model, lengths_of(examples))
     batch_size = target.recipe.training.per_device_eval_batch_size if target.recipe else 4
     with Phase(console, "scoring", len(examples)) as show, scoring(model.model):
@@ -227,7 +258,7 @@ def _evaluate_labels(
         scores = {**label_scores(logits, examples, labels), "scored_rows": len(examples)}
         del scores["trained_tokens"]
     else:
-        console.print(f"{rows}: has no labels, so its rows are labelled, and not scored.", style="yellow", markup=False)
+        _say(console, f"{rows}: has no labels, so its rows are labelled, and not scored.")
     package = "scipy" if labels.is_regression else "scikit-learn"
     signature = f"{package} {metadata.version(package)}"
     inputs = [{"prompt": row.prompt_text, "references": [row.reference]} for row in examples]
@@ -279,7 +310,7 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
             config_name=None,  # of the recipe's own source, like its revision
             revision=None,
             template=template_name(recipe, target.run),
-            adapter_column=None,
+            adapter_column=None if target.name is None else recipe.data.adapter_column,
             adapter_files=False,
             mixture=[],
             **plugins.added_keys(recipe.data),
@@ -292,6 +323,10 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
         )
     if section.format in LABELLED and _lacks_labels(section):
         section = section.replace(columns={**section.columns, "label": ""})
+    if (column := section.adapter_column) is not None:
+        section = section.replace(adapter_column=None)
+        if column in next(raw_rows(section)).fields:
+            section = section.replace(adapter_column=column, limit=None)  # rows of other adapters don't count
     survey(section)
     return section
 

@@ -73,6 +73,28 @@ def test_rows_name_their_adapters(run: Path, tmp_path: Path) -> None:
         assert lines[0]["answer"] == lines[2]["answer"] != lines[1]["answer"]
 
 
+def test_eval_scores_only_rows_of_the_adapter_where_the_file_names_them(run: Path, tmp_path: Path, capsys: Any) -> None:
+    both, own, unnamed = (tmp_path / f"{name}.csv" for name in ("both", "own", "unnamed"))
+    write_customers(both, ["anna", "dan"], each=6)
+    header, *lines = both.read_text().splitlines(keepends=True)
+    own.write_text(header + "".join(line for line in lines if line.startswith("dan,")))
+    unnamed.write_text("".join(line.partition(",")[2] for line in (header, *lines)))
+
+    def scores(data: Path, code: int = 0) -> dict[str, float]:
+        out = tmp_path / f"{data.stem}.json"
+        line = f"eval {run} --adapter dan --no-generation --data {data} --json {out}"
+        assert main(line.split()) == code
+        return json.loads(out.read_text())["scores"] if code == 0 else {}
+
+    found, expected = scores(both), scores(own)
+    assert found["rows"] == expected["rows"] == 6 and found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert f"{both}: 6 of its 12 rows are of adapter dan." in capsys.readouterr().err
+    assert scores(unnamed)["rows"] == 12
+    own.write_text(own.read_text().replace("dan,", "anna,"))
+    scores(own, code=2)
+    assert f"{own}: none of its rows names adapter dan." in capsys.readouterr().err
+
+
 def test_answers_are_printed_after_their_names(run: Path, capsys: Any) -> None:
     line = ["generate", str(run), "--prompt", "say 3 red", "--adapter", "dan", "--adapter", "Ben & Söhne"]
     assert main([*line, "--max-new-tokens", "3"]) == 0

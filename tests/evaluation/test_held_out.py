@@ -108,6 +108,19 @@ def test_rows_that_changed_since_the_training_are_told(
     assert told in capsys.readouterr().err
 
 
+def test_rows_of_a_file_that_the_run_was_trained_on_are_told(
+    run: Path, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 32, and two of the held-out rows repeat one of these
+    told = f"{tiny_rows}: the run was trained on 34 of these 40 rows. Scores will flatter."
+    evaluate(run, "--no-generation", "--data", tiny_rows)
+    assert told in capsys.readouterr().err
+    evaluate(run, "--no-generation", "--data", tiny_rows, "--base")  # which has learnt from none of them
+    (tmp_path / "new.jsonl").write_text('{"prompt": "say nothing", "completion": "nothing"}\n')
+    evaluate(run, "--no-generation", "--data", tmp_path / "new.jsonl")
+    assert "the run was trained on" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("weights", ["original", "dequantized"])
 def test_a_merged_export_finds_its_run_and_its_base(
     run: Path, of_run: dict[str, Any], tiny_model_dir: Path, weights: str, capsys: pytest.CaptureFixture[str]
