@@ -55,7 +55,6 @@ class Limits:
     seconds: float = 600.0  # from a call's arrival to its last token
     send_seconds: float = 60.0  # a client that takes nothing for this long is disconnected
     drain_seconds: float = 30.0  # running calls may take this long after SIGTERM
-    retry_seconds: int = 1  # Retry-After of a refused call
 
 
 DEFAULTS = Limits()

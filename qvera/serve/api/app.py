@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 import uuid
@@ -18,7 +17,7 @@ import qvera
 from qvera.serve.api import completions, errors, files, fine_tuning, models, responses
 from qvera.serve.api.access import LOCAL, Access, host_name, is_loopback, is_of_other_site
 from qvera.serve.api.errors import DOWNLOADS, TINKER, ApiError
-from qvera.serve.api.server import ClientGone
+from qvera.serve.api.server import ClientGone, announces_more, read_body
 from qvera.serve.api.service import Service, require, service_of
 
 if TYPE_CHECKING:
@@ -155,9 +154,7 @@ class Guard:
         if path in _OPEN or path.startswith(DOWNLOADS):
             return Access("nobody", frozenset(), frozenset())
         if service.draining:
-            raise ApiError(
-                503, "The server is stopping and takes no new calls.", retry_seconds=service.limits.retry_seconds
-            )
+            raise ApiError(503, "The server is stopping and takes no new calls.", retry_seconds=1)
         if keys is None:
             # only the loopback address protects this server, and a browser here lets any site's page call it
             host, origin = headers.get("host", ""), headers.get("origin")
@@ -183,26 +180,18 @@ class Guard:
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive:
         """Read the body within its limits. Returns a function that gives it again, then waits for a disconnect."""
-        limits, body = self.service.limits, bytearray()
+        limits = self.service.limits
         most = limits.tinker_body_bytes if scope["path"].startswith(TINKER) else limits.body_bytes
         too_large = ApiError(413, f"The body is larger than {most:,} bytes, the most that is taken.")
-        length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and (len(length) > 18 or int(length) > most):  # `int` refuses thousands of digits
+        if announces_more(Headers(scope=scope), most):
             raise too_large
         try:
-            async with asyncio.timeout(limits.body_seconds):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > most:
-                        raise too_large
+            body, _ = await read_body(receive, most + 1, limits.body_seconds)
         except TimeoutError:
             raise ApiError(408, f"The body did not arrive within {limits.body_seconds:g} s.") from None
-        messages = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
+        if len(body) > most:
+            raise too_large
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def replay() -> Message:
             return next(messages, None) or await receive()

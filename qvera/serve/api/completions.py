@@ -20,7 +20,7 @@ from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.schemas import ChatBody, CompletionBody
 from qvera.serve.api.server import ClientGone, EventStream, while_connected
 from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.requests import AdapterChanged, Busy, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
+from qvera.serve.requests import AdapterChanged, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
 from qvera.serve.text import TextStream
 from qvera.serve.tool_calls import CallReader, ToolCall
 
@@ -221,22 +221,15 @@ class Generation:
     async def start(self) -> None:
         """Send the call's requests to the engine.
 
-        Raises ApiError (unknown model, full queue) or InputError (damaged adapter, prompt that does not fit).
+        Raises ApiError (unknown model), InputError (damaged adapter, prompt that does not fit), Busy, or EngineDead.
         """
         self._service.open_answers(self._access, len(self.streams))
         self._counted = len(self.streams)
         try:
             await self._service.in_thread(self._submit)
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if not isinstance(error, Busy):
-                raise
-            raise ApiError(
-                429,
-                "As many requests wait as may wait; ask again later.",
-                code="queue_full",
-                retry_seconds=self._service.limits.retry_seconds,
-            ) from None
+            raise
 
     def _submit(self) -> None:
         """Submit all of the call's requests to one version of its adapter. Runs in a thread."""

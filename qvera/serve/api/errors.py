@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from qvera.serve.api.server import ClientGone
+from qvera.serve.requests import Busy, EngineDead
 from qvera.utils.errors import InputError
 
 TINKER = "/api/v1/"
@@ -90,7 +91,7 @@ def add_handlers(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         return _as_api_error(request, error).response(request.url.path)
 
-    for kind in (ApiError, InputError, RequestValidationError, HTTPException, ClientGone, Exception):
+    for kind in (ApiError, InputError, Busy, EngineDead, RequestValidationError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, answer)
 
 
@@ -106,6 +107,10 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         root = request.app.state.service.store.root
         # others need not know where it is
         return bad_request(str(error) if root is None else str(error).replace(f"{root}/", ""))
+    if isinstance(error, Busy):
+        return ApiError(429, "As many requests wait as may wait; ask again later.", None, "queue_full", retry_seconds=1)
+    if isinstance(error, EngineDead):
+        return ApiError(503, f"The engine has ended: {error}")
     if isinstance(error, RequestValidationError):
         # A wrong value says more than a key that is missing beside it, and of a union the branch that got furthest.
         errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")

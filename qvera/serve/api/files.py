@@ -5,7 +5,6 @@ An upload goes to the disk piece by piece, so it is never in memory as a whole.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +14,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 
 from qvera.serve.api.errors import ApiError, bad_request, shortened_name
 from qvera.serve.api.fine_tuning import api_errors, ask, page, too_many, training_of
-from qvera.serve.api.server import ClientGone
+from qvera.serve.api.server import announces_more, read_body
 from qvera.serve.fine_tuning.database import TRAINING, StoredFile, UnknownRecord
 from qvera.serve.fine_tuning.directory import TrainingDirectory, Upload
 from qvera.utils.errors import did_you_mean
@@ -107,7 +106,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
 
     def delete(jobs: Jobs, owner: str) -> None:
         file = jobs.database.file(file_id, owner)
-        if (job := jobs.database.remove_file(file_id, owner)) is not None:
+        if (job := jobs.database.remove_file(file_id)) is not None:
             text = f"The job {job} needs this file; wait for it, or cancel it."
             raise ApiError(409, text, code="file_in_use", retried=False)
         jobs.directory.place(file).unlink(missing_ok=True)
@@ -147,26 +146,18 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
         ClientGone: the client disconnected.
     """
     limits = service.limits
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and (len(length) > 18 or int(length) > limits.file_bytes + _FORM_BYTES):
+    if announces_more(request.headers, limits.file_bytes + _FORM_BYTES):
         raise _too_large(limits.file_bytes)
     form = _Form(request.headers.get("content-type", ""), directory, owner, limits.file_bytes)
     try:
         more = True
         while more:
-            block = bytearray()
             try:
-                async with asyncio.timeout(limits.body_seconds):
-                    while more and len(block) < _BLOCK_BYTES:
-                        message = await request.receive()
-                        if message["type"] == "http.disconnect":
-                            raise ClientGone
-                        block += message.get("body", b"")
-                        more = message.get("more_body", False)
+                block, more = await read_body(request.receive, _BLOCK_BYTES, limits.body_seconds)
             except TimeoutError:
                 text = f"{_BLOCK_BYTES >> 10} KiB of the file did not arrive within {limits.body_seconds:g} s."
                 raise ApiError(408, text) from None
-            await service.in_thread(functools.partial(form.feed, bytes(block)), "disk")
+            await service.in_thread(functools.partial(form.feed, block), "disk")
         return await service.in_thread(form.finish, "disk")
     finally:
         if form.upload is not None:

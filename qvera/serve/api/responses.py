@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from qvera.serve.api.completions import Generation, Piece, asked_chat
 from qvera.serve.api.errors import ApiError, bad_request
-from qvera.serve.api.schemas import IGNORED, Body, ChatBody, FunctionBody, Text
+from qvera.serve.api.schemas import IGNORED, Body, ChatBody, FunctionBody, Text, ToolName
 from qvera.serve.api.server import EventStream, while_connected
 
 _NAMES = {
@@ -53,7 +53,7 @@ class FlatFormat(Body):
     """The form of an answer's text."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: Annotated[Text, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")] = "answer"
+    name: ToolName = "answer"
     description: Text | None = None
     json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None

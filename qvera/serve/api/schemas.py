@@ -428,8 +428,8 @@ class JobBody(Body):
 
     def asked(self) -> dict[str, Any]:
         """Return the hyperparameters, whether they stand in ``method`` or beside it. Raises ApiError 400 for both."""
-        of_method = None if self.method is None or self.method.supervised is None else self.method.supervised
-        inside = None if of_method is None else of_method.hyperparameters
+        supervised = self.method and self.method.supervised
+        inside = supervised and supervised.hyperparameters
         if inside is not None and self.hyperparameters is not None:
             raise bad_request("hyperparameters: stand in method too; give them once.", "hyperparameters")
         found = inside or self.hyperparameters or HyperparametersBody()

@@ -22,6 +22,7 @@ from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from starlette.datastructures import Headers
     from starlette.types import Receive, Scope, Send
 
     from qvera.serve.api.access import Limits
@@ -47,8 +48,6 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection. If there are too many, the one that has waited longest for a whole request is closed."""
         super().connection_made(transport)
-        if len(self.connections) <= self._limits.connections:
-            return
         # those that give way stay in the set until the event loop has reached them
         staying = [one for one in self.connections if isinstance(one, Connection) and not one._gives_way]
         if len(staying) <= self._limits.connections:
@@ -193,6 +192,28 @@ class EventStream(Response):
 
 class ClientGone(Exception):
     """The client has closed its connection."""
+
+
+def announces_more(headers: Headers, most: int) -> bool:
+    """Whether a call's head announces a body of more than ``most`` bytes."""
+    length = headers.get("content-length", "")
+    return length.isdecimal() and (len(length) > 18 or int(length) > most)  # `int` refuses thousands of digits
+
+
+async def read_body(receive: Receive, enough: int, seconds: float) -> tuple[bytes, bool]:
+    """Read a body until it has ``enough`` bytes or ends. Returns what came, and whether there is more.
+
+    Raises TimeoutError if that takes longer than ``seconds``, and ClientGone if the client disconnects.
+    """
+    body, more = bytearray(), True
+    async with asyncio.timeout(seconds):
+        while more and len(body) < enough:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+    return bytes(body), more
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

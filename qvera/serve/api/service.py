@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from fastapi import Request
@@ -18,7 +18,7 @@ from qvera.serve.api.access import DEFAULTS, Access, Action, KeyFile, Limits
 from qvera.serve.api.errors import ApiError, shortened_name
 from qvera.serve.api.metrics import Metrics
 from qvera.serve.grammars import Grammars
-from qvera.serve.requests import EngineDead, ResolvedAdapter, UnknownAdapter
+from qvera.serve.requests import ResolvedAdapter, UnknownAdapter
 from qvera.serve.text import TokenTexts
 from qvera.serve.tool_calls import ToolFormat
 from qvera.utils.errors import did_you_mean
@@ -86,14 +86,14 @@ class Service:
         return ToolFormat.of(self.prompts.template)
 
     async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick", "disk"] = "long") -> T:
-        """Run ``work`` off the event loop. Raises ApiError if the engine has ended.
+        """Run ``work`` off the event loop.
 
         Args:
             kind: ``long`` work tokenizes prompts and reads adapters. ``quick`` work waits for a lock or a small file
                 only, and must not wait behind long prompts. ``disk`` work writes files or asks the database of jobs,
                 and no key or prompt may wait behind it.
         """
-        return await _result(self._threads[kind].submit(work))
+        return await asyncio.wrap_future(self._threads[kind].submit(work))
 
     async def read_prompts(self, access: Access, work: Callable[[], T]) -> T:
         """Tokenize a call's prompts in a thread: a few at a time per key, and counted as open answers.
@@ -114,7 +114,7 @@ class Service:
 
             future = self._threads["long"].submit(work)
             future.add_done_callback(release)
-            return await _result(future)
+            return await asyncio.wrap_future(future)
         finally:
             self.open_answers(access, -1)
 
@@ -127,12 +127,8 @@ class Service:
         with self._lock:
             total = self._open_answers[access.name] + count
             if count > 0 and self.keys is not None and total > most:
-                raise ApiError(
-                    429,
-                    f"The key {access.name!r} has {total - count} answers open, and may have {most}.",
-                    code="too_many_open",
-                    retry_seconds=self.limits.retry_seconds,
-                )
+                text = f"The key {access.name!r} has {total - count} answers open, and may have {most}."
+                raise ApiError(429, text, code="too_many_open", retry_seconds=1)
             self._open_answers[access.name] = total
             if not total:
                 del self._open_answers[access.name]
@@ -186,13 +182,6 @@ class Service:
         denied = "" if self.keys is None else ", or this key may not use it"
         message = f"The model {shown!r} does not exist{denied}{hint} GET /v1/models lists what there is."
         return ApiError(404, message, "model", "model_not_found")
-
-
-async def _result(future: Future[T]) -> T:
-    try:
-        return await asyncio.wrap_future(future)
-    except EngineDead as error:
-        raise ApiError(503, f"The engine has ended: {error}") from None
 
 
 def service_of(request: Request) -> Service:

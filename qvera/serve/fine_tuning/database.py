@@ -193,16 +193,15 @@ class Database(SqliteFile):
         self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
     ) -> list[StoredFile]:
         """An owner's files that come after the file ``after``."""
-        more, values = ("", ()) if purpose is None else (" AND purpose = ?", (purpose,))
-        return self._page(StoredFile, owner, after, limit, more, values, newest_first)
+        more = " AND purpose = IFNULL(?, purpose)"
+        return self._page(StoredFile, owner, after, limit, more, (purpose,), newest_first)
 
     def all_files(self) -> list[StoredFile]:
         """Every owner's files."""
         return self._records(StoredFile, "", ())
 
-    def remove_file(self, file_id: str, owner: str) -> str | None:
+    def remove_file(self, file_id: str) -> str | None:
         """Remove a file. If an unfinished job needs it, it stays, and the job's id is returned."""
-        self.file(file_id, owner)
         # in one transaction, so that no job takes the file between the look and the removal
         with self.transaction() as connection:
             query = f"SELECT id FROM jobs WHERE ? IN (training_file, validation_file) AND status IN ({_marks(OPEN)})"
@@ -213,15 +212,14 @@ class Database(SqliteFile):
 
     # Jobs
 
-    def add_job(self, job: Job, events: Iterable[Event], most_open: int | None) -> bool:
-        """Add a job and return True, unless its owner has ``most_open`` unfinished ones."""
+    def add_job(self, job: Job, events: Iterable[Event], most_open: int | None) -> None:
+        """Add a job. Raises TooMany if its owner has ``most_open`` unfinished ones."""
         with self.transaction() as connection:
             query = f"SELECT COUNT(*) FROM jobs WHERE owner = ? AND status IN ({_marks(OPEN)})"
             (count,) = connection.execute(query, (job.owner, *OPEN)).fetchone()
             if most_open is not None and count >= most_open:
-                return False
+                raise TooMany
             _insert(connection, job, *events)
-            return True
 
     def job(self, job_id: str, owner: str | None = None) -> Job:
         """A job, of this owner only if one is named."""

@@ -27,7 +27,6 @@ from qvera.serve.fine_tuning.database import (
     NotMade,
     Refused,
     StoredFile,
-    TooMany,
     UnknownRecord,
     now,
 )
@@ -137,8 +136,7 @@ class Jobs:
         said += [Event(job.id, f"Validating file: {file.name}") for file in files]
         with self._changing:
             self._require_free(model, job.replaces)
-            if not self.database.add_job(job, said, most_open):
-                raise TooMany
+            self.database.add_job(job, said, most_open)
         self._unread.put(job.id)
         return job
 

@@ -115,11 +115,9 @@ class Worker:
             self._wake_later()
 
     def _take_stops(self) -> None:
-        while True:
-            with self._lock:
-                if not self._stops:
-                    return
-                job_id, how = next(iter(self._stops.items()))
+        with self._lock:
+            stops = list(self._stops.items())
+        for job_id, how in stops:
             trained = self._trained.get(job_id)
             if trained is not None:
                 if how == "pause":

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from qvera.data import Turn
+from qvera.serve.requests import EngineDead
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Served, Start
@@ -316,6 +317,17 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(start: Start) -> None:
     served.engine.hold.clear()
     wait_until(lambda: served.engine.stats().running == 0)
     assert served.chat().status_code == 200
+
+
+def test_an_engine_that_has_ended_is_503(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise EngineDead("its thread failed")
+
+    monkeypatch.setattr(served.engine, "submit", refuse)
+    for stream in (False, True):
+        response = served.chat(stream=stream)
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+        assert response.json()["error"]["message"] == "The engine has ended: its thread failed"
 
 
 def test_adapters_are_loaded_and_unloaded_by_name(start: Start, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_context_ends_an_answer_and_a_refusal_ends_no_chat(
 def test_generate_asks_each_adapter_that_rows_name_or_options_and_a_busy_server_again(
     start: Start, tmp_path: Path
 ) -> None:
-    served, rows = start(places=1, queue=0, retry_seconds=1), tmp_path / "rows.jsonl"
+    served, rows = start(places=1, queue=0), tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"say {n}", "adapter": n}) + "\n" for n in ("anna", "ben")))
 
     def answers(*line: str) -> list[dict[str, Any]]:
