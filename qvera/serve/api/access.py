@@ -92,7 +92,7 @@ class KeyFile:
         self.path = path
         self._lock = threading.Lock()
         self._keys = _read_keys(path)
-        self._stamp: list[int] | None = file_stamp(path.stat())
+        self._stamp: list[int] | None = None  # the first look reads it again, as it may have changed meanwhile
 
     def find(self, key: str) -> Access | None:
         """The owner of a key, or None. All hashes are compared, in constant time."""

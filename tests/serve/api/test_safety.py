@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from qvera.serve.api import access
 from qvera.serve.api.access import Access, KeyFile, new_key
 from qvera.utils.errors import InputError
 from tests.helpers import wait_until
@@ -144,6 +145,23 @@ def test_the_file_holds_no_key_and_a_bad_one_is_refused(tmp_path: Path) -> None:
     path.unlink()
     key = new_key(path, "anna", ["*"], ["use"])
     assert KeyFile(path).find(key) is not None
+
+
+def test_a_key_that_is_taken_out_while_the_server_starts_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "keys.json", access._read_keys
+    key = new_key(path, "anna", ["*"], ["use"])
+
+    def edited_meanwhile(path: Path) -> list[tuple[str, Access]]:
+        found = read(path)
+        path.write_text('{"keys": []}')
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(access, "_read_keys", edited_meanwhile)
+        keys = KeyFile(path)
+    assert keys.find(key) is None
 
 
 def test_without_keys_only_this_machines_own_names_and_pages_are_answered(start: Start) -> None:
