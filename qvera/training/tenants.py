@@ -223,13 +223,12 @@ class Tenants:
         self._busy: dict[str, _Model] = {}  # those that have calls
         self._packed: dict[_Model, int] = {}  # bytes of those in host memory, in the order in which they came there
         self._pools: dict[ModelShape, _Pool] = {}
-        self._clock, self._numbers = itertools.count(1), itertools.count()
+        self._clock = itertools.count(1)
         self._spent: dict[str, int] = {}  # owner → tokens
         self._level = 0  # tokens of the owner who was next in the last pass
         self._most_rows: int | None = None  # the limit of a pass, once memory has run out
         self._good_passes = 0
         self._waits_for_room = False  # whether an optimizer step waits for a slot
-        self.passes = 0  # taken since the start
         shutil.rmtree(settings.directory, ignore_errors=True)
         settings.directory.mkdir(parents=True)
 
@@ -269,7 +268,7 @@ class Tenants:
         inputs, and fits the base's context. ``forward_only``: no gradient is computed.
         """
         chosen = tuple(sorted(settings.items()))
-        self._send(model_id, _Rows(done, rows, loss, chosen, forward_only, next(self._numbers)))
+        self._send(model_id, _Rows(done, rows, loss, chosen, forward_only, next(self._clock)))
 
     def optim_step(self, model_id: str, settings: AdamSettings, done: Done) -> None:
         """Step with the gradient of all calls since the last step, and drop it. ``done`` gets its metrics."""
@@ -283,6 +282,7 @@ class Tenants:
 
         def save(model: _Model) -> None:
             state = {"shape": model.pool.shape, "base": self._base.facts.get("fingerprint"), "steps": model.steps}
+            file.parent.mkdir(parents=True, exist_ok=True)
             write_state(file, self._tensors(model), state)
 
         self._send(model_id, _Do(done, save))
@@ -311,7 +311,6 @@ class Tenants:
         self._wake()
 
     def has_work(self) -> bool:
-        """See `BackgroundWork.has_work`."""
         return bool(self._arrivals or self._busy)
 
     def _send(self, model_id: str, call: _Call, owner: str | None = None) -> None:
@@ -321,7 +320,7 @@ class Tenants:
     # These methods run in the engine's thread.
 
     def run_slice(self) -> None:
-        """See `BackgroundWork.run_slice`: calls that need no pass, and one pass."""
+        """Do calls that need no pass, and one pass."""
         while self._arrivals:
             self._arrivals.popleft()()
         self._do_short_calls()
@@ -419,7 +418,6 @@ class Tenants:
         found = self._result_of(lambda: run_pass(pool.lent, pool.bank, rows, chunk, self._is_training, gradients))
         if isinstance(found, CallFailed):
             return self._begin_anew(chosen, found)
-        self.passes += 1
         self._good_passes += 1
         if self._most_rows is not None and self._good_passes % _PASSES_BEFORE_MORE == 0:
             self._most_rows *= 2

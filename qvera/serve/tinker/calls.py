@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -97,10 +98,10 @@ class Call:
     """One call of a model."""
 
     kind: str
-    start: Callable[[str, Done], None]
-    """Hands the call, with its promise's id, to the engine. Raises InputError."""
-    finish: Callable[[str, Any], dict[str, Any] | bytes]
-    """Makes the promise's result, JSON or the bytes of a message, from its id and what ``done`` was called with."""
+    start: Callable[[Done], None]
+    """Hands the call to the engine. Raises InputError, or RunFailed as the database."""
+    finish: Callable[[Any], dict[str, Any] | bytes]
+    """Makes the promise's result, JSON or the bytes of a message, from the engine's. Raises InputError."""
     is_kept: bool = True
     """Whether it changes the model, so that it is done again if the model's state is lost."""
     held_bytes: int = 0
@@ -119,10 +120,8 @@ def parsed(kind: type[M], body: bytes) -> M:
 
 
 def _create(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
-    def start(promise: str, done: Done) -> None:
-        tinker.tenants.create(model.id, model.owner, model.shape, model.seed, done)
-
-    return Call(kind, start, lambda promise, _: {"model_id": model.id, "type": kind})
+    start = partial(tinker.tenants.create, model.id, model.owner, model.shape, model.seed)
+    return Call(kind, start, lambda _: {"model_id": model.id, "type": kind})
 
 
 def _load(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
@@ -133,23 +132,20 @@ def _load(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes)
     if found.shape != model.shape:
         raise InputError(f"path: {asked.path} is of another method, rank or targets than {model.id}.")
 
-    def start(promise: str, done: Done) -> None:
+    def start(done: Done) -> None:
         tinker.tenants.remove([model.id])  # what `create_model` made, in the older form
         tinker.tenants.load(model.id, model.owner, found.directory / STATE, asked.optimizer, done)
 
-    return Call(kind, start, lambda promise, _: {"path": asked.path, "model_id": model.id, "type": kind})
+    return Call(kind, start, lambda _: {"path": asked.path, "model_id": model.id, "type": kind})
 
 
 def _forward_backward(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
     asked = decode_forward_backward(body, tinker.base.most_tokens, tinker.base.vocabulary)
     if (tokens := sum(len(row.tokens) for row in asked.rows)) > (most := tinker.settings.call_tokens):
         raise InputError(f"data: has {tokens:,} tokens, and a call at most {most:,}; send fewer rows.")
-
-    def start(promise: str, done: Done) -> None:
-        tinker.tenants.forward_backward(model.id, asked.rows, asked.loss, asked.settings, asked.forward_only, done)
-
+    start = partial(tinker.tenants.forward_backward, model.id, *asked)
     held = sum(array.nbytes for row in asked.rows for array in (row.tokens, row.targets, *row.inputs.values()))
-    return Call(kind, start, lambda promise, results: encode_forward_backward(results), not asked.forward_only, held)
+    return Call(kind, start, encode_forward_backward, not asked.forward_only, held)
 
 
 def _optim_step(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
@@ -157,11 +153,7 @@ def _optim_step(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: 
     adam = asked.adam_params or Adam()
     norm = max(adam.grad_clip_norm, 0.0)
     settings = AdamSettings(adam.learning_rate, adam.beta1, adam.beta2, adam.eps, adam.weight_decay, norm)
-    return Call(
-        kind,
-        lambda promise, done: tinker.tenants.optim_step(model.id, settings, done),
-        lambda promise, metrics: {"metrics": metrics},
-    )
+    return Call(kind, partial(tinker.tenants.optim_step, model.id, settings), lambda metrics: {"metrics": metrics})
 
 
 def _save(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes) -> Call:
@@ -171,20 +163,18 @@ def _save(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes)
         return _save_unnamed(tinker, model, kind, asked, asked.sampling_session_seq_id)
     place = checkpoints.place(model.id, SAVES[kind], asked.path or f"{seq:06}")
     written, recipients = place.directory.with_name(f".{seq}"), recipients_of(asked.age_encryption_recipients)
-    about = {"base": model.base, **model.shape._asdict(), "user_metadata": asked.user_metadata}
+    about = {"base": model.base, **model.shape._asdict(), "user_metadata": asked.user_metadata, "call": seq}
 
-    def start(promise: str, done: Done) -> None:
-        checkpoints.require_free(place, model.owner, asked.overwrite, promise)
+    def start(done: Done) -> None:
+        checkpoints.require_free(place, model.owner, asked.overwrite, seq)
         if place.kind == "weights":
-            written.mkdir(parents=True, exist_ok=True)
             tinker.tenants.save_state(model.id, written / STATE, done)
         else:
             tinker.tenants.save_adapter(model.id, written, done)
 
-    def finish(promise: str, _: object) -> dict[str, Any]:
+    def finish(_: object) -> dict[str, Any]:
         encrypt(written, recipients)
-        facts = {**about, "promise": promise}
-        checkpoints.add(place, written, model.owner, asked.overwrite, asked.ttl_seconds, facts)
+        checkpoints.add(place, written, model.owner, asked.overwrite, asked.ttl_seconds, about)
         return {"path": place.path, "type": kind}
 
     return Call(kind, start, finish, is_kept=False)
@@ -195,7 +185,7 @@ def _save_unnamed(tinker: Tinker, model: TrainedModel, kind: str, asked: Save, s
     sampler, number = f"{model.session}:sample:{seq}", model.id.rpartition(":")[2]
     prefix = f"sessions/{model.session}/{number}-{asked.kind}-"
 
-    def finish(promise: str, _: object) -> dict[str, Any]:
+    def finish(_: object) -> dict[str, Any]:
         about = {"session": model.session, "owner": model.owner, "base": model.base, "created": time.time()}
         tinker.database.insert("samplers", id=sampler, directory=f"{prefix}{seq}", **about)
         if asked.kind == "inflight":
@@ -204,9 +194,7 @@ def _save_unnamed(tinker: Tinker, model: TrainedModel, kind: str, asked: Save, s
         tinker.drop_unasked_samplers(model.session)
         return {"path": None, "sampling_session_id": sampler, "type": kind}
 
-    def start(promise: str, done: Done) -> None:
-        tinker.tenants.save_adapter(model.id, tinker.directory / f"{prefix}{seq}", done)
-
+    start = partial(tinker.tenants.save_adapter, model.id, tinker.directory / f"{prefix}{seq}")
     return Call(kind, start, finish, is_kept=False)
 
 

@@ -80,11 +80,11 @@ class Checkpoints:
         directory = self._runs / run.replace(":", "_") / kind / name
         return Checkpoint(f"tinker://{run}/{kind}/{name}", run, kind, name, directory)
 
-    def require_free(self, place: Checkpoint, owner: str, overwrite: bool, promise: str) -> None:
-        """Refuse to save where another call than ``promise`` has saved, or where the key's checkpoints are too many."""
+    def require_free(self, place: Checkpoint, owner: str, overwrite: bool, call: int | None) -> None:
+        """Refuse to save where another call of the run has saved, or where the key's checkpoints are too many."""
         self.remove_expired()
         found = self._select("path = ?", place.path)
-        if found and not overwrite and found[0].about.get("promise") != promise:
+        if found and not overwrite and found[0].about.get("call") != call:
             raise InputError(f"path: {place.path} exists. Choose another name, delete it, or save with overwrite=True.")
         query = "SELECT IFNULL(SUM(bytes), 0) FROM checkpoints WHERE owner = ? AND path != ?"
         (used,) = self.database.rows(query, (owner, place.path))[0]
@@ -110,7 +110,7 @@ class Checkpoints:
         now = time.time()
         with self._lock:  # another save of the same name may have ended meanwhile, or the old one have expired
             try:
-                self.require_free(place, owner, overwrite, about["promise"])
+                self.require_free(place, owner, overwrite, about.get("call"))
             except InputError:
                 shutil.rmtree(written, ignore_errors=True)
                 raise
@@ -158,7 +158,7 @@ class Checkpoints:
                 return done[0]
             source, run, now = self.find(path, owner), f"copy-{secrets.token_hex(12)}", time.time()
             place = self.place(run, source.kind, source.name)
-            self.require_free(place, owner, False, "")
+            self.require_free(place, owner, False, None)
             # a file that is saved over is a new file, so the copy keeps the old one
             written = place.directory.with_name(".copy")
             shutil.copytree(source.directory, written, copy_function=os.link)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -77,8 +78,8 @@ class Database(SqliteFile):
         """Raises as `SqliteFile`."""
         parts = "models", "sessions", "runs"
         super().__init__(path, _SCHEMA, VERSION, "Tinker's API", parts, synchronous="NORMAL")
-        self._waiting: defaultdict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = defaultdict(set)
-        """Promise or target → those who wait for its end, and the event loop of each."""
+        self._waiting: defaultdict[str, set[Callable[[], object]]] = defaultdict(set)
+        """Promise or target → calls that wake those who wait for its end."""
         self._waiting_lock = threading.Lock()  # of its own: an event loop must not wait for a transaction
         (self._last_end,) = self.rows("SELECT IFNULL(MAX(done_at), 0) FROM promises")[0]
 
@@ -123,9 +124,9 @@ class Database(SqliteFile):
         keys = [promise, *(row["target"] for row in found)]
         with self._waiting_lock:
             waiting = [one for key in keys for one in self._waiting.get(key, ())]
-        for loop, ended in waiting:
+        for wake in waiting:
             with contextlib.suppress(RuntimeError):  # the server has stopped
-                loop.call_soon_threadsafe(ended.set)
+                wake()
 
     def fail(self, promise: str, message: str, category: Literal["user", "server"]) -> None:
         """End a pending promise without a result."""
@@ -145,9 +146,9 @@ class Database(SqliteFile):
         that nothing will be. ``key``: a promise, or a target with all of its promises.
         """
         ended, ends_at = asyncio.Event(), time.monotonic() + seconds
-        waits = asyncio.get_running_loop(), ended
+        wake = partial(asyncio.get_running_loop().call_soon_threadsafe, ended.set)
         with self._waiting_lock:
-            self._waiting[key].add(waits)
+            self._waiting[key].add(wake)
         try:
             while True:
                 ended.clear()  # before the look, so that an end during the look is not missed
@@ -161,7 +162,7 @@ class Database(SqliteFile):
                         await asyncio.wait_for(ended.wait(), min(left, _ASK_SECONDS))
         finally:
             with self._waiting_lock:
-                self._waiting[key].discard(waits)
+                self._waiting[key].discard(wake)
                 if not self._waiting[key]:
                     del self._waiting[key]
 

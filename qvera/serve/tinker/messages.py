@@ -99,7 +99,7 @@ _REFUSED_LOSSES = {
 
 
 class ForwardBackward(NamedTuple):
-    """A call of forward_backward. ``settings`` has all of its loss's settings."""
+    """A call, as `Tenants.forward_backward` takes it."""
 
     rows: list[TokenRow]
     loss: str

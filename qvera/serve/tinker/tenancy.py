@@ -149,6 +149,8 @@ class Tinker:
         self._models: dict[str, TrainedModel] = {}
         self._closing = False
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.put = self._work.put
+        """Queues work for the thread, which does it in order. What a full disk refuses is tried again."""
         self._thread = threading.Thread(target=self._run, name="qvera-tinker", daemon=True)
 
     def __enter__(self) -> Self:
@@ -199,7 +201,7 @@ class Tinker:
         self.on_session_end(session_id)
         write = partial(self._write_end, session_id, models)
         if not self._do(write):  # the disk refused it
-            self._work.put(write)
+            self.put(write)
         # the engine may be writing one of the files
         directories = [self.directory / "sessions" / session_id, *map(self._states, models)]
         self.tenants.remove(models, lambda _: self.put(partial(remove_remains, directories)))
@@ -285,7 +287,7 @@ class Tinker:
         if name in self.base.names:
             return None
         bare, *rank = _VERA.split(name)
-        if bare not in self.base.names or not rank:
+        if bare not in self.base.names:
             raise InputError(
                 f"base_model: {name[:200]!r} is not served here; expected {self.base.name!r}, or "
                 f"{self.base.name + ':vera-256'!r} for VeRA."
@@ -368,12 +370,9 @@ class Tinker:
             self.put(partial(self._finish, model, promise, call, result))
 
         try:
-            call.start(promise, done)
-        except (InputError, ApiError) as error:
-            done(CallFailed(str(error), "user"))
-        except Exception as error:
-            _logger.exception("%s of %s", call.kind, model.id)
-            done(CallFailed(f"It can't begin: {first_line(error)}", "server"))
+            call.start(done)
+        except (InputError, RunFailed) as error:
+            done(CallFailed(str(error), "user" if isinstance(error, InputError) else "server"))
 
     def _after_load(self, model: TrainedModel, result: Any) -> None:
         """End a model whose state can't be read back, before the engine says why its calls fail."""
@@ -386,10 +385,6 @@ class Tinker:
         return self.directory / "models" / model_id.replace(":", "_")
 
     # The thread that waits for the disk
-
-    def put(self, work: Callable[[], None]) -> None:
-        """Queue work for the thread, which does it in order. What a full disk refuses is tried again."""
-        self._work.put(work)
 
     def _run(self) -> None:
         next_tick = time.monotonic()
@@ -417,7 +412,7 @@ class Tinker:
     def _finish(self, model: TrainedModel, promise: str, call: Call, result: Any) -> None:
         """Write down what came of a call, or why nothing did."""
         try:
-            found = result if isinstance(result, CallFailed) else call.finish(promise, result)
+            found = result if isinstance(result, CallFailed) else call.finish(result)
         except RunFailed:
             raise
         except InputError as error:
@@ -456,14 +451,9 @@ class Tinker:
     def _save(self, model: TrainedModel) -> None:
         seq = model.next_seq - 1
         file = self._states(model.id) / f"{seq}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
         # the engine does a model's calls in order, so it saves after call `seq`; what comes from now on is unsaved
         model.is_saving, model.unsaved_bytes, model.unsaved_since = True, 0, None
-
-        def done(result: Any) -> None:
-            self.put(partial(self._saved, model, seq, file, result))
-
-        self.tenants.save_state(model.id, file, done)
+        self.tenants.save_state(model.id, file, lambda result: self.put(partial(self._saved, model, seq, file, result)))
 
     def _saved(self, model: TrainedModel, seq: int, file: Path, result: Any) -> None:
         if isinstance(result, CallFailed):

@@ -42,9 +42,9 @@ def save(
     **about: Any,
 ) -> Checkpoint:
     place, overwrite = store.place(RUN, kind, name), about.pop("overwrite", False)
-    store.require_free(place, owner, overwrite, "promise-1")
+    store.require_free(place, owner, overwrite, 1)
     written = write(place, about.get("text", "12345"))
-    store.add(place, written, owner, overwrite, ttl, {**ABOUT, "promise": "promise-1", **about})
+    store.add(place, written, owner, overwrite, ttl, {**ABOUT, "call": 1, **about})
     return place
 
 
@@ -111,8 +111,8 @@ def test_another_kind_than_expected_is_named(store: Checkpoints) -> None:
 def test_a_name_is_taken_once_unless_overwritten_or_saved_again_by_the_same_call(store: Checkpoints) -> None:
     place = save(store, "a", text="first")
     with pytest.raises(InputError, match="exists"):
-        store.require_free(place, "anna", False, "promise-2")
-    store.require_free(place, "anna", False, "promise-1")  # after a restart
+        store.require_free(place, "anna", False, 2)
+    store.require_free(place, "anna", False, 1)  # after a restart
     save(store, "a", overwrite=True, text="second!")
     assert store.find(place.path, "anna").bytes == 14
     assert store.page("anna", None, 10, 0)[1] == 1
@@ -120,13 +120,13 @@ def test_a_name_is_taken_once_unless_overwritten_or_saved_again_by_the_same_call
 
 def test_of_two_saves_of_one_name_at_a_time_the_first_to_end_counts(store: Checkpoints) -> None:
     place = store.place(RUN, "weights", "a")
-    for promise in ("promise-1", "promise-2"):
-        store.require_free(place, "anna", False, promise)
+    for call in (1, 2):
+        store.require_free(place, "anna", False, call)
     first, second = write(place, "first", 1), write(place, "second", 2)
-    store.add(place, first, "anna", False, None, {**ABOUT, "promise": "promise-1"})
-    store.add(place, first, "anna", False, None, {**ABOUT, "promise": "promise-1"})  # the database had refused it
+    store.add(place, first, "anna", False, None, {**ABOUT, "call": 1})
+    store.add(place, first, "anna", False, None, {**ABOUT, "call": 1})  # the database had refused it
     with pytest.raises(InputError, match="exists"):
-        store.add(place, second, "anna", False, None, {**ABOUT, "promise": "promise-2"})
+        store.add(place, second, "anna", False, None, {**ABOUT, "call": 2})
     assert {file.read_text() for file in store.find(place.path, "anna").directory.iterdir()} == {"first"}
     assert list(place.directory.parent.iterdir()) == [place.directory]
 
@@ -135,11 +135,11 @@ def test_a_checkpoint_that_expires_while_it_is_saved_over_is_the_new_one(
     store: Checkpoints, clock: list[float]
 ) -> None:
     place = save(store, "a", text="old", ttl=3600)
-    store.require_free(place, "anna", True, "promise-2")
+    store.require_free(place, "anna", True, 2)
     written = write(place, "newer")
     clock[0] += 3601
     store.remove_expired()
-    store.add(place, written, "anna", True, None, {**ABOUT, "promise": "promise-2"})
+    store.add(place, written, "anna", True, None, {**ABOUT, "call": 2})
     assert (store.find(place.path, "anna").directory / "a.json").read_text() == "newer"
 
 
@@ -165,8 +165,8 @@ def test_a_deleted_one_leaves_nothing_and_its_name_is_free(store: Checkpoints) -
 def test_a_key_has_no_more_bytes_than_allowed(store: Checkpoints) -> None:
     save(store, "a", text="x" * 500)
     with pytest.raises(InputError, match=r"take 1\.00 kB, and 1\.00 kB is the most; delete some"):
-        store.require_free(store.place(RUN, "weights", "b"), "anna", False, "")
-    store.require_free(store.place(RUN, "weights", "b"), "ben", False, "")
+        store.require_free(store.place(RUN, "weights", "b"), "anna", False, None)
+    store.require_free(store.place(RUN, "weights", "b"), "ben", False, None)
 
 
 def test_a_copy_stays_when_its_source_changes_and_is_made_once_for_a_call(store: Checkpoints) -> None:

@@ -129,6 +129,11 @@ def test_what_is_asked_about_a_prompt_and_about_samples_comes_back_in_its_shape(
     alone = sample(sampler, prompt, 1, {"target_prompt_logprobs": sparse})
     again = alone.target_prompt_logprobs
     assert alone.prompt_logprobs is None and alone.topk_prompt_logprobs is None
+    first = sample(
+        sampler, [5], 1, {"include_prompt_logprobs": True, "topk_prompt_logprobs": 3, "prompt_alt_tokens_k": 4}
+    )
+    assert first.prompt_logprobs == first.topk_prompt_logprobs == [None]  # nothing is before it
+    assert first.prompt_alt_tokens.tokens.to_torch().shape == (0, 4)
     assert torch.allclose(again.to_torch(), scored, atol=1e-5)
 
 
