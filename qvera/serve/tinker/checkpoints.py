@@ -185,10 +185,11 @@ class Checkpoints:
 
     def download_token(self, path: str, owner: str) -> tuple[Checkpoint, str, float]:
         """A token for the files of external weights, and until when it holds (seconds since 1970). Raises as `find`."""
-        found, ends = self.find(path, owner, "external_weights"), time.time() + _DOWNLOAD_SECONDS
-        token = (found.about.get("download") or [secrets.token_urlsafe(32)])[0]
         query = "UPDATE checkpoints SET about = json_set(about, '$.download', json(?)) WHERE path = ?"
-        self.database.rows(query, (json.dumps([token, ends]), path))
+        with self._lock:  # two who ask at one time get one token
+            found, ends = self.find(path, owner, "external_weights"), time.time() + _DOWNLOAD_SECONDS
+            token = (found.about.get("download") or [secrets.token_urlsafe(32)])[0]
+            self.database.rows(query, (json.dumps([token, ends]), path))
         return found, token, ends
 
     def download(self, token: str, file: str) -> Path:

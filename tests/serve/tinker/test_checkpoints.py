@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,22 @@ def test_a_copy_stays_when_its_source_changes_and_is_made_once_for_a_call(store:
     assert found.expires is not None and not found.public
     (run,) = store.database.rows("SELECT * FROM models WHERE id = ?", (place.run,))
     assert run["owner"] == "ben" and run["ended"] is not None
+
+
+def test_two_who_ask_for_urls_at_one_time_get_one_token(store: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, found, make = save(store, "a", "external_weights").path, list[str](), module.secrets.token_urlsafe
+    other = threading.Thread(target=lambda: found.append(store.download_token(path, "anna")[1]))
+
+    def making(size: int) -> str:
+        monkeypatch.undo()
+        other.start()
+        other.join(0.5)
+        return make(size)
+
+    monkeypatch.setattr(module.secrets, "token_urlsafe", making)
+    found.append(store.download_token(path, "anna")[1])
+    other.join(20)
+    assert found[0] == found[1] and store.download(found[0], "a.json").is_file()
 
 
 def test_a_token_opens_the_files_of_one_export_for_an_hour(store: Checkpoints, clock: list[float]) -> None:
