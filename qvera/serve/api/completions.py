@@ -180,7 +180,7 @@ class Piece:
 
 
 class Generation:
-    """The answers to a call: `start`, then `pieces`, and always `close`.
+    """The answers to a call: `whole`, or `start`, then `pieces`, and always `close`.
 
     Attributes:
         fingerprint: identifies the weights: the base's, or the content of the adapter.
@@ -331,6 +331,17 @@ class Generation:
                 left -= finish is not None
                 yield Piece(index, text, tokens, finish, calls)
 
+    async def whole(self) -> list[list[Piece]]:
+        """The pieces of each answer, once all have ended. Raises as `start` and `pieces`."""
+        found: list[list[Piece]] = [[] for _ in self.streams]
+        await self.start()
+        try:
+            async for piece in self.pieces():
+                found[piece.index].append(piece)
+        finally:
+            self.close()
+        return found
+
 
 class _Format:
     """The form in which one of OpenAI's two APIs writes an answer."""
@@ -426,14 +437,14 @@ def _call(call: ToolCall) -> dict[str, Any]:
 async def _answer(
     request: Request, body: GenerationBody, answers: Generation, form: _ChatFormat | _CompletionFormat
 ) -> Response:
-    """Answer whole or as a stream. Raises as `Generation.start`, and for a whole answer as `Generation.pieces`."""
+    """Answer whole or as a stream. Raises as `Generation.whole` or `Generation.start`."""
     head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
     if body.stream:
         await while_connected(request.receive, answers.start())  # before the stream: its errors have a status yet
         head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_events(answers, form, head, with_usage), answers.close)
-    whole = await while_connected(request.receive, _all_pieces(answers))
+    whole = await while_connected(request.receive, answers.whole())
 
     def response() -> Response:
         choices = [form.choice(index, pieces) for index, pieces in enumerate(whole)]
@@ -442,17 +453,6 @@ async def _answer(
 
     # the log-probabilities of many tokens are megabytes of JSON
     return response() if answers.sampling.top_logprobs is None else await service_of(request).in_thread(response)
-
-
-async def _all_pieces(answers: Generation) -> list[list[Piece]]:
-    pieces: list[list[Piece]] = [[] for _ in answers.streams]
-    await answers.start()
-    try:
-        async for piece in answers.pieces():
-            pieces[piece.index].append(piece)
-    finally:
-        answers.close()
-    return pieces
 
 
 async def _events(

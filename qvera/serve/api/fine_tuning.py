@@ -14,7 +14,7 @@ from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError, bad_request, shortened_name
 from qvera.serve.api.schemas import JobBody
 from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.fine_tuning.database import Event, Job, Refused, TooMany, UnknownRecord
+from qvera.serve.fine_tuning.database import Job, Refused, TooMany, UnknownRecord
 from qvera.utils.errors import RunFailed, did_you_mean
 
 if TYPE_CHECKING:
@@ -164,7 +164,18 @@ async def list_events(request: Request, job_id: str, limit: Limit = 20, after: s
 
     def cards(jobs: Jobs, owner: str, most: int) -> list[dict[str, Any]]:
         jobs.database.job(job_id, owner)
-        return [_event_card(event) for event in jobs.database.events(job_id, after, most)]
+        return [
+            {
+                "id": event.id,
+                "object": "fine_tuning.job.event",
+                "created_at": event.created,
+                "level": event.level,
+                "message": event.message,
+                "type": "message" if event.step is None else "metrics",
+                "data": event.data or {},
+            }
+            for event in jobs.database.events(job_id, after, most)
+        ]
 
     return await page(request, limit, "There is no", cards)
 
@@ -177,7 +188,16 @@ async def list_checkpoints(request: Request, job_id: str, limit: Limit = 10, aft
         job = jobs.database.job(job_id, owner)
         if job.status != "succeeded" or after is not None:
             return []
-        return [_checkpoint_card(job, jobs.database.last_losses(job_id))]
+        card = {
+            "id": job.id.replace("ftjob", "ftckpt"),
+            "object": "fine_tuning.job.checkpoint",
+            "created_at": job.finished,
+            "fine_tuned_model_checkpoint": job.model,
+            "fine_tuning_job_id": job.id,
+            "metrics": {"step": job.step, **jobs.database.last_losses(job_id)},
+            "step_number": job.step,
+        }
+        return [card]
 
     return await page(request, limit, _UNKNOWN, cards)
 
@@ -206,28 +226,4 @@ def _card(job: Job) -> dict[str, Any]:
         "estimated_finish": None,
         "integrations": [],
         "metadata": job.metadata,
-    }
-
-
-def _event_card(event: Event) -> dict[str, Any]:
-    return {
-        "id": event.id,
-        "object": "fine_tuning.job.event",
-        "created_at": event.created,
-        "level": event.level,
-        "message": event.message,
-        "type": "message" if event.step is None else "metrics",
-        "data": event.data or {},
-    }
-
-
-def _checkpoint_card(job: Job, losses: dict[str, float]) -> dict[str, Any]:
-    return {
-        "id": job.id.replace("ftjob", "ftckpt"),
-        "object": "fine_tuning.job.checkpoint",
-        "created_at": job.finished,
-        "fine_tuned_model_checkpoint": job.model,
-        "fine_tuning_job_id": job.id,
-        "metrics": {"step": job.step, **losses},
-        "step_number": job.step,
     }

@@ -153,18 +153,12 @@ async def respond(request: Request, body: ResponsesBody) -> Response:
         error.param = _NAMES.get(error.param or "", error.param)
         raise
     writer = _Writer(body, answers)
-    await while_connected(request.receive, answers.start())
     if body.stream:
+        await while_connected(request.receive, answers.start())
         return EventStream(_events(writer, answers), answers.close)
-
-    async def finish() -> None:
-        async for piece in answers.pieces():
-            list(writer.add(piece))  # its events are for streams only
-
-    try:
-        await while_connected(request.receive, finish())
-    finally:
-        answers.close()
+    [pieces] = await while_connected(request.receive, answers.whole())
+    for piece in pieces:
+        list(writer.add(piece))  # its events are for streams only
     return JSONResponse(writer.response())
 
 

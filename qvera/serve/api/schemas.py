@@ -30,20 +30,6 @@ IGNORED = frozenset(
     }
 )
 """Keys of OpenAI's that change nothing about an answer here."""
-_NEUTRAL: dict[str, tuple[object, ...]] = {
-    "min_p": (0,),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-}
-"""Keys that would change the answer and are not supported, with the values that ask for nothing."""
 
 
 def _whole(text: str) -> str:
@@ -140,7 +126,19 @@ class GenerationBody(Body):
     """The keys that chat and completions have in common."""
 
     ignored = IGNORED
-    neutral = _NEUTRAL
+    neutral = {
+        "min_p": (0,),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+    }
     elsewhere = {"adapter": "'model'", "extra_body": "the keys in it, beside 'model'"}
     model: Text
     stream: bool | None = False

@@ -31,7 +31,7 @@ from qvera.serve.fine_tuning.database import (
     now,
 )
 from qvera.serve.fine_tuning.directory import TrainingDirectory, remove_remains, shown
-from qvera.serve.fine_tuning.preparing import Recipes, require_small_json
+from qvera.serve.fine_tuning.preparing import Recipes
 from qvera.serve.fine_tuning.worker import Worker
 from qvera.training.online import OnlineTrainer
 from qvera.training.run_dir import changed_keys, require_writable
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 30.0
 _DELETED = ".{}.deleted"  # an adapter's directory until its files are gone; no list shows hidden ones
+_MOST_JSON_BYTES = 64 * 2**20  # to read one takes several times its size of memory; readers limit rows of other files
 _JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
 _KEYS = re.compile(rf"\b(data|training)\.({'|'.join([*DataSection.model_fields, *TrainingSection.model_fields])})\b")
 JobAction = Literal["cancel", "pause", "resume"]
@@ -234,7 +235,9 @@ class Jobs:
     def _run_of(self, job: Job, files: dict[str, StoredFile]) -> AdapterRun:
         places = [self.directory.place(file) for file in files.values()]
         for place in places:
-            require_small_json(place)
+            if place.suffix == ".json" and place.stat().st_size > _MOST_JSON_BYTES:
+                size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
+                raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
         recipe = self._recipes.of(job, *(place.name for place in places))  # by the recipe that is served now
         has_begun = self.directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):

@@ -1,11 +1,7 @@
-"""What a job needs before it can be trained: its recipe, and files whose rows are not too long.
-
-A job's recipe is the served run's, or the defaults, with the job's files and hyperparameters.
-"""
+"""The recipes of jobs: the served run's, or the defaults, with the job's files and hyperparameters."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvera.config.schema import Recipe, parse_recipe
@@ -16,8 +12,6 @@ from qvera.utils.errors import InputError
 if TYPE_CHECKING:
     from qvera.evaluation.load import Artifact
 
-_MOST_JSON_BYTES = 64 * 2**20
-"""A .json file is read as a whole, which takes several times its size of memory."""
 _OF_ROWS = (
     *("system", "train_on", "max_length", "too_long", "max_source_length", "max_target_length"),
     *("shuffle", "group_by_length", "seed"),
@@ -88,10 +82,3 @@ def hyperparameters(job: Job) -> dict[str, Any]:
         "batch_size": training["global_batch_size"],
         "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
     }
-
-
-def require_small_json(file: Path) -> None:
-    """Raise InputError for a .json file that would need much memory; the reader limits rows of other files."""
-    if file.suffix == ".json" and file.stat().st_size > _MOST_JSON_BYTES:
-        size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
-        raise InputError(f"{file}: a .json file is read as a whole, so it may have {size}.")

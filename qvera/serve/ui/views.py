@@ -157,7 +157,10 @@ def read_cells(directory: Path) -> tuple[str, list[str]]:
     if not unreadable(directory, "run.json"):
         with contextlib.suppress(OSError, InputError):
             info = read_json(directory / "run.json", "the summary of a run")
-    rows = _tail(directory / "metrics.jsonl")
+    rows: list[dict[str, Any]] = []
+    with open_plain(directory / "metrics.jsonl") as descriptor, contextlib.suppress(OSError):
+        if descriptor is not None:
+            rows = whole_rows(descriptor, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES), _TAIL_BYTES)
     rounds = [row for row in rows if get_text(row, "kind") == "round" and not row.get("rank")]
     own = [row for row in rows if not get_text(row, "adapter")]
     steps = rounds or [row for row in own if get_text(row, "kind") == "train"]
@@ -183,13 +186,6 @@ def left_seconds(steps: Sequence[dict[str, Any]], left: float) -> float | None:
     """Seconds for ``left`` more steps at the pace of the last ones; None if unknown."""
     taken = [seconds for row in steps[-_SPEED_STEPS:] if (seconds := get_number(row, "step_seconds")) is not None]
     return statistics.mean(taken) * left if taken and left >= 0 else None
-
-
-def _tail(path: Path) -> list[dict[str, Any]]:
-    with open_plain(path) as descriptor, contextlib.suppress(OSError):
-        if descriptor is not None:
-            return whole_rows(descriptor, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES), _TAIL_BYTES)
-    return []
 
 
 class NotFound(Exception):

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from qvera.serve.fine_tuning import preparing
+from qvera.serve.fine_tuning import jobs
 from tests.helpers import wait_until
 from tests.serve.api.conftest import Served, Start, send
 from tests.serve.scripted_training import chat_rows
@@ -150,7 +150,7 @@ def test_a_bad_file_fails_its_job_and_names_the_line(training: Served) -> None:
 
 
 def test_a_file_that_is_read_as_a_whole_may_not_be_large(training: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "_MOST_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(jobs, "_MOST_JSON_BYTES", 1 << 20)
     row, line = json.dumps([{"prompt": "say", "completion": "red"}]).encode(), chat_rows(1).strip()
 
     def ends(name: str, rows: bytes) -> Any:
