@@ -199,11 +199,14 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     """With a system prompt that names the answers, where all rows have one of a few short ones."""
     from qvera.data import build_datasets
     from qvera.data.labelled import rows_by_label
+    from qvera.utils.adapter_names import similar_names
 
     found = rows_by_label(datasets.train) if datasets.stats.format == "prompt-completion" else {}
     are_few = 2 <= len(found) <= min(MOST_LABELS, len(datasets.train) // FEW_ROWS_OF_A_LABEL)
     if not are_few or not all(name and len(name) <= LONGEST_LABEL for name in found):
         return recipe, datasets
+    if similar := similar_names(sorted(found)):
+        print(f"answers alike     {' and '.join(map(repr, similar[0]))} differ only by case or spaces; is that meant?")
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."
     named = recipe.replace(data=recipe.data.replace(system=prompt))
     try:

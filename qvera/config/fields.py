@@ -208,6 +208,8 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
     elif kind == "model_type":
         are_rows = key == "data" and hasattr(got, "__iter__")
         hint = " Write rows in memory into a .jsonl file, and name that." if are_rows else ""
+        if keys[:2] == ["data", "mixture"] and isinstance(got, str):
+            hint = f" Write {{path: {got}}}."
         yield key, f"should be a mapping of keys, got {_short(got)}.{hint}"
     else:
         hint = ""

@@ -435,7 +435,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
                 f"`qvera train {own} --resume` goes on with the run."
             ) from None
         reason = error.strerror or error
-        raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML.") from None
+        hint = f" `qvera init my.yaml --model {path}` writes one." if (path / "config.json").is_file() else ""
+        raise InputError(f"{path}: can't be read as a recipe ({reason}); expected a file of YAML.{hint}") from None
     tree, lines = read_yaml(text, str(path))
     method = _method_in(tree)
     given = {override.partition("=")[0] for override in overrides or []}

@@ -477,7 +477,10 @@ def _csv_header(file: Path, line: int, record: list[str]) -> list[str]:
     header = [name.strip() for name in record]
     for name, count in Counter(header).items():
         if not name:
-            raise InputError(f"{file}:{line}: a column of the header has no name. Expected a name for each column.")
+            raise InputError(
+                f"{file}:{line}: a column of the header has no name. Expected a name for each column. The index of a "
+                "pandas table is left out by to_csv(index=False)."
+            )
         if count > 1:
             raise InputError(f"{file}:{line}: the column {name!r} occurs twice in the header. Rename one of them.")
     return header

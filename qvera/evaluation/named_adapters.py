@@ -112,7 +112,7 @@ def refuse_name(path: Path, name: str | None) -> None:
     if name is not None:
         raise InputError(
             f"--adapter {shown_name(name)}: is for a run that trained many adapters, or a directory of adapters, and "
-            f"{path} is neither."
+            f"{path} is neither. Leave it out."
         )
 
 

@@ -120,6 +120,11 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         raise InputError(
             f"{run_dir}: already holds a run. {add} --resume to go on with it, or choose another training.output_dir."
         )
+    if not existing.exists() and (runs := sorted(file.parent.name for file in run_dir.glob("*/run.json"))):
+        raise InputError(
+            f"{run_dir}: holds the runs {first_of(runs)}, and this run's files would lie among them. Choose one "
+            f"of its own, such as {run_dir / 'NAME'}."
+        )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
     own = get(try_read_json(run_dir / "run.json"), "adapter", "sha256")

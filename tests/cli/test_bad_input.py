@@ -120,6 +120,14 @@ TABLE: dict[str, tuple[Any, ...]] = {
     # /proc takes no directories, not even root's
     "output not writable": (TRAIN, "/proc", recipe("training", output_dir="/proc/qvera-run")),
     "output in the base's directory": (f"{TRAIN} --set training.output_dir=model", "holds config.json and no recipe.y"),
+    "output among runs": (
+        f"{TRAIN} --set training.output_dir=all",
+        "all: holds the runs a, and this run's files would lie among them. Choose one of its own, such as all/NAME.",
+        lambda: Path("all/a").mkdir(parents=True),
+        write("all/a/run.json", "{}"),
+    ),
+    "a base for a recipe": ("plan model", "expected a file of YAML. `qvera init my.yaml --model model` writes one."),
+    "an adapter of one": ("generate run --prompt x --adapter run/adapter", "and run is neither. Leave it out."),
     "a system prompt's file": (f"{TRAIN} --set data.system=rows.jsonl", "data.system: 'rows.jsonl' is a file here."),
     "a variable": (
         f"{TRAIN} --set model.path=$BASE/model",

@@ -90,9 +90,10 @@ def test_eval_scores_only_rows_of_the_adapter_where_the_file_names_them(run: Pat
     assert found["rows"] == expected["rows"] == 6 and found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert f"{both}: 6 of its 12 rows are of adapter dan." in capsys.readouterr().err
     assert scores(unnamed)["rows"] == 12
-    own.write_text(own.read_text().replace("dan,", "anna,"))
-    scores(own, code=2)
-    assert f"{own}: none of its rows names adapter dan." in capsys.readouterr().err
+    other = tmp_path / "other.csv"
+    other.write_text(own.read_text().replace("dan,", "anna,"))
+    scores(other, code=2)
+    assert f"{other}: none of its rows names adapter dan." in capsys.readouterr().err
 
 
 def test_answers_are_printed_after_their_names(run: Path, capsys: Any) -> None:
@@ -147,7 +148,10 @@ WRONG_LINES = [
     ("generate RUN STRANGER", "rows.csv:3: RUN has no adapter bem. There are: "),
     ("merge-adapters RUN RUN OUT --adapter dan", "--adapter: takes the adapters of one run"),
     ("compare RUN RUN2", "RUN: trained many adapters; name those to compare with --adapter NAME."),
-    ("compare RUN --adapter dan", "compare takes two runs or more, got 1."),
+    (
+        "compare RUN --adapter dan",
+        "compare takes two runs or more, got 1. Of adapters of one run, name each with --adapter NAME.",
+    ),
     ("compare RUN --adapter dan --adapter bem", "--adapter bem: RUN has no adapter of this name"),
     ("compare RUN --adapter dan --adapter dan", "dan: is named twice"),
     ("info RUN/adapters/dan --adapter dan", "is for a run that trained many adapters"),

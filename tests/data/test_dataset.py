@@ -254,7 +254,10 @@ def test_keys_that_do_not_suit_the_rows_are_refused(read: Read) -> None:
         ({"mixture": [{"path": "b", "weight": 0}]}, r"data\.mixture\.0\.weight: should be greater than 0, got 0"),
         ({"mixture": [{"path": "a"}, {"format": "text"}]}, r"data\.mixture\.1\.path: is missing"),
         ({"mixture": "b.jsonl"}, r"data\.mixture: should be a valid list, got 'b\.jsonl'"),
-        ({"mixture": ["b.jsonl"]}, r"data\.mixture\.0: should be a mapping of keys, got 'b\.jsonl'"),
+        (
+            {"mixture": ["b.jsonl"]},
+            r"data\.mixture\.0: should be a mapping of keys, got 'b\.jsonl'. Write \{path: b\.jsonl\}\.",
+        ),
         ({"mixture": [{"path": "b", "max_length": 9}]}, r"data\.mixture\.0\.max_length: unknown key\."),
     ],
 )

@@ -97,7 +97,9 @@ def table(columns: Sequence[Column], figures: dict[str, Figures]) -> tuple[list[
 def require_comparable(number: int) -> None:
     """Raise InputError for too few or too many runs."""
     if number < 2:
-        raise InputError(f"compare takes two runs or more, got {number}.")
+        raise InputError(
+            f"compare takes two runs or more, got {number}. Of adapters of one run, name each with --adapter NAME."
+        )
     if number > MAX_RUNS:
         raise InputError(f"compare takes at most {MAX_RUNS} runs, got {number}. Compare the best of each part.")
 
@@ -139,6 +141,7 @@ def compare(runs: dict[str, RunFiles]) -> Comparison:
         for key in dict.fromkeys(key for tree in known for key in tree)
         if key not in _IGNORED_SETTINGS and any(tree.get(key) != known[0].get(key) for tree in known)
     }
+    shown = {key for each in figures.values() for key, value in each.items() if value is not None}
     gaps = []
     for label, run in runs.items():
         if (status := run.text("status")) != "done":
@@ -147,7 +150,7 @@ def compare(runs: dict[str, RunFiles]) -> Comparison:
         gaps += [f"{label}: {note}" for note in run.notes]
         if not run.held_out():
             gaps.append(f"{label}: has no held-out loss, so only its training loss is shown.")
-        missing = [column.title for column in COSTS if figures[label][column.key] is None]
+        missing = [each.title for each in COSTS if each.key in shown and figures[label][each.key] is None]
         if missing and run.info:
             gaps.append(f"{label}: its files lack: {', '.join(missing).lower()}.")
     for sentence, ask in _QUESTIONS.items():

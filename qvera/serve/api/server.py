@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import socket
 import time
@@ -93,7 +94,8 @@ def bound(host: str, port: int) -> Iterator[tuple[socket.socket, str]]:
         try:
             taken.bind((host, port))
         except OSError as error:
-            raise InputError(f"--host {host} --port {port}: can't be taken ({error.strerror or error}).") from None
+            fix = " Another program listens there: choose another --port." if error.errno == errno.EADDRINUSE else ""
+            raise InputError(f"--host {host} --port {port}: can't be taken ({error.strerror or error}).{fix}") from None
         shown = f"[{host}]" if ":" in host else host
         yield taken, f"http://{shown}:{taken.getsockname()[1]}"
 

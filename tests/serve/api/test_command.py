@@ -103,7 +103,10 @@ def test_a_taken_port_is_named_before_anything_is_loaded(
     port = command.url.rsplit(":", 1)[1]
     monkeypatch.setitem(sys.modules, "qvera.evaluation.generate", None)  # it imports torch
     assert main(["serve", "a base that is not there", "--port", port]) == 2
-    assert f"--port {port}: can't be taken (Address already in use)" in capsys.readouterr().err
+    assert (
+        f"--port {port}: can't be taken (Address already in use). Another program listens there"
+        in capsys.readouterr().err
+    )
 
 
 def test_sigterm_ends_the_process_after_the_running_answer(command: Command) -> None:
