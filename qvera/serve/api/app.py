@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 
 import qvera
@@ -38,18 +39,6 @@ _OPEN = ("/health", *PAGE_FILES)
 """No key is needed: a load balancer has none, and the page asks its reader for one."""
 _UPLOAD_PATH = "/v1/files"
 _PATHS_OF_ONE = ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs")  # more follows: a name or id
-_KNOWN_PATHS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/load_adapter",
-    "/v1/unload_adapter",
-    "/metrics",
-    *_PATHS_OF_ONE,
-    *_OPEN,
-)  # labels of a metric; paths that clients invent would be labels without end
 
 router = APIRouter()
 
@@ -65,7 +54,7 @@ def create_app(service: Service) -> FastAPI:
     # The pages of FastAPI's documentation load scripts from other hosts.
     app = FastAPI(title="qvera", version=qvera.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
-    for each in (completions.router, responses.router, models.router, files.router, fine_tuning.router, router):
+    for each in _ROUTERS:
         app.include_router(each)
     if service.tinker is not None:
         from qvera.serve.tinker import routes, sampling
@@ -100,6 +89,11 @@ async def metrics(request: Request) -> Response:
     service = service_of(request)
     text = await service.in_thread(service.metrics.text, "disk")
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+_ROUTERS = (completions.router, responses.router, models.router, files.router, fine_tuning.router, router)
+_KNOWN_PATHS = {*PAGE_FILES, *(route.path for each in _ROUTERS for route in each.routes if isinstance(route, APIRoute))}
+"""Labels of a metric. Paths that clients invent would be labels without end."""
 
 
 class Guard:
