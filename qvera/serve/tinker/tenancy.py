@@ -440,7 +440,9 @@ class Tinker:
                 if model.waits_since is not None and now - model.waits_since > settings.gap_seconds:
                     self._advance(model, closes_gaps=True)
                 is_due = now - (model.unsaved_since or now) > settings.save_seconds
-                if not model.is_saving and (is_due or model.unsaved_bytes >= settings.save_bytes):
+                # a part that came late is saved with the next call: the file that the database names must stay as it is
+                is_new = model.next_seq - 1 > model.applied_seq and not model.is_saving
+                if is_new and (is_due or model.unsaved_bytes >= settings.save_bytes):
                     self._save(model)
         for session_id, owner in expired:
             _logger.warning("%s ends: there was no heartbeat for %g s", session_id, settings.session_seconds)

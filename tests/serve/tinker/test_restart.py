@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -83,6 +84,22 @@ def test_a_call_that_comes_after_its_turn_fails_after_a_restart_too(start_tinker
     second = start_tinker()
     assert "came after call 2" in second.result(second.train(model, 1))["error"]
     assert second.result(second.step(model, 3))["metrics"]["grad_norm:mean"] == 0
+
+
+def test_a_part_that_came_late_is_not_done_again_on_a_state_that_has_it(
+    start_tinker: StartTinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvera.serve.tinker.tenancy._TICK_SECONDS", 0.05)
+    first = start_tinker(save_seconds=0.0, gap_seconds=0.1)
+    model = first.model()
+    first.result(first.train(model, 2, [5]))  # call 1 is not waited for any longer
+    soon(lambda: first.tinker.database.rows("SELECT 1 FROM models WHERE applied_seq = 2"))
+    monkeypatch.setattr(first.tinker.database, "saved", lambda *_: None)  # killed between a file and its entry
+    first.result(first.train(model, 1, [4]))
+    time.sleep(0.5)
+    killed(first)
+    second = start_tinker()
+    assert second.result(second.step(model, 3))["metrics"]["grad_norm:mean"] == 9
 
 
 def test_a_model_whose_state_is_damaged_ends_and_that_is_the_servers_fault(start_tinker: StartTinker) -> None:
