@@ -9,6 +9,7 @@ A key is 256 random bits, which nobody guesses. So one round of SHA-256 is enoug
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -205,5 +206,11 @@ def is_own_name(host: str, listens_on: str) -> bool:
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return name in (listens_on, socket.gethostname(), socket.getfqdn())
+        return name == listens_on or name in _names_of_this_machine()
     return True
+
+
+@functools.cache
+def _names_of_this_machine() -> tuple[str, str]:
+    """The host name, without and with its domain. Asked once: DNS may take seconds, in which no call is answered."""
+    return socket.gethostname(), socket.getfqdn()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qvera.serve.api import access
 from qvera.serve.api.access import is_own_name
 from qvera.serve.ui import app
 from tests.evaluation.report.conftest import evaluation, many_info
@@ -144,6 +145,15 @@ def test_other_sites_are_refused(build_run: Build, serve: Serve, tmp_path: Path)
     assert all(is_own_name(host, "0.0.0.0") for host in ("192.168.0.7:8001", "[fe80::1]:80", socket.gethostname()))
     assert not any(is_own_name(host, "0.0.0.0") for host in ("evil.example", "192.168.0.7.evil.example", "", "a:b:c"))
     assert is_own_name("box.lan:8001", "box.lan")
+
+
+def test_strangers_names_do_not_ask_dns_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(socket, "getfqdn", lambda: asked.append("") or "box.lan")
+    access._names_of_this_machine.cache_clear()
+    found = [is_own_name(name, "0.0.0.0") for name in ("evil.example", "box.lan", "evil.example")]
+    access._names_of_this_machine.cache_clear()
+    assert (found, len(asked)) == ([False, True, False], 1)
 
 
 def test_every_answer_forbids_scripts_and_loads_of_others(build_run: Build, serve: Serve, tmp_path: Path) -> None:
