@@ -8,13 +8,12 @@ again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import logging
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -243,7 +242,7 @@ class Samples:
         self._most_sent = service.engine.settings.max_running * 5 // 4 + 1  # so that no place in the batch is free
         # of the thread
         self._calls: dict[str, _Call] = {}  # by promise
-        self._waiting: dict[str, deque[_Call]] = {}  # by owner: those with samples to hand over
+        self._waiting: dict[str, dict[str, _Call]] = {}  # by owner and promise: those with samples to hand over
         self._given: Counter[str] = Counter()  # tokens by owner
         self._sent: dict[str, tuple[_Call, Asked, Sample]] = {}  # by request
         self._is_busy = False  # the engine, whose queue is full
@@ -340,7 +339,7 @@ class Samples:
         """Hand over as many samples as the engine should have. Raises RunFailed as the database."""
         # the next one is of the key that was given the fewest tokens
         while self._waiting and len(self._sent) < self._most_sent and not self._is_busy:
-            call = self._waiting[min(self._waiting, key=self._given.__getitem__)][0]
+            call = next(iter(self._waiting[min(self._waiting, key=self._given.__getitem__)].values()))
             try:
                 self._send(call)
             except Busy:
@@ -364,7 +363,7 @@ class Samples:
         if call.owner not in self._waiting:
             least = min((self._given[owner] for owner in self._waiting), default=0)
             self._given[call.owner] = max(self._given[call.owner], least)
-        self._waiting.setdefault(call.owner, deque()).append(call)
+        self._waiting.setdefault(call.owner, {})[call.promise] = call
 
     def _send(self, call: _Call) -> None:
         """Hand a call's next sample to the engine."""
@@ -391,9 +390,8 @@ class Samples:
         self._given[call.owner] -= asked.sampling.max_tokens - len(sample.events)
 
     def _leave_queue(self, call: _Call) -> None:
-        calls = self._waiting.get(call.owner, deque())
-        with contextlib.suppress(ValueError):
-            calls.remove(call)
+        calls = self._waiting.get(call.owner, {})
+        calls.pop(call.promise, None)
         if not calls:
             self._waiting.pop(call.owner, None)
 
