@@ -23,7 +23,7 @@ A recipe is one YAML file with five sections and two keys beside them. Only `mod
 `# yaml-language-server: $schema=PATH_OF_THE_SCHEMA`. `qvera init` writes that line, and the JSON schema into the cache. For a
 recipe of your own, `qvera schema > recipe.schema.json` writes it. It has the keys of installed plug-ins too.
 
-**Overrides.** `--set section.key=value` on the command line replaces one key. The value is YAML.
+**Overrides.** `--set section.key=value` on the command line replaces one key. The value is YAML; a text is taken whole.
 
 **Paths.** A relative path starts at the directory in which you run the command, not at the recipe's. `~` is your home
 directory. `..` in a path works as in a shell. A finished run finds its base again from any directory.

@@ -214,7 +214,7 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
     else:
         hint = ""
         field = holder.model_fields.get(keys[-1]) if keys else None
-        if kind == "string_type" and isinstance(got, (int, float)):
+        if kind == "string_type" and isinstance(got, (int, float, dict)):
             hint = " Write it in quotes."
         elif got is None and ":" in str(error["loc"][-1]):
             hint = " Put a space after each colon."

@@ -463,6 +463,9 @@ def _override(tree: object, override: str) -> dict[object, object]:
     if not equals or not all(parts):
         raise InputError(f"--set {override}: expected section.key=value, for example --set training.max_steps=100.")
     value, _ = read_yaml(text, f"--set {override}")
+    is_plain = text.lstrip()[:1] not in tuple("'\"|>&*!")
+    if is_plain and (isinstance(value, str) or (value is None and "#" in text)):
+        value = text.strip()  # of "Team #1 only", YAML takes the end for a comment
     whole = dict(tree) if isinstance(tree, dict) else {}
     node = whole
     for part in parts[:-1]:

@@ -281,6 +281,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("training.max_steps=many", "training.max_steps: should be a whole number, got 'many'"),
         ("adapter.rank=", "adapter.rank: should be a whole number, got None. Leave the key out for its default."),
         ("adapter.rank=64,training.max_steps=3", "got '64,training.max_steps=3'. Each key takes its own --set."),
+        (
+            "data.system=Answer: one word",
+            "data.system: should be a valid string, got {'Answer': 'one word'}. Write it in quotes.",
+        ),
         ("adapter=5", "adapter: should be a mapping of keys, got 5"),
     ],
 )
@@ -288,6 +292,12 @@ def test_wrong_overrides(tmp_path: Path, override: str, words: str) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe(write(tmp_path, BODY), [override])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["Team #1 only, please", "#1 only", "'Team #1'", "null", " a  b "])
+def test_a_text_of_an_override_is_taken_whole(tmp_path: Path, text: str) -> None:
+    found = load_recipe(write(tmp_path, BODY), [f"data.system={text}"]).data.system
+    assert found == (None if text == "null" else text.strip().strip("'"))
 
 
 def test_the_effective_recipe_reads_back_as_itself(tmp_path: Path) -> None:

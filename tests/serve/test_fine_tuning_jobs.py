@@ -179,6 +179,21 @@ def test_a_job_goes_on_by_the_recipe_by_which_it_began_and_by_no_other(tmp_path:
     assert "goes on after step 3" in said  # leaving a server saved it, as SIGTERM does
 
 
+def test_a_job_reads_the_columns_of_the_served_recipe_where_its_file_has_them(tmp_path: Path) -> None:
+    row = '{"note": "say red", "reply": "red"}\n'
+    with server(tmp_path, served=target(columns={"prompt": "note", "completion": "reply"})) as jobs:
+        asked = {"n_epochs": float(STEPS), "batch_size": 4, "learning_rate_multiplier": "auto"}
+        files = [row, row.replace("note", "prompt").replace("reply", "completion"), row.replace("note", "frage")]
+        files.append('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
+        made = []
+        for number, rows in enumerate(files):
+            job = Job("me", f"a{number}", "tiny", send(jobs, rows.encode() * 4), None, None, asked, False, {})
+            made.append(jobs.create(job, lambda name: True, None))
+        wait_until(lambda: statuses(jobs, *made) == ["queued", "queued", "failed", "failed"], 20)
+        said = [str(jobs.database.job(job.id).error) for job in made[2:]]
+    assert "Columns found: frage, reply." in said[0] and "No job trains on pairs: `qvera train` does." in said[1]
+
+
 # Pauses that cross what the worker does
 
 

@@ -15,7 +15,9 @@ from rich.console import Console
 
 from qvera.config.sections import DataSection, TrainingSection
 from qvera.data import build_datasets, data_warnings
+from qvera.data.conversations import UnaskedPreferences
 from qvera.data.images import text_only
+from qvera.data.readers import read_rows
 from qvera.serve.fine_tuning.database import (
     BEFORE,
     OPEN,
@@ -224,7 +226,7 @@ class Jobs:
             named = next((key for key, file in files.items() if str(self.directory.place(file)) in text), None)
             code = "invalid_training_file" if named else "invalid_job"
             self.directory.fail(
-                job.id, code, self._for_its_owner(_without_recipe(text) if named else text, files), named
+                job.id, code, self._for_its_owner(_without_recipe(error) if named else text, files), named
             )
         except RunFailed:
             raise
@@ -239,6 +241,9 @@ class Jobs:
                 size = f"at most {_MOST_JSON_BYTES >> 20} MiB; send .jsonl"
                 raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
         recipe = self._recipes.of(job, *(place.name for place in places))  # by the recipe that is served now
+        columns = self._recipes.columns
+        if columns and all(next(read_rows(str(place))).fields.keys() >= set(columns.values()) for place in places):
+            recipe = recipe.replace(data=recipe.data.replace(columns=columns))
         has_begun = self.directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):
             raise InputError(
@@ -270,9 +275,11 @@ class Jobs:
         return self.directory.without_places(text)
 
 
-def _without_recipe(text: str) -> str:
+def _without_recipe(said: str | InputError) -> str:
     """Add to a message about rows, which may advise to set a key, that a job has no recipe."""
-    return f"{text} A job sets no such key: the server's recipe does." if _KEYS.search(text) else text
+    if isinstance(said, UnaskedPreferences):
+        return f"{said} No job trains on pairs: `qvera train` does."
+    return f"{said} A job sets no such key: the server's recipe does." if _KEYS.search(str(said)) else str(said)
 
 
 def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_once: int) -> Jobs:

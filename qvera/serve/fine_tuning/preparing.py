@@ -26,7 +26,10 @@ _EVALUATIONS = ("eval_steps", "load_best_model_at_end", "early_stopping_patience
 
 
 class Recipes:
-    """Makes the recipes of jobs from that of the served run."""
+    """Makes the recipes of jobs from that of the served run.
+
+    ``columns``: that recipe's ``data.columns``, for files that have them.
+    """
 
     def __init__(self, target: Artifact) -> None:
         """Raises InputError if adapters of the served recipe can't be trained beside others."""
@@ -34,6 +37,7 @@ class Recipes:
         tree: dict[str, Any] = {} if given is None else given.to_dict()
         data, training = tree.get("data", {}), tree.get("training", {})
         self._source = "--training-dir" if target.run is None else f"--training-dir: the recipe of {target.run}"
+        self.columns: dict[str, str] = data.get("columns", {})
         self._data = {key: data[key] for key in _OF_ROWS if key in data}
         if given is not None:
             self._data["template"] = template_name(given, target.run)
