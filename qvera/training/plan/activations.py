@@ -50,7 +50,8 @@ def kept_bytes(run: PlannedRun) -> int:
     inside = run.batch.all_tokens * (run.shape.hidden if tiled else 2 * _dense_width(run)) * run.itemsize
     linears = [x for x in run.layer if not (tiled and x.role in _MLP)]
     kept = norm_bytes(run) * (2 if run.shape.ff else 1) + _attention_bytes(run) + inside + _adapter_bytes(run, linears)
-    return kept + _expert_bytes(run)[0]
+    recurrent = sum(each.bytes_of(run.batch)[0] for each in run.shape.recurrences.values())
+    return kept + _expert_bytes(run)[0] + recurrent
 
 
 def _dense_width(run: PlannedRun) -> int:
@@ -260,7 +261,8 @@ def transient_bytes(run: PlannedRun) -> int:
         workspace = 4 * T * s.heads * (s.head_dim + 1) + (2 * heads if s.kv_heads < s.heads else 0)
         moments.append(g + 2 * heads + 2 * kv + (workspace if run.machine.on_gpu else 0))
     in_attention = max(moments) - of_mlp - norm_bytes(run)  # the MLP and its norm are through
-    return max(in_mlp, in_attention) - norm_bytes(run)  # so is the final norm, since before the layers
+    most = max(in_mlp, in_attention) - norm_bytes(run)  # so is the final norm, since before the layers
+    return max([most, *(each.bytes_of(b)[1] - 2 * T * s.ff * size for each in s.recurrences.values())])
 
 
 _CHUNK = 64  # of tokens, of the gated delta rule
@@ -339,28 +341,19 @@ class _Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._known = set[int]()
+        self.peak = 0
+        self._storages = weakref.WeakSet[torch.UntypedStorage]()  # views share one, which counts once
+
+    @property
+    def now(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+                self._storages.add(tensor.untyped_storage())
         # autograd adds up two gradients in place, but not while such a mode is on
         adds_up = func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1
         self.peak = max(self.peak, self.now - (out.nbytes if adds_up else 0))
         return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()  # views share a storage, which counts once
-        if key in self._known:
-            return
-
-        def freed() -> None:
-            self._known.discard(key)
-            self.now -= size
-
-        self._known.add(key)
-        self.now += size
-        weakref.finalize(storage, freed)

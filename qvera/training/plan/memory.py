@@ -177,9 +177,9 @@ def slot_bytes(run: PlannedRun) -> int:
 def plan_memory(run: PlannedRun) -> Memory:
     """Return the memory of a process on its own, with the run's batch as its longest."""
     shape, batch, machine = run.shape, run.batch, run.machine
-    T, item, kinds = batch.all_tokens, run.itemsize, kinds_of_layers(run)
+    T, item = batch.all_tokens, run.itemsize
     # for each kind of layer: what it keeps, the most beside it, how many such layers there are
-    layers = [(*_layer(each), number) for each, number in kinds]
+    layers = [(kept_bytes(each), transient_bytes(each), number) for each, number in kinds_of_layers(run)]
     # what all layers share: pixels, cosines and sines, a dense mask, three integers a token, and the final norm's input
     mask = batch.tokens**2 * item if batch.joined and not batch.offsets else 0
     once = batch.pixels * item + 2 * batch.tokens * shape.head_dim * item + mask + 3 * T * 8 + norm_bytes(run)
@@ -219,16 +219,6 @@ def plan_memory(run: PlannedRun) -> Memory:
         held = Component("adapted weights kept between steps", "base", held_weight_bytes(run))
         moments = {name: parts if name == "answers" else (*parts, held) for name, parts in moments.items()}
     return Memory(standing, moments)
-
-
-def _layer(run: PlannedRun) -> tuple[int, int]:
-    """Return the bytes that a layer keeps for backward, and the most that exists beside them."""
-    kept, beside = kept_bytes(run), transient_bytes(run)
-    for each in run.shape.recurrences.values():
-        own, moving = each.bytes_of(run.batch)
-        of_mlp = 2 * run.batch.all_tokens * run.shape.ff * run.itemsize  # whose backward pass comes before
-        kept, beside = kept + own, max(beside, moving - of_mlp)
-    return kept, beside
 
 
 def _standing(run: PlannedRun) -> tuple[Component, ...]:
