@@ -5,7 +5,6 @@ rank of several), `decisions` (the longest batch, what the recipe leaves open, a
 (all of it with its seconds, and as text).
 """
 
-from qvera.data import planned_steps
 from qvera.training.plan.decisions import longest_rows
 from qvera.training.plan.memory import plan_memory, plan_ways, right_way
 from qvera.training.plan.plan import Plan, make_plan, time_step
@@ -24,6 +23,5 @@ from qvera.training.plan.run import (
 
 __all__ = [
     "ALONE", "Batch", "Machine", "NotPlannable", "Plan", "PlannedRun", "Sharing", "gpu_machine", "longest_rows",
-    "make_plan", "parse_size", "plan_memory", "plan_ways", "planned_steps", "right_way", "shape_of", "this_machine",
-    "time_step",
+    "make_plan", "parse_size", "plan_memory", "plan_ways", "right_way", "shape_of", "this_machine", "time_step",
 ]  # fmt: skip

@@ -341,19 +341,21 @@ class _Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = 0
-        self._storages = weakref.WeakSet[torch.UntypedStorage]()  # views share one, which counts once
-
-    @property
-    def now(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages)
+        self.now = self.peak = 0
+        self._storages = weakref.WeakSet[torch.UntypedStorage]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self._storages.add(tensor.untyped_storage())
+            # views share a storage, which counts once
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._storages:
+                self._storages.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
         # autograd adds up two gradients in place, but not while such a mode is on
         adds_up = func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1
         self.peak = max(self.peak, self.now - (out.nbytes if adds_up else 0))
         return out
+
+    def _free(self, size: int) -> None:
+        self.now -= size

@@ -336,12 +336,11 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
 
 def with_resident(run: PlannedRun) -> PlannedRun:
     """Return the run with 16-bit copies of its 4-bit linears (`model.resident`), where a GPU has room for them."""
-    machine = run.machine
-    may = machine.on_gpu and run.is_four_bit and run.sharing.stage < 3
-    may = may and machine.dtype.itemsize == 2 and run.recipe.model.compute_dtype != "float32"
-    other = run.changed({"model.resident": True}) if may else run
-    fits = other.memory.total_bytes <= machine.available_bytes * OFF_SHARE_ACCELERATOR
-    return other if fits else run
+    machine, is_16_bit = run.machine, run.itemsize == 2 and run.recipe.model.compute_dtype != "float32"
+    if not (machine.on_gpu and is_16_bit and run.sharing.stage < 3):
+        return run
+    other = run.changed({"model.resident": True})
+    return other if other.memory.total_bytes <= machine.available_bytes * OFF_SHARE_ACCELERATOR else run
 
 
 @dataclass(frozen=True)

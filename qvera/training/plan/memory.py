@@ -65,22 +65,18 @@ class Memory:
     moments: dict[str, tuple[Component, ...]]
 
     def at(self, moment: str) -> tuple[Component, ...]:
-        """Return all components held in a moment."""
         return (*self.standing, *self.moments[moment])
 
     @property
     def peak_moment(self) -> str:
-        """The moment with the most bytes."""
         return max(self.moments, key=lambda name: sum(c.bytes for c in self.moments[name]))
 
     @property
     def peak(self) -> tuple[Component, ...]:
-        """The components at the peak."""
         return self.at(self.peak_moment)
 
     @property
     def total_bytes(self) -> int:
-        """The bytes at the peak."""
         return sum(c.bytes for c in self.peak)
 
     @property
@@ -93,7 +89,6 @@ class Memory:
         return self.total_bytes - (0 if machine.on_gpu else self.mapped_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every component of every moment as JSON."""
         return {
             "total_bytes": self.total_bytes,
             "private_bytes": self.total_bytes - self.mapped_bytes,
@@ -206,9 +201,6 @@ def plan_memory(run: PlannedRun) -> Memory:
     if answers := _answers(run):
         moments["answers"] = answers
     standing = _standing(run)
-    if machine.kernel_bytes:  # one for each product and token count, and those of the head, whose chunks differ less
-        kernels = min(KERNEL_CACHE_SIZE, batch.token_counts * product_shapes(run) + 2 * LENGTHS_PER_OCTAVE)
-        standing += (Component("kernels of matrix products", "runtime", kernels * machine.kernel_bytes),)
     if not machine.on_gpu:
         largest = max(sum(c.bytes for c in parts) for parts in moments.values())
         heap = min(KEPT_HEAP_BYTES, largest)
@@ -240,6 +232,8 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         pairs = recipe.adapter.rank * sum(max(side) for side in zip(*sizes, strict=True))
     elif method.source is Source.OWN:
         pairs = sum(run.rank_at(x) * (x.n + x.m) for x in run.adapted)
+    # one for each product and token count, and those of the head, whose chunks differ less
+    kernels = min(KERNEL_CACHE_SIZE, run.batch.token_counts * product_shapes(run) + 2 * LENGTHS_PER_OCTAVE)
     vectors = sum(t.size_bytes for t in run.tensors())
     if run.slots:  # the bank's adapters (`AdapterBank`), the model's ordinary one, and a copy that each begins with
         name = f"{run.slots} adapters in training, AdamW's moments included"
@@ -272,6 +266,7 @@ def _standing(run: PlannedRun) -> tuple[Component, ...]:
         Component("projections A, B", "projections", pairs * item),
         Component("made from the weights", "projections", norms if method.change is Change.SCALED else 0),
         *held,
+        Component("kernels of matrix products", "runtime", kernels * machine.kernel_bytes),
     )
 
 
@@ -358,11 +353,10 @@ def spread_of(shape: Shape) -> Spread:
 def plan_rank(run: PlannedRun) -> Memory:
     """Return the memory of one rank (`PlannedRun.memory`): without ZeRO that of a process on its own."""
     sharing, machine = run.sharing, run.machine
+    # stage 3 brings the layers to the device itself
+    whole = plan_memory(run.changed({"model.stream": False}) if sharing.stage == 3 else run)
     if sharing.stage == 0:
-        return plan_memory(run)
-    if sharing.stage == 3:  # which brings the layers to the device itself
-        run = run.changed({"model.stream": False})
-    whole = plan_memory(run)
+        return whole
     # DeepSpeed keeps fp32 copies of what it steps, so two ranks save nothing by dividing the optimizer's state
     copies = 8 * sharing.share(sum(t.numel for t in run.tensors(trained_only=True)))
     copies += 4 * sharing.share(sum(t.numel for t in run.tensors())) if sharing.stage == 3 else 0
@@ -374,9 +368,7 @@ def plan_rank(run: PlannedRun) -> Memory:
         return replace(whole, standing=standing)
     # stage 3: a share of the base in place of the whole, and in each moment the weights that are gathered then
     spread = spread_of(run.shape)
-    shares = _shares(spread, sharing)
-    if sharing.offload is not None and machine.on_gpu:  # on a CPU the device is the RAM that it goes to
-        shares = []
+    shares = [] if host_bytes(run) else _shares(spread, sharing)
     # shares are private; statistics stay in the mapped file, and so does an embedding that is the head
     left = sum(c.bytes for c in standing if c.kind == "base") - spread.all
     if run.itemsize != 2 and not machine.mapped_base:  # 16-bit weights are cast; so are norms, a few hundred kB
@@ -441,7 +433,7 @@ def traffic(run: PlannedRun) -> Traffic:
 
 def host_bytes(run: PlannedRun) -> int:
     """Return the RAM that offloaded shares of the base take on each node, beside the memory that its ranks need."""
-    if run.sharing.offload is None or not run.machine.on_gpu:
+    if run.sharing.offload is None or not run.machine.on_gpu:  # a CPU's device is the RAM that they go to
         return 0
     return run.sharing.per_node * sum(c.bytes for c in _shares(spread_of(run.shape), run.sharing))
 

@@ -132,12 +132,10 @@ class Shape:
 
     @property
     def head_numbers(self) -> int:
-        """The number of parameters of a head that is trained whole."""
         return sum(math.prod(shape) for _, shape in self.head)
 
     @property
     def parameters(self) -> int:
-        """The number of parameters of the base model."""
         return self.dense_numbers + sum(x.numbers for x in (*self.linears, *self.experts) if x.experts or x.quantizable)
 
     def adapted(self, targets: str | list[str], with_experts: bool = False) -> list[Linear]:
@@ -408,7 +406,6 @@ class PlannedRun:
 
     @cached_property
     def memory(self) -> Memory:
-        """The memory of one rank."""
         from qvera.training.plan.memory import plan_rank  # that module imports this one
 
         return plan_rank(self)
@@ -503,7 +500,6 @@ class PlannedRun:
 
     @property
     def attention(self) -> str:
-        """The name of the attention implementation."""
         chosen = self.recipe.model.attn_implementation
         return self.shape.attention if chosen == "auto" else chosen
 
