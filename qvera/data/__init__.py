@@ -4,7 +4,7 @@
 """
 
 from qvera.data.chat_template import NAMED_TEMPLATES, ChatTemplate, resolve_template
-from qvera.data.conversations import Turn, read_prompts
+from qvera.data.conversations import Turn
 from qvera.data.dataset import (
     AdapterRows,
     Datasets,
@@ -18,6 +18,7 @@ from qvera.data.dataset import (
 from qvera.data.labelled import Labels
 from qvera.data.rows import IGNORED, Example, Rows, collate, collate_prefix_once, lengths_of
 from qvera.data.sampler import Batches, batches_of, microbatches, planned_steps, steps_per_epoch
+from qvera.data.source import read_prompts
 from qvera.data.tokenization import Encoder, decode
 
 __all__ = [

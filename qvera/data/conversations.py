@@ -1,4 +1,4 @@
-"""Raw rows → conversations, texts and labelled rows: `FORMATS` says how each format is read. Also reads prompts."""
+"""Raw rows → conversations, texts and labelled rows: `FORMATS` says how each format is read."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from qvera.config.sections import DataSection
 from qvera.data.images import PLACE, read_image, read_parts
-from qvera.data.readers import RawRow, read_file, read_lines, read_rows
+from qvera.data.readers import RawRow
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.formatting import describe, first_of, is_number
 
@@ -123,6 +122,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         columns = {**_usual_columns(row, format, columns), **columns}
     elif format == "prompt" and "prompt" not in row.fields and "messages" in row.fields:
         columns = {"prompt": "messages", **columns}
+    elif format in PREFERENCES and "prompt" not in row.fields and "conversations" in row.fields:  # LLaMA-Factory's
+        columns = {"prompt": "conversations", **columns}
     known = sorted({name for kind in FORMATS.values() for name in kind.fields})
     header = " in the header, line 1" if row.file is not None and row.file.suffix.lower() in (".csv", ".tsv") else ""
     found = f"Columns found{header}: {', '.join(map(str, row.fields)) or 'none'}."
@@ -239,7 +240,10 @@ class _Cells:
                 f"{self.row.source}: the column {column!r} is missing here, though the first row has it. "
                 f"Columns found: {', '.join(map(str, fields)) or 'none'}. Rows of another format go into another file."
             )
-        return fields[column]
+        found = fields[column]
+        # a turn by itself, as LLaMA-Factory has better and worse answers, is a list of one
+        is_turn = isinstance(found, dict) and ({"role", "content"} <= found.keys() or {"from", "value"} <= found.keys())
+        return [found] if is_turn else found
 
     def text(self, name: str, optional: bool = False) -> str:
         """Text of whole characters. ``optional``: "" if it is missing."""
@@ -553,47 +557,3 @@ def read_messages(messages: Sequence[Any], source: str) -> list[Turn]:
     """Turn messages, in the form that rows hold them, into turns. Raises InputError that names ``source``."""
     row = RawRow({"messages": list(messages)}, source)
     return _Cells(row, RowFormat("messages", {}, []), None, ()).turns("messages")
-
-
-_ANSWERS = {"prompt": "completion", "instruction": "output"}
-"""The field of a prompt → that of its answer."""
-
-
-def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:
-    """Read the prompts of a file. Answers at the end of a row are left out.
-
-    Args:
-        path: .txt (one prompt a line), or a data file like a training file; its answers may be missing.
-        section: gives the column names and the system prompt.
-        owner_columns: the first of these columns with a value becomes ``owner``, as text.
-
-    Raises:
-        InputError: no such file, no prompts in it, or a row that asks nothing; names file and line.
-    """
-    is_text = path.suffix.lower() == ".txt"
-    format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
-    if format in PREFERENCES:  # its prompts, whose answers play no part here
-        format, columns = "prompt-completion", {name: columns[name] for name in ("prompt", "system") if name in columns}
-    conversations = []
-    for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
-        fields = dict(row.fields)
-        named = {ours: theirs for ours, theirs in columns.items() if ours not in _ANSWERS.values() or theirs in fields}
-        for question, answer in _ANSWERS.items():
-            asked, answered = (named.get(name, name) for name in (question, answer))
-            if asked in fields and not fields.get(answered) and fields.keys() >= set(named.values()):
-                fields[answered] = "-"  # a row without its answer is read like a training row
-        filled = replace(row, fields=fields)
-        try:
-            parsed = parse_row(filled, detect_format(filled, format, named), section.system)
-        except (MissingColumn, UnknownFormat) as error:
-            raise InputError(f"{error} Rows to answer need no answers: a column called prompt is enough.") from None
-        if not isinstance(parsed, Conversation):
-            raise InputError(f"{row.source}: is plain text, which asks nothing. Expected prompts or messages.")
-        turns = list(parsed.turns)
-        while turns and turns[-1].role == "assistant":
-            turns.pop()
-        if not turns or turns[-1].role == "system":
-            raise InputError(f"{row.source}: has no user turn to answer.")
-        owner = next((row.fields[name] for name in owner_columns if row.fields.get(name) not in (None, "")), None)
-        conversations.append(replace(parsed, turns=turns, owner=None if owner is None else str(owner)))
-    return conversations

@@ -19,7 +19,7 @@ import tempfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TypeAlias
@@ -29,10 +29,20 @@ import pyarrow as pa
 
 from qvera.config.sections import DataSection
 from qvera.data.chat_template import ChatTemplate, resolve_template
-from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, RowFormat, detect_format
+from qvera.data.conversations import (
+    FORMATS,
+    LABELLED,
+    PREFERENCES,
+    Conversation,
+    MissingColumn,
+    RowFormat,
+    UnknownFormat,
+    detect_format,
+    parse_row,
+)
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
-from qvera.data.readers import RawRow, adapter_files, load_hub, local_files, read_file, read_rows
+from qvera.data.readers import RawRow, adapter_files, load_hub, local_files, read_file, read_lines, read_rows
 from qvera.data.rows import Rows, write_table
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import Encoder, RowCounts, RowTokenizer, TokenizedChunk
@@ -62,6 +72,11 @@ _PROGRAM = (
 )
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "USE_TORCH": "0"}
 """One core for each process, and transformers without torch, whose import takes ten times as long as all the rest."""
+
+
+def has_columns(path: Path, columns: Collection[str]) -> bool:
+    """Whether the first row of a file has these columns. Raises InputError as `read_rows`."""
+    return next(read_rows(str(path))).fields.keys() >= set(columns)
 
 
 def source_paths(section: DataSection) -> Iterator[tuple[str, str]]:
@@ -460,3 +475,47 @@ def work(job: str, number: int, out: IO[bytes]) -> None:
     for chunk in part.chunks(first + number, processes):
         pickle.dump(chunk, out)
         out.flush()
+
+
+_ANSWERS = {"prompt": "completion", "instruction": "output"}
+"""The field of a prompt → that of its answer."""
+
+
+def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] = ()) -> list[Conversation]:
+    """Read the prompts of a file. Answers at the end of a row are left out.
+
+    Args:
+        path: .txt (one prompt a line), or a data file like a training file; its answers may be missing.
+        section: gives the column names and the system prompt.
+        owner_columns: the first of these columns with a value becomes ``owner``, as text.
+
+    Raises:
+        InputError: no such file, no prompts in it, or a row that asks nothing; names file and line.
+    """
+    is_text = path.suffix.lower() == ".txt"
+    format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
+    if format in PREFERENCES:  # its prompts, whose answers play no part here
+        format, columns = "prompt-completion", {name: columns[name] for name in ("prompt", "system") if name in columns}
+    conversations = []
+    for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
+        fields = dict(row.fields)
+        named = {ours: theirs for ours, theirs in columns.items() if ours not in _ANSWERS.values() or theirs in fields}
+        for question, answer in _ANSWERS.items():
+            asked, answered = (named.get(name, name) for name in (question, answer))
+            if asked in fields and not fields.get(answered) and fields.keys() >= set(named.values()):
+                fields[answered] = "-"  # a row without its answer is read like a training row
+        filled = replace(row, fields=fields)
+        try:
+            parsed = parse_row(filled, detect_format(filled, format, named), section.system)
+        except (MissingColumn, UnknownFormat) as error:
+            raise InputError(f"{error} Rows to answer need no answers: a column called prompt is enough.") from None
+        if not isinstance(parsed, Conversation):
+            raise InputError(f"{row.source}: is plain text, which asks nothing. Expected prompts or messages.")
+        turns = list(parsed.turns)
+        while turns and turns[-1].role == "assistant":
+            turns.pop()
+        if not turns or turns[-1].role == "system":
+            raise InputError(f"{row.source}: has no user turn to answer.")
+        owner = next((row.fields[name] for name in owner_columns if row.fields.get(name) not in (None, "")), None)
+        conversations.append(replace(parsed, turns=turns, owner=None if owner is None else str(owner)))
+    return conversations

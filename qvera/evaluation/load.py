@@ -30,7 +30,7 @@ from qvera.evaluation.named_adapters import (
 )
 from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
-from qvera.models.hub import base_directory, local_directory, require_model_files
+from qvera.models.hub import base_directory, local_directory
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, stored_class
 from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_processor
@@ -266,16 +266,15 @@ def open_target(target: Artifact, *, adapter: bool = True) -> OpenRun:
         adapter_file.read_adapter(target.adapter)  # a broken adapter is found before a big model is loaded
     elif adapter:
         _require_loadable(target.adapter)
-    name = target.section.path
-    if target.recipe is None and os.path.isabs(name) and not Path(name).is_dir():  # there is no model.path to mend
+    path, trained_on = Path(resolve_path(target.section.path)), _config(target.adapter).get("base_model_name_or_path")
+    # a base that was a directory is not looked for on the hub
+    if not path.is_dir() and isinstance(trained_on, str) and os.path.isabs(trained_on) and _ends_as(trained_on, path):
+        file, key = target.adapter / ADAPTER_CONFIG, "base_model_name_or_path"
+        if target.recipe is not None:
+            file, key = (target.run or target.path) / RECIPE_FILE, "model.path"
         raise InputError(
-            f"{target.adapter / ADAPTER_CONFIG}: its base {name} is not there. If it has moved, write its new place "
-            "there, as base_model_name_or_path."
+            f"{file}: {key}: the base {trained_on} is not there. If it has moved, write its new place there, as {key}."
         )
-    try:
-        require_model_files(resolve_path(name))
-    except InputError as error:
-        raise error if target.run is None else InputError(f"{target.run / RECIPE_FILE}: {error}") from None
     base = loader.load_base(target.section, model_class=target.model_class)
     if (template := template_beside(target)) is not None:
         base.tokenizer.chat_template = template
@@ -420,6 +419,11 @@ def with_base_found(recipe: Recipe, adapter: Path) -> Recipe:
     known = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
     if path.is_dir() or not isinstance(known, str) or not os.path.isabs(known) or not Path(known).is_dir():
         return recipe
-    if Path(known).parts[-len(path.parts) :] != path.parts:  # an id of the hub, which somebody has put there since
+    if not _ends_as(known, path):
         return recipe
     return recipe.replace(model=recipe.model.replace(path=known))
+
+
+def _ends_as(trained_on: str, path: Path) -> bool:
+    """Whether a recipe's ``path`` can be the directory it was trained on; an id of the hub is none."""
+    return Path(trained_on).parts[-len(path.parts) :] == path.parts

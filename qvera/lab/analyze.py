@@ -143,6 +143,7 @@ ScoredText: TypeAlias = "tuple[str, Rows, int]"
 def _texts(target: Artifact, text: Path, limit: int | None) -> list[ScoredText]:
     from qvera.config.sections import DataSection
     from qvera.data import build_datasets
+    from qvera.data.source import has_columns
     from qvera.evaluation.load import template_beside, template_name, warn_of_other_rows
     from qvera.evaluation.named_adapters import held_out_rows
     from qvera.models.tokenizer import load_tokenizer
@@ -154,6 +155,8 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[ScoredText]:
     if recipe is not None:
         about |= {"template": template_name(recipe, target.run), "max_length": recipe.data.max_length}
     with _rows_file(text) as path:
+        if recipe is not None and recipe.data.columns and has_columns(path, recipe.data.columns.values()):
+            about["columns"] = recipe.data.columns
         datasets = build_datasets(DataSection(path=str(path), **about), tokenizer, console)
     found = [(str(text), datasets.train[:limit], datasets.pad_id)]
     if recipe is not None and recipe.data.has_held_out_rows:

@@ -222,7 +222,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     ),
     "adapter whose base has moved": (
         "chat lone",
-        "lone/adapter_config.json: its base /no/base is not there. If it has moved, write its new place there",
+        "lone/adapter_config.json: base_model_name_or_path: the base /no/base is not there. If it has moved, write",
         lambda: shutil.copytree("run/adapter", "lone"),
         change("lone/adapter_config.json", base_model_name_or_path="/no/base"),
     ),

@@ -17,9 +17,9 @@ from qvera.data.conversations import (
     Turn,
     detect_format,
     parse_row,
-    read_prompts,
 )
 from qvera.data.readers import RawRow
+from qvera.data.source import read_prompts
 from qvera.utils.errors import InputError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
@@ -207,3 +207,14 @@ def test_prompts_need_the_recipes_column_of_prompts_and_no_other(tmp_path: Path)
         said = rf"p.jsonl:1: no column 'dish' \(data.columns.prompt\)\. Columns found: {', '.join(row)}\. Rename"
         with pytest.raises(InputError, match=said):
             read_prompts(file, section)
+
+
+def test_pairs_of_llama_factory_are_read_as_they_are() -> None:
+    said = lambda text: {"from": "gpt", "value": text}  # noqa: E731
+    question = {"from": "human", "value": "Order 5 tea"}
+    row = {"conversations": [question], "chosen": said("5 x tea"), "rejected": said("You want tea, I think.")}
+    found = parse(row, format="preference")
+    assert isinstance(found, Conversation) and found.rejected is not None
+    assert [turn.content for turn in (*found.turns, found.rejected)] == [
+        "Order 5 tea", "5 x tea", "You want tea, I think.",
+    ]  # fmt: skip

@@ -205,17 +205,21 @@ def test_an_export_whose_base_or_run_has_gone_says_what_it_needs(run: Path, tiny
 
 
 def test_a_run_whose_base_or_rows_have_moved_names_the_key_and_the_file_to_mend(run: Path, capsys: Any) -> None:
-    recipe = run / "recipe.yaml"
-    text, old = recipe.read_text(), load_recipe(recipe)
-    for place, said in (
-        (old.model.path, f"{recipe}: model.path: '{old.model.path}.gone' is not a directory"),
-        (old.data.path, f"data of {recipe}: {old.data.path}.gone: no such file or directory"),
+    recipe, config = run / "recipe.yaml", run / "adapter" / "adapter_config.json"
+    base, rows = load_recipe(recipe).model.path, str(load_recipe(recipe).data.path)
+    for files, place, said in (
+        ((recipe, config), base, f"{recipe}: model.path: the base {base}.gone is not there. If it has moved"),
+        ((recipe,), rows, f"data of {recipe}: {rows}.gone: no such file or directory"),
     ):
-        recipe.write_text(text.replace(str(place), f"{place}.gone"))
+        texts = [file.read_text() for file in files]
+        for file, text in zip(files, texts, strict=True):
+            assert place in text
+            file.write_text(text.replace(place, f"{place}.gone"))
         capsys.readouterr()
         assert main(["eval", str(run)]) == 2
         assert said in capsys.readouterr().err
-    recipe.write_text(text)
+        for file, text in zip(files, texts, strict=True):
+            file.write_text(text)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -212,6 +214,22 @@ def test_the_command_shows_intruders_and_losses_and_writes_page_and_reduced_adap
     said = capsys.readouterr().out
     assert "in 14 linears (k = 4, ε = 0.5)" in said or "of 14 linears (k = 4, ε = 0.5)" in said
     assert "Forgetting: not measured; --text FILE" in said
+
+
+def test_text_is_read_by_the_columns_of_the_run_where_it_has_them(
+    trained_run: Path, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained_run, tmp_path / "run"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(tiny_rows.read_text().replace('"prompt"', '"frage"').replace('"completion"', '"antwort"'))
+    tree = yaml.safe_load((run / "recipe.yaml").read_text())
+    tree["data"] |= {"path": str(rows), "columns": {"prompt": "frage", "completion": "antwort"}}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    losses = []
+    for text in (rows, tiny_rows):
+        assert main(["analyze", str(run), "--text", str(text), "--rows", "4", "--json"]) == 0
+        losses.append([each["adapter"] for each in json.loads(capsys.readouterr().out)["losses"]])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
 def test_wrong_options_of_the_command_are_refused_before_any_work(

@@ -19,8 +19,7 @@ import qvera
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.save_load import attach
 from qvera.config.sections import AdapterSection, DataSection, ModelSection
-from qvera.data import build_datasets
-from qvera.data.conversations import read_prompts
+from qvera.data import build_datasets, read_prompts
 from qvera.data.images import images_of
 from qvera.evaluation.load import open_run
 from qvera.models import forward

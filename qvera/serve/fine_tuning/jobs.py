@@ -17,7 +17,7 @@ from qvera.config.sections import DataSection, TrainingSection
 from qvera.data import build_datasets, data_warnings
 from qvera.data.conversations import UnaskedPreferences
 from qvera.data.images import text_only
-from qvera.data.readers import read_rows
+from qvera.data.source import has_columns
 from qvera.serve.fine_tuning.database import (
     BEFORE,
     OPEN,
@@ -242,7 +242,7 @@ class Jobs:
                 raise InputError(f"{place}: a .json file is read as a whole, so it may have {size}.")
         recipe = self._recipes.of(job, *(place.name for place in places))  # by the recipe that is served now
         columns = self._recipes.columns
-        if columns and all(next(read_rows(str(place))).fields.keys() >= set(columns.values()) for place in places):
+        if columns and all(has_columns(place, columns.values()) for place in places):
             recipe = recipe.replace(data=recipe.data.replace(columns=columns))
         has_begun = self.directory.state(job.id).exists()
         if has_begun and (changed := changed_keys(job.recipe, recipe)):
