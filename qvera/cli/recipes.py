@@ -29,6 +29,8 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import cache_root, replace_text, resolve_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from qvera.config.schema import Recipe
     from qvera.data import Datasets, DataStats
     from qvera.data.source import Processor
@@ -115,6 +117,8 @@ def init(
     if system is None:
         recipe, datasets = _with_labels_named(recipe, datasets, processor)
     stats = datasets.stats
+    if stats.labels is not None:
+        _say_alike(stats.labels.names)
     hidden_size = getattr(empty.config.get_text_config(), "hidden_size", None)
     context = context_limit(empty)
     text = recipe_text(recipe, stats, hidden_size, context)
@@ -199,14 +203,12 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     """With a system prompt that names the answers, where all rows have one of a few short ones."""
     from qvera.data import build_datasets
     from qvera.data.labelled import rows_by_label
-    from qvera.utils.adapter_names import similar_names
 
     found = rows_by_label(datasets.train) if datasets.stats.format == "prompt-completion" else {}
     are_few = 2 <= len(found) <= min(MOST_LABELS, len(datasets.train) // FEW_ROWS_OF_A_LABEL)
     if not are_few or not all(name and len(name) <= LONGEST_LABEL for name in found):
         return recipe, datasets
-    if similar := similar_names(sorted(found)):
-        print(f"answers alike     {' and '.join(map(repr, similar[0]))} differ only by case or spaces; is that meant?")
+    _say_alike(found)
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."
     named = recipe.replace(data=recipe.data.replace(system=prompt))
     try:
@@ -216,6 +218,13 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     if list(shown.train[0].input_ids) == list(datasets.train[0].input_ids):  # the rows have their own
         return recipe, datasets
     return named, shown
+
+
+def _say_alike(labels: Iterable[str]) -> None:
+    from qvera.utils.adapter_names import similar_names
+
+    if similar := similar_names(sorted(labels)):
+        print(f"labels alike      {' and '.join(map(repr, similar[0]))} differ only by case or spaces; is that meant?")
 
 
 def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, context: int) -> str:

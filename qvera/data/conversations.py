@@ -152,6 +152,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             raise UnknownFormat(
                 f"{row.source}: the columns match no known format. {found} Known: {shapes}. "
                 "Rename yours, or name them in a recipe: data.columns: {prompt: question, completion: answer}."
+                + (" If line 1 is a row already, write a line of names above it." if header else "")
             )
         format = matches[0]
     if missing := [name for name in FORMATS[format].required if name not in present]:

@@ -536,6 +536,11 @@ def data_warnings(stats: DataStats) -> list[str]:
     if stats.labels is not None and (similar := similar_names(stats.labels.names)):
         shown = "; ".join(" and ".join(map(repr, group)) for group in similar[:3])
         lines.append(f"Labels that differ only by case or spaces are classes of their own: {shown}. Is that meant?")
+    names = stats.labels.names if stats.labels is not None else ()
+    if any("," in name for name in names) and all(re.fullmatch(r"-?\d+(,\d+)?", name) for name in names):
+        lines.append(
+            f"Labels such as {names[0]} are classes. For numbers write 2.5, not 2,5, and data.regression: true."
+        )
     if 2 * stats.unanswered_rows > stats.train_rows + stats.eval_rows:
         lines.append(
             f"Conversations that end with a user's or system turn: {stats.unanswered_rows:,}. Only what the assistant "

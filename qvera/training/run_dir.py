@@ -30,6 +30,7 @@ from qvera.utils.files import (
     flush,
     plain_json,
     replace_text,
+    runs_in,
     try_read_json,
 )
 from qvera.utils.formatting import first_of, size
@@ -120,7 +121,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         raise InputError(
             f"{run_dir}: already holds a run. {add} --resume to go on with it, or choose another training.output_dir."
         )
-    if not existing.exists() and (runs := sorted(file.parent.name for file in run_dir.glob("*/run.json"))):
+    if runs := [run.name for run in runs_in(run_dir)]:
         raise InputError(
             f"{run_dir}: holds the runs {first_of(runs)}, and this run's files would lie among them. Choose one "
             f"of its own, such as {run_dir / 'NAME'}."

@@ -46,7 +46,9 @@ def no_directory(path: Path) -> str:
 
 
 def refuse_runs(directory: Path) -> None:
-    """Raise InputError for a directory of runs that is no run and no model itself, and for a checkpoint of a run."""
+    """Raise InputError for a directory of runs that is no run and no model, a checkpoint, and a run's beginning."""
+    if (directory / RUN_OWNER).is_file() and not (directory / RECIPE_FILE).is_file():
+        raise InputError(f"{directory}: a training has just begun here, and has written no file yet. Wait for it.")
     run = directory.parent.parent
     if directory.parent.name == "checkpoints" and (run / RECIPE_FILE).is_file():
         raise InputError(f"{directory}: is a checkpoint from which `qvera train --resume` goes on. Name the run {run}.")

@@ -123,8 +123,12 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "output among runs": (
         f"{TRAIN} --set training.output_dir=all",
         "all: holds the runs a, and this run's files would lie among them. Choose one of its own, such as all/NAME.",
-        lambda: Path("all/a").mkdir(parents=True),
-        write("all/a/run.json", "{}"),
+        lambda: shutil.copytree("run", "all/a"),
+    ),
+    "a run that has just begun": (
+        "eval out",
+        "out: a training has just begun here",
+        write("out/.qvera_run.owner", "{}"),
     ),
     "a base for a recipe": ("plan model", "expected a file of YAML. `qvera init my.yaml --model model` writes one."),
     "an adapter of one": ("generate run --prompt x --adapter run/adapter", "and run is neither. Leave it out."),

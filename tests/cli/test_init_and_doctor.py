@@ -307,3 +307,9 @@ def test_a_card_that_torch_cannot_use_is_named_by_doctor_by_the_plan_and_by_a_ru
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     assert main(["doctor"]) == 0
     assert "CUDA_VISIBLE_DEVICES begins with 7, and there is no" in " ".join(capsys.readouterr().out.split())
+
+
+def test_labels_that_are_nearly_the_same_are_shown(init: Init) -> None:
+    rows = "text,label\n" + "".join(f"mail {i},{label}\n" for i in range(12) for label in ("Refund", "refund"))
+    said = init(rows, "--task", "sequence-classification")
+    assert "labels alike      'Refund' and 'refund' differ only by case or spaces" in said

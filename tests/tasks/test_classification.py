@@ -338,6 +338,11 @@ def test_labels_that_differ_only_by_case_or_spaces_are_told(classify: Any, tmp_p
     section = classify(data={"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.0}).data
     found = "\n".join(data_warnings(build_datasets(section, word_tokenizer()).stats))
     assert "classes of their own: 'Yes' and 'yes'; 'no' and 'no '. Is that meant?" in found
+    for row, label in zip(rows, ["1,5", "2", "2,5", "-3", "1,5"], strict=True):
+        row["label"] = label
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = "\n".join(data_warnings(build_datasets(section, word_tokenizer()).stats))
+    assert "For numbers write 2.5, not 2,5, and data.regression: true." in found
 
 
 def test_a_label_that_only_some_rows_have_is_named_before_training(classify: Any, tmp_path: Path) -> None:
