@@ -49,6 +49,7 @@ FEW_ROWS, FEW_ROWS_OF_A_LABEL = 100, 10  # below these the command says that mor
 SMALL_HIDDEN_SIZE, SMALL_RANK = 384, 64
 """Up to this hidden size a new recipe has this rank: the default of 256 learns no better there, and takes 1.6 times as
 long (docs/methods/table.md)."""
+ANSWER_MARGIN_TOKENS = 8
 SHORT_ANSWER_TOKENS = 32  # on average: answers that can be compared with their references word by word
 MOST_LABELS, LONGEST_LABEL = 20, 40
 """So few and short answers (in characters), each in `FEW_ROWS_OF_A_LABEL` rows on average, are labels: a system prompt
@@ -277,6 +278,11 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, conte
         keys.append(f"head_learning_rate: {HEAD_RATE:g}")
     elif held_out_rows and is_short and data.format != "preference" and stats.adapters is None:
         keys.append(f"exact_match_rows: {min(50, held_out_rows)}         # held-out answers compared")
+        # twice the longest: an answer that goes on behind the right one is not cut into it
+        answer_tokens = min(training.sample_max_new_tokens, 2 * stats.most_trained_tokens + ANSWER_MARGIN_TOKENS)
+        keys.append(
+            f"sample_max_new_tokens: {answer_tokens}         # the longest answer has {stats.most_trained_tokens}"
+        )
     if save_steps < training.save_steps:
         keys.append(f"save_steps: {save_steps}              # a killed run loses the steps since its last checkpoint")
     else:

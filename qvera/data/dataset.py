@@ -171,6 +171,7 @@ class DataStats(RowCounts):
     eval_rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    most_trained_tokens: int = 0  # of a row
     longest_tokens: int = 0
     repeated_rows: int = 0  # eval rows with the same tokens as a training row
     pads_with_eos: bool = False  # the tokenizer has no pad token
@@ -367,6 +368,7 @@ def build_datasets(
     stats.train_rows, stats.eval_rows = len(train), len(held_out)
     stats.tokens = int(train.all_tokens.sum(dtype=np.int64))
     stats.trained_tokens = int(train.trained_tokens.sum(dtype=np.int64))
+    stats.most_trained_tokens = int(train.trained_tokens.max())
     stats.longest_tokens = int(train.lengths.max())
     stats.verdicts = set(train.table["desirable"].unique().to_pylist()) - {None}
     if section.has_adapters:

@@ -120,6 +120,7 @@ def test_the_new_recipe_learns_enough_from_few_rows_and_says_that_they_are_few(i
         assert (training.num_train_epochs, training.global_batch_size) == (epochs, step_rows)
         assert (f"a model learns little from {count}" in said) == (count == 60)
         assert training.exact_match_rows == min(50, count // 10)
+        assert 8 < training.sample_max_new_tokens < 20  # the base goes on for long, and nothing of that counts
     assert training.learning_rate == 0.05  # that of the smallest base measured: the tiny model is smaller still
     assert "for a hidden size of" in out.read_text()
     init(rows(300).replace("red", "red " * 60), file="rows.jsonl")
