@@ -120,8 +120,8 @@ BAD_ROWS = [
     (json.dumps(dict.fromkeys(map(str, range(9000)), 1)).encode(), ":1: the columns match no known format"),
     (
         b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
-        ":1: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train on such pairs. A job sets "
-        "no such key: the server's recipe does.",
+        ":1: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train on such pairs. No job "
+        "trains on pairs: `qvera train` does.",
     ),
 ]
 

@@ -232,7 +232,7 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
         (["missing.yaml"], "no such recipe file"),
         (["RECIPE", "--gpu", "huge"], "takes the size of its memory such as 24GB"),
         (["RECIPE", "--set", "adapter.targets=[nothing]"], "no linear of this model's layers is named nothing"),
-        (["RECIPE", "--set", "model.path=/nowhere"], "'/nowhere' is no directory here"),
+        (["RECIPE", "--set", "model.path=/nowhere"], "'/nowhere' is not a directory"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, write_recipe: Any, capsys: Any) -> None:
