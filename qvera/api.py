@@ -81,7 +81,7 @@ def _checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
 
 _ARGUMENTS = {"data": "rows", "lr-from": "start", "lr-steps": "steps", "resume": "resume=True"}
 """An option of a command that messages name → the argument here, where it is called otherwise."""
-_OPTIONS = "adapter|base|data|dtype|find-lr|lr-from|lr-steps|quantize|rank|recipe|resume|to|with-base"
+_OPTIONS = "adapter|base|data|dtype|find-lr|lr-from|lr-steps|max-new-tokens|quantize|rank|recipe|resume|to|with-base"
 _VALUES = "NAME|FILE|merged|lora|peft|gguf-lora|gguf|q8_0|b?float[0-9]+|original|dequantized"
 _OPTION = re.compile(rf"`[^`]*`|--({_OPTIONS})\b(?: ({_VALUES})\b)?")
 
@@ -317,6 +317,13 @@ class Model:
                 images=[writer.images(row.turns) for row in rows],
             )
 
+    def _require_one(self) -> None:
+        if self.names:
+            raise InputError(
+                f"{self.target.path}: {len(self.names)} adapters are loaded, and this takes one. Load it alone: "
+                f"qvera.load({str(self.target.path)!r}, {self.names[0]!r})."
+            )
+
     @_checked
     def evaluate(
         self,
@@ -346,8 +353,7 @@ class Model:
         Raises:
             InputError: there are no rows, several adapters are loaded, or a package for a metric is missing.
         """
-        if self.names:
-            require_named(self.target.path, None)
+        self._require_one()
         with contextlib.ExitStack() as until_scored:
             if rows is not None and not isinstance(rows, str | Path):
                 rows = until_scored.enter_context(_file_of(rows))
@@ -397,8 +403,7 @@ class Model:
             InputError: the arguments contradict each other, or there is no adapter.
             RunFailed: a weight is out of the dtype's range, or the disk is full.
         """
-        if self.names:
-            require_named(self.target.path, None)
+        self._require_one()
         return exports.export(
             self.target,
             Path(out).expanduser(),

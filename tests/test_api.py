@@ -212,13 +212,13 @@ def test_each_prompt_may_have_an_adapter_of_its_own(small: dict[str, Any], tmp_p
     assert answers[1:3] == qvera.generate(run, prompts[:2], adapter=["ben", None], max_new_tokens=6)
     assert answers[2:3] == qvera.load(run, base=True).generate(prompts[0], max_new_tokens=6)
     for adapter, said in (
-        (None, "has 3 adapters; name one"),
+        (None, "3 adapters are loaded, and this takes one"),
         ("ana", "'ana' is not loaded; did you mean 'anna'"),
         (["anna"], "names 1 adapters for 4 prompts"),
     ):
         with pytest.raises(qvera.InputError, match=said):
             model.generate(prompts, adapter=adapter)
-    with pytest.raises(qvera.InputError, match="has 3 adapters; name one"):
+    with pytest.raises(qvera.InputError, match="3 adapters are loaded, and this takes one"):
         model.evaluate("rows.jsonl")
     with pytest.raises(qvera.InputError, match="name it in `load`"):
         qvera.load(run, "ben").generate(prompts, adapter="anna")

@@ -219,6 +219,7 @@ class RowCounts:
     split_rows: int = 0
     split_parts: int = 0
     special_token_rows: int = 0
+    own_system_rows: int = 0  # rows with a system prompt of their own, though data.system is set
     unanswered_rows: int = 0  # conversations that end with a user's or system turn, which is not trained
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -285,6 +286,7 @@ class RowTokenizer:
                 rendered.append((row.text, []))
             else:
                 texts = [turn.content + (turn.context or "") for turn in row.turns]
+                self._counts.own_system_rows += self.section.system not in (None, "", row.turns[0].content)
                 self._counts.unanswered_rows += (
                     row.turns[-1].role in ("user", "system") and self.section.train_on != "all"
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -157,6 +157,19 @@ def answer_rows(
         }
         for e, answer in zip(rows, answers, strict=True)
     ]
+
+
+def longer_references(rows: Iterable[Example], max_new_tokens: int, key: str) -> str | None:
+    """Say how many references are longer than an answer may be, so that none can match; None: there are none."""
+    # behind the prompt stand the reference and the token that ends its turn
+    lengths = [int(row.trained[len(row.prompt_ids) :].sum()) - 1 for row in rows if row.reference is not None]
+    if max(lengths, default=0) <= max_new_tokens:
+        return None
+    longer = sum(length > max_new_tokens for length in lengths)
+    return (
+        f"{longer:,} of {len(lengths):,} references are longer than the {max_new_tokens} tokens of an answer, so they "
+        f"can't match. Raise {key} to {max(lengths) + 1}."
+    )
 
 
 class EvalPrompt(NamedTuple):

@@ -17,7 +17,7 @@ from qvera.data import Datasets, Rows, build_datasets, lengths_of
 from qvera.data.conversations import LABELLED
 from qvera.data.images import thumbnail_uris
 from qvera.data.source import hub_datasets, raw_rows, survey
-from qvera.evaluation.held_out import prompts_of, score_model, scoring
+from qvera.evaluation.held_out import longer_references, prompts_of, score_model, scoring
 from qvera.evaluation.load import (
     Artifact,
     OpenRun,
@@ -117,6 +117,9 @@ def evaluate(
     require_positions(model.model, lengths_of(examples))
     others = None if judge is None else judge.others(prompts)
     answer_tokens = max_new_tokens or task.training.sample_max_new_tokens
+    asked = (prompt.example for prompt in prompts if prompt.references)
+    if (note := longer_references(asked, answer_tokens, "--max-new-tokens")) is not None:
+        _say(console, note)
     task.prepare(model.model, model.base.tokenizer, datasets)
 
     def score(

@@ -112,7 +112,10 @@ class Callbacks(TrainingHook):
         """Hand a record to the functions."""
         for function in self.functions:
             name = getattr(function, "__name__", type(function).__name__)
-            if self._guarded(name, function, dict(record)) is False:
+            said = self._guarded(name, function, dict(record))
+            # a comparison of numpy's numbers or of tensors gives a boolean of their own
+            is_boolean = isinstance(said, bool) or str(getattr(said, "dtype", "")) in ("bool", "torch.bool")
+            if is_boolean and not said:
                 self.stopped_by = self.stopped_by or name
 
     def evaluated(self, scores: dict[str, Any]) -> None:

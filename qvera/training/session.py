@@ -23,6 +23,7 @@ from qvera.data import Datasets, Example, build_datasets, data_sha256, data_warn
 from qvera.distributed.group import Group
 from qvera.distributed.processes import Processes
 from qvera.distributed.zero import BaseSharder, ZeroConfig, require_deepspeed, zero_config_of
+from qvera.evaluation.held_out import longer_references
 from qvera.models import quantization
 from qvera.models.attention import choose_implementation, require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
@@ -137,6 +138,10 @@ class TrainingSession:
 
         self.datasets = self.group.agree(read)
         self.task.prepare_rows(self.datasets)
+        compared = self.datasets.eval[: recipe.training.exact_match_rows]
+        limit, key = recipe.training.sample_max_new_tokens, "training.sample_max_new_tokens"
+        if not preview and compared and (note := longer_references(compared, limit, key)) is not None:
+            self.warn(note)
         check_same_data(self.datasets, recipe.data.path, self.group)
 
     def check_model(self) -> None:

@@ -339,6 +339,17 @@ def test_auto_is_what_the_first_source_was_trained_with(
     assert template_name(recipe, tmp_path) == "plain"
 
 
+def test_a_system_prompt_that_rows_do_not_take_and_labels_that_none_has_are_told(read: Read) -> None:
+    own = {"messages": [{"role": "system", "content": "You are a guide."}, *messages_of("x", "y")]}
+    plain = {"messages": messages_of("x", "y")}
+    for rows, count in (([own, own], 2), ([own, plain], 1), ([plain, plain], 0)):
+        said = " ".join(data_warnings(read(rows, system="You are a pirate.", eval_fraction=0.0).stats))
+        assert (f"data.system is not in {count} of 2 rows" in said) == (count > 0)
+    numbered = [{"prompt": "x", "completion": 1}, {"prompt": "y", "completion": 2}]  # who counts from 1
+    said = " ".join(data_warnings(read(numbered, label_names=["urgent", "soon", "routine"], eval_fraction=0.0).stats))
+    assert "No row has urgent of data.label_names. Its first name is that of 0." in said
+
+
 def test_judged_rows_of_one_kind_are_told(read: Read) -> None:
     good, bad = ({"prompt": "x", "completion": "a", "label": label} for label in (True, False))
     one_kind = data_warnings(read([good, good], format="unpaired-preference").stats)

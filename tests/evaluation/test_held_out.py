@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from html import unescape
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters.save_load import load_adapter, save_adapter
@@ -119,6 +121,23 @@ def test_rows_of_a_file_that_the_run_was_trained_on_are_told(
     (tmp_path / "new.jsonl").write_text('{"prompt": "say nothing", "completion": "nothing"}\n')
     evaluate(run, "--no-generation", "--data", tmp_path / "new.jsonl")
     assert "the run was trained on" not in capsys.readouterr().err
+
+
+def test_references_that_no_answer_is_long_enough_for_are_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "8 of 8 references are longer than the 1 tokens of an answer, so they can't match. Raise --max-new-tokens to"
+    evaluate(run, "--max-new-tokens", "1")
+    said = capsys.readouterr().err
+    assert told in said
+    enough = re.search(r"Raise --max-new-tokens to (\d+)", said)
+    assert enough is not None
+    evaluate(run, "--max-new-tokens", enough[1])
+    assert "can't match" not in capsys.readouterr().err
+    recipe = load_recipe(run / "recipe.yaml").replace(training={"sample_max_new_tokens": 1, "exact_match_rows": 2})
+    console = Console(record=True, width=1000)
+    train(recipe, tmp_path / "short", console=console)
+    assert "2 of 2 references are longer" in console.export_text()
 
 
 @pytest.mark.parametrize("weights", ["original", "dequantized"])

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import transformers
 from transformers import (
     EarlyStoppingCallback,
@@ -226,6 +228,15 @@ def test_stop_iteration_of_a_callback_stops_a_run_to_be_resumed(make_recipe: Any
 
     with pytest.raises(Interrupted, match="Stopped by Stop after step 1 of 2"):
         train(make_recipe(training={"max_steps": 2, "sample_count": 0}), tmp_path, callbacks=[Stop()])
+
+
+@pytest.mark.parametrize("kind", [np.bool_, torch.tensor])
+def test_a_function_may_return_a_boolean_of_numpy_or_torch(make_recipe: Any, tmp_path: Path, kind: Any) -> None:
+    def enough(record: dict[str, Any]) -> Any:
+        return kind(record["step"] < 2)
+
+    with pytest.raises(Interrupted, match="Stopped by enough after step 2 of 3"):
+        train(make_recipe(training={"max_steps": 3, "sample_count": 0}), tmp_path, callbacks=[enough])
 
 
 def test_ctrl_c_in_a_callback_costs_no_step(make_recipe: Any, tmp_path: Path) -> None:

@@ -78,13 +78,18 @@ def test_jobs_train_loras_where_the_served_recipe_does(make_recipe: Any, tmp_pat
     jobs, runs = Jobs(server_recipe(make_recipe, adapter=adapter, training={"learning_rate": 1e-3})), []
     for seed, name in enumerate(("anna", "ben")):
         rows = write_job_rows(tmp_path / f"{name}.jsonl", 10, seed)
-        recipe = job_recipe(make_recipe, rows, learning_rate=2e-3 + seed * 1e-3, max_steps=6)
+        data = {"system": "Say it twice."}  # a chat template of its own stands beside the adapter
+        recipe = job_recipe(make_recipe, rows, data, learning_rate=2e-3 + seed * 1e-3, max_steps=6)
         recipe = recipe.replace(adapter=jobs.trainer.recipe.adapter)
         train(recipe, tmp_path / name)
         runs.append(jobs.begin(name, recipe))
     jobs.do_parts(lambda: False)
     for run in runs:
         jobs.trainer.save_adapter(run, tmp_path / "out")
+        templates = [
+            (place / "chat_template.jinja").read_text() for place in (tmp_path / "out", tmp_path / run.name / "adapter")
+        ]
+        assert templates[0] == templates[1]
         found, alone = (
             load_file(path / ADAPTER_WEIGHTS) for path in (tmp_path / "out", tmp_path / run.name / "adapter")
         )
