@@ -212,7 +212,7 @@ def test_each_prompt_may_have_an_adapter_of_its_own(small: dict[str, Any], tmp_p
     assert answers[1:3] == qvera.generate(run, prompts[:2], adapter=["ben", None], max_new_tokens=6)
     assert answers[2:3] == qvera.load(run, base=True).generate(prompts[0], max_new_tokens=6)
     for adapter, said in (
-        (None, "3 adapters are loaded, and this takes one"),
+        (None, "has 3 adapters; name one"),
         ("ana", "'ana' is not loaded; did you mean 'anna'"),
         (["anna"], "names 1 adapters for 4 prompts"),
     ):
