@@ -72,6 +72,13 @@ class Run(ABC):
         warmup, steps = self.recipe.training.warmup_steps, self.planned_steps(self.recipe)
         if warmup >= steps > 0 and not self.recipe.data.has_adapters:  # which have steps of their own
             self.warn(f"training.warmup_steps: with {warmup:,} of {steps:,} steps, learning_rate is never reached.")
+        training = self.recipe.training
+        chooses = training.load_best_model_at_end or training.early_stopping_patience
+        if chooses and training.eval_steps > steps > 0 and not self.recipe.data.has_adapters:
+            self.warn(
+                f"training.eval_steps: with {training.eval_steps:,} of {steps:,} steps nothing is evaluated between, "
+                "so no best step is chosen, and the run does not stop early."
+            )
         if self.resume:
             self.group.on_first(self.check_length)
 

@@ -105,6 +105,15 @@ def test_a_run_goes_on_where_its_base_and_rows_have_moved(
     assert result is not None and result.run["result"]["steps"] == 2
 
 
+def test_a_best_step_that_no_evaluation_can_choose_is_told(make_recipe: Any, tmp_path: Path) -> None:
+    for eval_steps in (1, 3):
+        training = {"max_steps": 2, "eval_steps": eval_steps, "load_best_model_at_end": True}
+        console = Console(record=True, width=1000)
+        train(make_recipe(training=training), tmp_path / str(eval_steps), console=console)
+        told = "training.eval_steps: with 3 of 2 steps nothing is evaluated between, so no best step is chosen"
+        assert (told in console.export_text()) == (eval_steps == 3)
+
+
 def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(training={"max_steps": 20, "save_steps": 10, "eval_steps": 10, "exact_match_rows": 4})
     console, run_dir = Console(record=True, width=1000), tmp_path / "run"
