@@ -119,7 +119,7 @@ def init(
         recipe, datasets = _with_labels_named(recipe, datasets, processor)
     stats = datasets.stats
     if stats.labels is not None:
-        _say_alike(stats.labels.names)
+        _print_similar_labels(stats.labels.names)
     hidden_size = getattr(empty.config.get_text_config(), "hidden_size", None)
     context = context_limit(empty)
     text = recipe_text(recipe, stats, hidden_size, context)
@@ -209,7 +209,7 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     are_few = 2 <= len(found) <= min(MOST_LABELS, len(datasets.train) // FEW_ROWS_OF_A_LABEL)
     if not are_few or not all(name and len(name) <= LONGEST_LABEL for name in found):
         return recipe, datasets
-    _say_alike(found)
+    _print_similar_labels(found)
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."
     named = recipe.replace(data=recipe.data.replace(system=prompt))
     try:
@@ -221,7 +221,7 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     return named, shown
 
 
-def _say_alike(labels: Iterable[str]) -> None:
+def _print_similar_labels(labels: Iterable[str]) -> None:
     from qvera.utils.adapter_names import similar_names
 
     if similar := similar_names(sorted(labels)):

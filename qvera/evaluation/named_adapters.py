@@ -116,17 +116,25 @@ def refuse_name(path: Path, name: str | None) -> None:
         )
 
 
+def rows_of(datasets: Datasets, name: str | None) -> tuple[Rows, Rows]:
+    """The training and the held-out rows of one adapter, or all where ``name`` is None or the data names no adapters.
+
+    An adapter that the data does not name has none, such as one that a server's job has trained on rows of its own.
+    """
+    if name is None or not datasets.adapters:
+        return datasets.train, datasets.eval
+    own = next((adapter for adapter in datasets.adapters if adapter.name == name), None)
+    if own is None:
+        return datasets.train[:0], datasets.eval[:0]
+    return datasets.train.take(own.train), datasets.eval.take(own.eval)
+
+
 def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
     """The rows on which an export is compared with its run, and whether they are ``held-out`` or ``training``.
 
     They are those of one adapter, or all where ``name`` is None or the data names no adapters.
     """
-    held_out, training = datasets.eval, datasets.train
-    if name is not None and datasets.adapters:
-        own = next((adapter for adapter in datasets.adapters if adapter.name == name), None)
-        if own is None:  # such as one that a server's job has trained on rows of its own
-            return training[:0], "training"
-        held_out, training = held_out.take(own.eval), training.take(own.train)
+    training, held_out = rows_of(datasets, name)
     return (held_out, "held-out") if held_out else (training, "training")
 
 

@@ -29,7 +29,7 @@ from qvera.evaluation.load import (
     warn_of_other_rows,
 )
 from qvera.evaluation.metrics import require_scorers, text_metrics
-from qvera.evaluation.named_adapters import require_held_out_rows
+from qvera.evaluation.named_adapters import require_held_out_rows, rows_of
 from qvera.evaluation.report.pages import MAX_ROWS
 from qvera.evaluation.report.read import inputs_sha256
 from qvera.models.structure import require_positions
@@ -205,7 +205,7 @@ def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, model
         return require_held_out_rows(datasets, target.name)
     found = datasets.train
     if datasets.adapters:
-        found, name = _own_rows(datasets, target.name), shown_name(str(target.name))
+        (found, _), name = rows_of(datasets, target.name), shown_name(str(target.name))
         if not found:
             raise InputError(f"{rows}: none of its rows names adapter {name}.")
         if len(found) < len(datasets.train):
@@ -216,16 +216,11 @@ def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, model
             if not hub_datasets(target.recipe.data):
                 labels = model.labels if target.model_class.has_own_head else None
                 data = build_datasets(target.recipe.data, model.base.tokenizer, console, labels=labels)
-                trained = _own_rows(data, target.name) if data.adapters else data.train
+                trained, _ = rows_of(data, target.name or "")  # an adapter without a name is none of the data's
                 if count := int(np.isin(found.ids_hash, trained.ids_hash, kind="sort").sum()):
                     text = f"the run was trained on {count:,} of these {len(found):,} rows. Scores will flatter."
                     _say(console, f"{rows}: {text}")
     return found
-
-
-def _own_rows(datasets: Datasets, name: str | None) -> Rows:
-    own = next((adapter.train for adapter in datasets.adapters if adapter.name == name), ())
-    return datasets.train.take(np.asarray(own, dtype=np.int64))
 
 
 def _say(console: Console, text: str) -> None:
@@ -313,7 +308,7 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
             config_name=None,  # of the recipe's own source, like its revision
             revision=None,
             template=template_name(recipe, target.run),
-            adapter_column=None if target.name is None else recipe.data.adapter_column,
+            adapter_column=None,
             adapter_files=False,
             mixture=[],
             **plugins.added_keys(recipe.data),
@@ -326,10 +321,9 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
         )
     if section.format in LABELLED and _lacks_labels(section):
         section = section.replace(columns={**section.columns, "label": ""})
-    if (column := section.adapter_column) is not None:
-        section = section.replace(adapter_column=None)
-        if column in next(raw_rows(section)).fields:
-            section = section.replace(adapter_column=column, limit=None)  # rows of other adapters don't count
+    column = None if recipe is None or target.name is None else recipe.data.adapter_column
+    if column is not None and column in next(raw_rows(section)).fields:
+        section = section.replace(adapter_column=column, limit=None)  # rows of other adapters don't count
     survey(section)
     return section
 

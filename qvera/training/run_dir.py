@@ -96,7 +96,8 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
             another adapter than its run wrote (with it).
     """
     existing = run_dir / "recipe.yaml"
-    status = status_of(try_read_json(run_dir / "run.json") or {})
+    info = try_read_json(run_dir / "run.json") or {}
+    status = status_of(info)
     if not resume and existing.exists() and status == "interrupted":
         metrics, kept = run_dir / "metrics.jsonl", run_dir / "checkpoints"
         if not kept.exists() and not (metrics.exists() and metrics.stat().st_size):
@@ -128,8 +129,7 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         )
     if resume and not existing.exists():
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
-    own = get(try_read_json(run_dir / "run.json"), "adapter", "sha256")
-    if resume and is_replaced(own, run_dir / "adapter" / ADAPTER_WEIGHTS):
+    if resume and is_replaced(get(info, "adapter", "sha256"), run_dir / "adapter" / ADAPTER_WEIGHTS):
         raise InputError(
             f"{run_dir / 'adapter'}: another adapter is there now than this run wrote, and a run that goes on writes "
             "its own there. Move it elsewhere. To train on from it, start a new run with adapter.init_from."
