@@ -19,9 +19,7 @@ from qvera.models.loss import (
     Head,
     Weigh,
     fused_linear_cross_entropy,
-    next_labels,
-    row_cross_entropy,
-    states_at,
+    states_and_targets,
     target_logprobs,
     target_loss,
 )
@@ -132,6 +130,14 @@ def batch_nll(
         )
 
 
+def _trained(
+    model: nn.Module, batch: dict[str, Any], decoder: Callable[..., Any] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Head]:
+    """Hidden states [n, hidden] that predict the trained tokens, row after row; these tokens [n, 1]; and the head."""
+    hidden = hidden_states(model, batch, decoder)
+    return *states_and_targets(hidden, batch["labels"], batch["trained"]), Head.of(causal_model(model))
+
+
 def weighed_loss(
     model: nn.Module,
     batch: dict[str, Any],
@@ -145,19 +151,16 @@ def weighed_loss(
 
     They come row after row, and are those of softmax(logits / temperature).
     """
-    hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch["trained"]
-    head = head._replace(scale=head.scale / temperature)
-    rows, targets = states_at(hidden, trained), next_labels(batch["labels"], trained)
+    rows, targets, head = _trained(model, batch, decoder)
     with gathered(head.module.parameters(recurse=False)):
-        return target_loss(rows, targets, head, chunk_tokens, weigh, expected_grad)
+        return target_loss(rows, targets, head.at(temperature), chunk_tokens, weigh, expected_grad)
 
 
 def trained_logprobs(
     model: nn.Module, batch: dict[str, Any], chunk_tokens: int, decoder: Callable[..., Any] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the trained tokens [n], row after row (differentiable once), and these tokens [n]."""
-    hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch["trained"]
-    rows, targets = states_at(hidden, trained), next_labels(batch["labels"], trained)
+    rows, targets, head = _trained(model, batch, decoder)
     return target_logprobs(rows, targets, head, chunk_tokens).squeeze(1), targets.squeeze(1)
 
 
@@ -166,13 +169,19 @@ def row_nll(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the rows' negative log likelihoods summed with ``row_weights`` [B], and each row's own [B].
 
-    The sum is a scalar and differentiable.
+    The sum is a scalar and differentiable once, the others have no graph. A NaN in a row leaves the gradients of the
+    other rows as they are.
     """
-    hidden, trained, labels = hidden_states(model, batch), batch["trained"], batch["labels"]
+    rows, targets, head = _trained(model, batch)
     # the row of each trained token, from its place in the flattened batch
     if "cu_seq_lens_q" in batch:
-        of_trained = torch.searchsorted(batch["cu_seq_lens_q"], trained, right=True) - 1
+        of_trained = torch.searchsorted(batch["cu_seq_lens_q"], batch["trained"], right=True) - 1
     else:
-        of_trained = trained // labels.shape[1]
-    head = Head.of(causal_model(model))
-    return row_cross_entropy(hidden, labels, head, chunk_tokens, trained, of_trained, row_weights, label_smoothing)
+        of_trained = batch["trained"] // batch["labels"].shape[1]
+    weights = row_weights.index_select(0, of_trained).unsqueeze(1)
+
+    def weigh(logprobs: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return -logprobs * weights[part], weights[part]
+
+    total, logprobs = target_loss(rows, targets, head, chunk_tokens, weigh, label_smoothing=label_smoothing)
+    return total, logprobs.new_zeros(len(row_weights)).index_add_(0, of_trained, -logprobs.squeeze(1))

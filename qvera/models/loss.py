@@ -58,6 +58,11 @@ class Head(NamedTuple):
         scale = (setting("logit_scale", "lm_head_multiplier") or 1.0) / (setting("logits_scaling") or 1.0)
         return cls(module, setting("final_logit_softcapping", "logits_soft_cap"), float(scale))
 
+    def at(self, temperature: float) -> Head:
+        """The head whose logits are these divided by ``temperature``."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return Head(self.module, softcap, self.scale / temperature)
+
     def logits(self, product: torch.Tensor) -> torch.Tensor:
         """Logits from h Wᵀ + bias; the same tensor where the model neither scales nor caps them."""
         return capped(product, self.scale, self.softcap)
@@ -179,9 +184,11 @@ def states_at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
 
 
-def next_labels(labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """The labels that these places, int64 [n], of the flattened [B, T] predict: int64 [n, 1]."""
-    return labels.reshape(-1, 1).index_select(0, places + 1)
+def states_and_targets(
+    hidden: torch.Tensor, labels: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`states_at`, and the labels int64 [n, 1] that they predict, those at the next place of [B, T]."""
+    return states_at(hidden, places), labels.reshape(-1, 1).index_select(0, places + 1)
 
 
 def fused_linear_cross_entropy(
@@ -210,35 +217,9 @@ def fused_linear_cross_entropy(
     if trained is None:
         row, place = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
         trained = row * labels.shape[1] + place
-    rows, targets = states_at(hidden, trained), next_labels(labels, trained)
+    rows, targets = states_and_targets(hidden, labels, trained)
     total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None, label_smoothing)
-    return total, int(trained.numel())
-
-
-def row_cross_entropy(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    head: Head,
-    chunk_tokens: int,
-    trained: torch.Tensor,
-    of_trained: torch.Tensor,
-    row_weights: torch.Tensor,
-    label_smoothing: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of a batch whose rows count differently, as those of different adapters do.
-
-    ``of_trained``, int64 [n], is the row of each trained token; ``row_weights`` is fp32 [R]. Returns Σ over rows of
-    weight · summed cross entropy (scalar, fp32 or wider, differentiable once in hidden), and the sums [R], without a
-    graph. A NaN in a row leaves the gradients of the others as they are.
-    """
-    weights = row_weights.index_select(0, of_trained).unsqueeze(1)
-
-    def weigh(logprobs: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return -logprobs * weights[part], weights[part]
-
-    rows, targets = states_at(hidden, trained), next_labels(labels, trained)
-    total, nll = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, None, weigh, label_smoothing)
-    return total, nll.new_zeros(len(row_weights)).index_add_(0, of_trained, nll.squeeze(1))
+    return total, trained.numel()
 
 
 def target_loss(
@@ -248,6 +229,7 @@ def target_loss(
     chunk_tokens: int,
     weigh: Weigh,
     expected_grad: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of explicit targets that ``weigh`` makes of their log-probabilities, summed, and these without a graph.
 
@@ -257,11 +239,14 @@ def target_loss(
         hidden: [n, hidden], last hidden states.
         targets: int64 [n, K], token ids that each position is to predict.
         expected_grad: see `fused_linear_cross_entropy`.
+        label_smoothing: see there too; the log-probabilities are smoothed then.
 
     Returns:
         A scalar, fp32 or wider, differentiable once in hidden, and log-probabilities [n, K].
     """
-    total, nll = _FusedLinearCrossEntropy.apply(hidden, targets, head, chunk_tokens, expected_grad, weigh, 0.0)
+    total, nll = _FusedLinearCrossEntropy.apply(
+        hidden, targets, head, chunk_tokens, expected_grad, weigh, label_smoothing
+    )
     return total, nll.neg_()
 
 

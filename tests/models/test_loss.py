@@ -18,7 +18,14 @@ from transformers import PretrainedConfig
 from qvera.data import IGNORED, Example, collate, collate_prefix_once
 from qvera.data.rows import pad_batch
 from qvera.models import loss as loss_module
-from qvera.models.loss import Head, fused_linear_cross_entropy, require_own_logits, row_cross_entropy, target_logprobs
+from qvera.models.loss import (
+    Head,
+    fused_linear_cross_entropy,
+    require_own_logits,
+    states_and_targets,
+    target_logprobs,
+    target_loss,
+)
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
@@ -105,16 +112,27 @@ def test_log_probabilities_of_targets_are_differentiable_as_those_of_whole_logit
     assert relative(hidden.grad[0].double(), whole.grad) < 1e-5
 
 
+def test_logits_at_a_temperature_are_the_heads_divided_by_it() -> None:
+    """A cap comes before the temperature, as where answers are drawn."""
+    product = torch.linspace(-9, 9, 11)
+    torch.testing.assert_close(head(**ALL).at(0.5).logits(product), head(**ALL).logits(product) / 0.5)
+    assert head().at(1.0).softcap is None
+
+
 def test_rows_that_count_differently() -> None:
     hidden, labels = batch(2, 19)
     weights = torch.tensor([0.5, 2.0])
     trained = torch.nonzero((labels[:, 1:] != IGNORED).flatten()).flatten()
     rows, places = trained // 18, trained % 18
-    total, each = row_cross_entropy(hidden, labels, head(), 5, rows * 19 + places, rows, weights, 0.2)
+    states, targets = states_and_targets(hidden, labels, rows * 19 + places)
+    each = weights[rows].unsqueeze(1)
+    total, logprobs = target_loss(
+        states, targets, head(), 5, lambda lps, part: (-lps * each[part], each[part]), label_smoothing=0.2
+    )
     (grad,) = torch.autograd.grad(total, hidden)
     for row in range(2):
         wanted, wanted_grad = plain(hidden[row : row + 1], labels[row : row + 1], head(), 0.2)
-        torch.testing.assert_close(each[row].double(), wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(-logprobs[rows == row].sum().double(), wanted, rtol=1e-6, atol=0)
         assert relative(grad[row], weights[row] * wanted_grad[0]) < 2e-6
 
 
