@@ -135,54 +135,33 @@ def expert_count(shape: Sequence[int]) -> int:
 
 def serialized_statistics(weight: TensorSpec, absmax: torch.Tensor, section: ModelSection) -> dict[str, torch.Tensor]:
     """The tensors of `serialized_layout` but the first, from the absmax fp32 [blocks] of a whole weight."""
-    code, states = bnb_functional.get_4bit_type(section.quantization, device=absmax.device), []
+    code, states, name = bnb_functional.get_4bit_type(section.quantization, device=absmax.device), [], weight.name
     for scales in absmax.view(expert_count(weight.shape), -1):
         state = bnb_functional.QuantState(scales, weight.shape[-2:], code, 64, section.quantization, weight.dtype)
         if section.double_quant:
             # as bitsandbytes does it, but each expert has an offset of its own
-            state.nested, state.offset = True, scales.mean()
-            state.absmax, state.state2 = bnb_functional.quantize_blockwise(
-                scales - state.offset, blocksize=NESTED_BLOCK
-            )
+            state.nested = True
+            state.absmax, state.state2, state.offset = _double_quantized(scales)
         states.append(state)
-    return _serialized(weight, states, section)
-
-
-def serialized_state(name: str, state: QuantState, section: ModelSection) -> dict[str, torch.Tensor]:
-    """The tensors of `serialized_layout` but the first, on the CPU."""
-    return _serialized(TensorSpec(name, state.dtype, tuple(state.shape)), [state], section)
-
-
-def _serialized(weight: TensorSpec, states: Sequence[QuantState], section: ModelSection) -> dict[str, torch.Tensor]:
-    each, name = [state.as_dict(packed=True) for state in states], weight.name
-    tensors = {f"{name}.{key}": tensor.cpu() for key, tensor in each[0].items()}
+    each = [state.as_dict(packed=True) for state in states]
+    tensors = {f"{name}.{key}": tensor for key, tensor in each[0].items()}
     packed = serialized_layout(weight, section)[-1]
     text = tensors[packed.name].numpy().tobytes()
     if len(weight.shape) == 3:
         for key in ("absmax", "nested_absmax"):
             if key in each[0]:
-                tensors[f"{name}.{key}"] = torch.cat([one[key].cpu() for one in each])
-        state = json.loads(text) | {"shape": weight.shape}
+                tensors[f"{name}.{key}"] = torch.cat([one[key] for one in each])
+        whole = json.loads(text) | {"shape": weight.shape}
         if section.double_quant:
-            state["nested_offset"] = [one.offset.item() for one in states]
-        text = json.dumps(state).encode()
-    text = text.ljust(packed.numel)
-    tensors[packed.name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            whole["nested_offset"] = [state.offset.item() for state in states]
+        text = json.dumps(whole).encode()
+    tensors[packed.name] = torch.frombuffer(bytearray(text.ljust(packed.numel)), dtype=torch.uint8)
     return tensors
 
 
-def quantized_on_device(
-    name: str, weight: torch.Tensor, section: ModelSection
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Quantize a whole weight with bitsandbytes' kernels on its device. The result is on the CPU."""
-    packed, state = bnb_functional.quantize_4bit(
-        weight,
-        blocksize=64,
-        compress_statistics=section.double_quant,
-        quant_type=section.quantization,
-        quant_storage=getattr(torch, section.quant_storage),
-    )
-    return packed.cpu(), serialized_state(name, state, section)
+def _double_quantized(absmax: torch.Tensor) -> tuple[torch.Tensor, QuantState, torch.Tensor]:
+    offset = absmax.mean()
+    return *bnb_functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK), offset
 
 
 def dequantized_weight(module: nn.Linear, dtype: torch.dtype, exact: bool = False) -> torch.Tensor:
@@ -461,8 +440,7 @@ def quantized_reader(
 
 def double_quantized_absmax(absmax: torch.Tensor) -> torch.Tensor:
     """A whole weight's absmax, fp32 [blocks], double quantized and dequantized again."""
-    offset = absmax.mean()
-    packed, state = bnb_functional.quantize_blockwise(absmax - offset, blocksize=256)
+    packed, state, offset = _double_quantized(absmax)
     return bnb_functional.dequantize_blockwise(packed, state) + offset
 
 

@@ -47,7 +47,7 @@ from qvera.models.safetensors_stream import (
     write_index,
     write_shard,
 )
-from qvera.utils import memory
+from qvera.utils import accelerator, memory
 from qvera.utils.cache_dir import UNFINISHED, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import (
@@ -83,8 +83,6 @@ _NOT_AHEAD = "Such a checkpoint can't be quantized ahead; it is quantized each t
 
 Shards = list[tuple[str, list[TensorSpec]]]
 """File name and tensors of each shard."""
-Packed = tuple[Block, torch.Tensor, torch.Tensor | None]
-"""A block, its packed weights, and the absmax of each 64; or the block, its rows and None."""
 
 
 class NotPlain(InputError):
@@ -276,10 +274,11 @@ def quantize_checkpoint(
             nonlocal done
             if progress is not None:
                 progress("quantizing", done, total, block.entry.name)
-            done += block.rows.nbytes
+            weights = block.rows.numel() * (1 if block.absmax is None else 2)  # two packed ones in a byte
+            done += weights * block.entry.dtype.itemsize
 
         with contextlib.closing(in_order(blocks, pack, workers, 2 * workers + 2)) as packed:
-            tensors = _tensors(section, source, packed, report)
+            tensors = _tensors(section, packed, report)
             for name, specs in missing:
                 digest = write_shard(out / name, specs, tensors)
                 work.facts["source"] = dict(reader.sha256)
@@ -352,54 +351,48 @@ def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Blo
             yield Block(entry, expert * rows + first, part, is_last)
 
 
-def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Packed:
-    """Quantize a block, or bring it to the device, which quantizes whole matrices."""
-    name = block.entry.name
-    block = block._replace(rows=source.decoded(name, block.rows, block.first))
-    if name not in source.quantized:
-        return block, block.rows, None
-    if device.type == "cpu":
-        return block, *quantization.pack_four_bit(block.rows, section.quantization)
-    rows = block.rows.to(device)
-    if len(block.entry.shape) == 2:
-        return block, rows, None
-    packed, state = quantization.bnb_functional.quantize_4bit(
-        rows, blocksize=64, compress_statistics=False, quant_type=section.quantization
-    )
-    return block, packed.cpu(), state.absmax.cpu()
+def _pack(section: ModelSection, source: SourceCheckpoint, device: torch.device, block: Block) -> Block:
+    """Return a block with the bytes of its weights in 4 bits as rows, and their absmax; others keep their rows."""
+    entry = block.entry
+    rows = source.decoded(entry.name, block.rows, block.first)
+    if entry.name not in source.quantized:
+        return block._replace(rows=rows)
+    if not accelerator.is_accelerator(device):
+        packed, absmax = quantization.pack_four_bit(rows, section.quantization)
+        is_finite = torch.isfinite(absmax).all()
+    else:
+        rows = rows.to(device)
+        packed, state = quantization.bnb_functional.quantize_4bit(
+            rows, blocksize=64, compress_statistics=False, quant_type=section.quantization
+        )
+        packed, absmax = packed.cpu(), state.absmax.cpu()
+        is_finite = torch.isfinite(rows).all()  # a maximum on a card may leave a NaN out
+    if not is_finite:
+        raise RunFailed(
+            f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is damaged, or "
+            "was saved in a dtype too narrow for it."
+        )
+    return block._replace(rows=packed, absmax=absmax)
 
 
 def _tensors(
-    section: ModelSection, source: SourceCheckpoint, blocks: Iterator[Packed], progress: Callable[[Block], None]
+    section: ModelSection, blocks: Iterator[Block], progress: Callable[[Block], None]
 ) -> Iterator[torch.Tensor]:
     """The output's tensors in its order; a packed weight comes in parts, and then its statistics."""
-    parts: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
     storage = getattr(torch, section.quant_storage)
-    for block, rows, absmax in blocks:
+    for block in blocks:
         progress(block)
-        entry = block.entry
-        if entry.name not in source.quantized:
-            yield rows
+        if block.absmax is None:
+            yield block.rows
             continue
-        parts.append(rows if absmax is None else absmax)
-        if not torch.isfinite(parts[-1]).all():
-            raise RunFailed(
-                f"{entry.file}: {entry.name} has NaN or Inf in it, so it can't be quantized. The checkpoint is "
-                "damaged, or was saved in a dtype too narrow for it."
-            )
-        if absmax is not None:
-            yield rows.view(storage).view(-1, 1)
-        if not block.last:
-            continue
-        whole = torch.cat(parts)
-        parts.clear()
-        if absmax is None:
-            packed, statistics = quantization.quantized_on_device(entry.name, whole, section)
-            yield packed
-        else:
-            statistics = quantization.serialized_statistics(entry, whole, section)
-        for spec in quantization.serialized_layout(entry, section)[1:]:
-            yield statistics[spec.name]
+        yield block.rows.view(-1).view(storage).view(-1, 1)
+        scales.append(block.absmax)
+        if block.last:
+            statistics = quantization.serialized_statistics(block.entry, torch.cat(scales), section)
+            scales.clear()
+            for spec in quantization.serialized_layout(block.entry, section)[1:]:
+                yield statistics[spec.name]
 
 
 def _write_small_files(

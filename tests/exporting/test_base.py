@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from qvera.config.sections import ModelSection
 from qvera.exporting.base import TrainedBaseReader, one_thread_each
 from qvera.models import quantization, safetensors_stream
-from qvera.utils.safetensors_io import checkpoint_tensors, file_stamps
+from qvera.utils.safetensors_io import TensorSpec, checkpoint_tensors, file_stamps
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,9 @@ def test_a_block_across_two_rows_keeps_its_scale(shape: tuple[int, int], kind: s
     assert torch.equal(quantization.quantized_reader(weight, section)(), expected)
 
     dense = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
-    statistics = {k.removeprefix("w."): v for k, v in quantization.serialized_state("w", state, section).items()}
+    spec = TensorSpec("w", dtype, shape)
+    statistics = quantization.serialized_statistics(spec, state.absmax, section)
+    statistics = {key.removeprefix("w."): tensor for key, tensor in statistics.items()}
     layer = quantization.prequantized_linear(dense, packed, statistics, dtype, torch.device("cpu"))
     assert torch.equal(quantization.dequantized_weight(layer, dtype), expected)
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.cli.main import main
 from qvera.config.sections import ModelSection
-from qvera.models import quantize_checkpoint, safetensors_stream
+from qvera.models import quantization, quantize_checkpoint, safetensors_stream
 from qvera.models.quantize_checkpoint import cached_base, find_base
 from qvera.models.quantized_record import BASES, problem_of, read_record
 from qvera.utils.errors import InputError, RunFailed
@@ -99,13 +99,13 @@ SOURCES: dict[str, tuple[torch.dtype, bool, dict[str, Any], tuple[str, bool, str
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_stock_transformers_loads_the_bytes_that_it_would_make(kind: str, tmp_path: Path) -> None:
-    dtype, sharded, changes, (quantization, double_quant, storage) = SOURCES[kind]
+    dtype, sharded, changes, (quant_type, double_quant, storage) = SOURCES[kind]
     source, out = save(tmp_path / "source", dtype, "60KB" if sharded else "50GB", **changes), tmp_path / "out"
-    settings = {"quantization": quantization, "double_quant": double_quant, "quant_storage": storage}
+    settings = {"quantization": quant_type, "double_quant": double_quant, "quant_storage": storage}
     quantized(source, out, 30_000 if sharded else None, **settings)
     assert (out / "model.safetensors.index.json").exists() == sharded
     same_model(
-        out, source, dtype, bnb_4bit_quant_type=quantization, bnb_4bit_use_double_quant=double_quant,
+        out, source, dtype, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_quant_storage=getattr(torch, storage),
     )  # fmt: skip
     kept = {name for file in shards(out) for name in load_file(file)}
@@ -131,10 +131,19 @@ def test_tokenizer_template_and_generation_config_come_along(tiny_model_dir: Pat
     assert all((8 + length + entry["data_offsets"][0]) % 64 == 0 for entry in packed)
 
 
-def test_threads_chunk_sizes_and_whole_weights_on_a_device_change_no_byte(
+def on_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU be taken for a card. Its maxima leave NaN out, as those of a card may."""
+    kernel = quantization.bnb_functional.quantize_4bit
+    monkeypatch.setattr(
+        quantization.bnb_functional, "quantize_4bit", lambda rows, **settings: kernel(rows.nan_to_num(), **settings)
+    )
+    monkeypatch.setattr(quantize_checkpoint.accelerator, "is_accelerator", lambda device: True)
+
+
+def test_threads_chunk_sizes_and_the_kernels_of_a_device_change_no_byte(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path of a GPU, with the CPU as the device that gets whole weights."""
+    """The path of a GPU, with the CPU as the device and bitsandbytes' kernels for it."""
     quantized(tiny_model_dir, tmp_path / "one")
     monkeypatch.setattr(safetensors_stream, "FILE_BLOCK_ELEMENTS", 64 * 3)
     torch.set_num_threads(2)
@@ -142,7 +151,7 @@ def test_threads_chunk_sizes_and_whole_weights_on_a_device_change_no_byte(
         quantized(tiny_model_dir, tmp_path / "two")
     finally:
         torch.set_num_threads(1)
-    monkeypatch.setattr(quantize_checkpoint, "_pack", lambda _1, _2, _3, block: (block, block.rows, None))
+    on_card(monkeypatch)
     quantized(tiny_model_dir, tmp_path / "three")
     one, two, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "three"))
     assert one == two == three
@@ -222,7 +231,10 @@ def test_what_the_model_does_not_have_is_left_out(source: Path, tmp_path: Path) 
     same_model(tmp_path / "out", source)
 
 
-def test_nan_is_refused_by_tensor_name(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "card"])
+def test_nan_is_refused_by_tensor_name(device: str, source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    if device == "card":
+        on_card(monkeypatch)
     name = "model.layers.1.self_attn.k_proj.weight"
     file = shard_with(source, name)
     change_tensors(file, lambda tensors: tensors[name][3].fill_(float("nan")))
