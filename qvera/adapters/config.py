@@ -58,6 +58,7 @@ class QveraConfig(PeftConfig):
         pair_numbers: linear → `qvera.adapters.projection.pair_number`, if each linear has its own A and B.
         shared_by: how many linears share the adapter's tensors; None: each has its own.
         added_tokens: token → id. Their rows lie beside the vectors.
+        chat_template: the Jinja template of the adapter's prompts; None: that of the base.
         labels: names of a classification head's outputs, in order; None: the model is a language model.
 
     Raises:
@@ -96,6 +97,7 @@ class QveraConfig(PeftConfig):
     added_tokens: dict[str, int] | None = None
     pad_token: str | None = None
     eos_token: str | None = None
+    chat_template: str | None = None
     labels: list[str] | None = None
     problem_type: str | None = None
 

@@ -255,7 +255,8 @@ def save_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` (fp32 vectors, no projections).
 
     Added tokens' rows (`ADDED_ROWS`) and the base's ``tokenizer`` go beside them, and the ``chat_template`` (Jinja) of
-    its prompts if it is not the base's own. ``vectors`` are written in place of
+    its prompts if it is not the base's own. Other tools read it in its file; the config has it too, since an adapter is
+    often handed on as its two files alone. ``vectors`` are written in place of
     the model's own, by the same keys; any ``adapter`` but the default one needs them. Files get a temporary name first,
     so that no half-written adapter is ever found. ``kept`` ends the message about a full disk. Returns the size in
     bytes, without the tokenizer's files.
@@ -265,6 +266,8 @@ def save_adapter(
     with disk_errors(str(directory), kept):
         partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
         _discard(partial)
+        if isinstance(config := model.peft_config[adapter], QveraConfig):
+            config.chat_template = chat_template
         try:
             _write_files(model, partial, tokenizer, vectors, adapter)
             if chat_template is not None:

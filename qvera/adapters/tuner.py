@@ -31,12 +31,15 @@ from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.products.slots import PATHS, TokenSlots
 from qvera.adapters.projection import OwnProjection, SharedProjection
+from qvera.config.sections import ModelSection
 from qvera.models import lean_layers, linear
 from qvera.models.experts import ExpertStack, Routing, misread_by_peft, require_experts, stack_experts, stacks
+from qvera.models.loader import fingerprint_of
 from qvera.models.structure import beside_the_layers, head_size, share_tied_modules
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError
 from qvera.utils.files import CERTIFICATE, try_read_json
+from qvera.utils.safetensors_io import same_base
 
 
 class QveraExperts(QveraLinear):
@@ -135,6 +138,13 @@ class QveraModel(BaseTuner):
                 warnings.warn(
                     f"{loaded_from} is an export that an adapter of the same base was merged into, and "
                     f"{adapter_name!r} is added to it: the same adapter would act twice. Load it on its base.",
+                    stacklevel=2,
+                )
+            elif not same_base(config.base_fingerprint, here := _fingerprint_of(model)):
+                warnings.warn(
+                    f"{adapter_name!r} was trained on other weights than those of {loaded_from}: its base is "
+                    f"{config.base_model_name_or_path} with fingerprint {config.base_fingerprint[:16]}, and this one "
+                    f"has {str(here)[:16]}. It will not answer as it was trained to. Load it on its base.",
                     stacklevel=2,
                 )
         tokens = getattr(config, "added_tokens", None)
@@ -307,6 +317,16 @@ def _short_names(targets: str | set[str] | list[str], matched: list[str], model:
     names = (key for key, _ in model.named_modules() if "base_layer" not in key)
     same = {key for key in names if key.rpartition(".")[2] in last_names}
     return sorted(last_names if same == set(matched) else set(targets))
+
+
+def _fingerprint_of(model: nn.Module) -> str | None:
+    """`base_fingerprint` of the files that a model was loaded from; None where they are not here or can't be read."""
+    config = getattr(model, "config", None)  # PEFT takes any module
+    if not (name := getattr(config, "_name_or_path", "")):
+        return None
+    with contextlib.suppress(InputError):
+        return fingerprint_of(ModelSection(path=name, revision=getattr(config, "_commit_hash", None)))
+    return None
 
 
 def _home(base: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:

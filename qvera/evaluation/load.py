@@ -228,9 +228,15 @@ def template_name(recipe: Recipe, run: Path | None) -> str:
 
 
 def template_beside(target: Artifact) -> str | None:
-    """The chat template beside an adapter whose recipe is not known; None where there is none."""
-    file = None if target.adapter is None or target.recipe is not None else target.adapter / CHAT_TEMPLATE
-    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
+    """The chat template of an adapter whose recipe is not known, beside it or else in its config; None: it has none."""
+    if target.adapter is None or target.recipe is not None:
+        return None
+    file = target.adapter / CHAT_TEMPLATE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    if not adapter_file.runs_on_our_layers(_config(target.adapter)):
+        return None
+    return getattr(adapter_file.read_config(target.adapter), "chat_template", None)
 
 
 def warn_of_other_rows(target: Artifact, datasets: Datasets, console: Console) -> None:

@@ -203,9 +203,10 @@ def export_lora(
     else:  # PEFT multiplies by alpha / r
         patterns = {"rank_pattern": others, "alpha_pattern": others}
         config = LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
-    # what only qvera reads: its base and tokens, and what the outputs of its head mean
+    # what only qvera reads: its base, tokens and chat template, and what the outputs of its head mean
     keys = ("base_fingerprint", "pad_token", "eos_token", *(("labels", "problem_type") if adapter.head else ()))
     facts = {key: value for key in keys if (value := getattr(adapter.config, key, None)) is not None}
+    facts |= {} if chat_template is None else {"chat_template": chat_template}
     header = {FACTS: json.dumps(facts)} if facts else {}
     return _write_for_peft(adapter, out, config, specs, tensors(), header, chat_template)
 

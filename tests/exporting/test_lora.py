@@ -276,7 +276,10 @@ def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(alpaca
 def test_what_is_taken_from_its_run_is_asked_with_the_system_prompt_of_the_run(
     make_recipe: Any, tmp_path: Path
 ) -> None:
-    """Other programs read no recipe, so the chat template beside the weights begins with the prompt."""
+    """Other programs read no recipe, so the chat template beside the weights begins with the prompt.
+
+    An adapter that is mailed as its two files has it too.
+    """
     run, asked = tmp_path / "run", [Turn("user", "say red 1")]
     system = 'Say "red".\n {{ always }} %} ü'
     train(make_recipe(data={"system": system, "max_length": 128}, training={"max_steps": 1}), run)
@@ -286,6 +289,11 @@ def test_what_is_taken_from_its_run_is_asked_with_the_system_prompt_of_the_run(
     assert main(["export", str(run), str(places["merged"]), "--no-compare"]) == 0
     shutil.copytree(run / "adapter", places["copy"])
     run.rename(tmp_path / "gone")
+    for name in ("copy", "lora"):
+        places[f"{name}, mailed"] = tmp_path / "mailed" / name
+        places[f"{name}, mailed"].mkdir(parents=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(places[name] / file, places[f"{name}, mailed"])
     for place in places.values():
         writer = PromptWriter.of(open_run(place))
         assert writer.ids(asked) == expected, place

@@ -145,15 +145,21 @@ def test_the_adapter_in_a_run_is_exported_as_the_run_is(alpaca_run: Path, tmp_pa
     assert differences[0] == differences[1] and differences[0]["kl_max"] < 1e-6
 
 
-def test_an_adapter_on_an_export_that_it_was_merged_into_is_warned_of(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_peft_warns_of_an_adapter_that_is_not_put_on_its_base(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """An export that it was merged into, and other weights of the same shapes."""
     _, section, adapter = trained_adapter(tiny_model_dir, tmp_path / "adapter", knows_base=True)
     export_merged(adapter, section, tmp_path / "out", ExportSection())
-    for directory, is_warned in ((tmp_path / "out", True), (tiny_model_dir, False)):
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    other.lm_head.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    expected = {tmp_path / "out": "would act twice", tmp_path / "other": "trained on other weights than those of"}
+    for directory in (*expected, tiny_model_dir):
         base = AutoModelForCausalLM.from_pretrained(directory)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             PeftModel.from_pretrained(base, adapter)
-        assert any("would act twice" in str(one.message) for one in seen) == is_warned
+        said = [str(one.message) for one in seen if "adapter" in str(one.message) or "trained" in str(one.message)]
+        assert len(said) == (directory in expected) and expected.get(directory, "") in "".join(said)
 
 
 def test_the_dequantized_base_is_the_one_trained_on_where_the_stored_dtype_is_wider(tmp_path: Path) -> None:
