@@ -124,6 +124,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         columns = {"prompt": "messages", **columns}
     elif format in PREFERENCES and "prompt" not in row.fields and "conversations" in row.fields:  # LLaMA-Factory's
         columns = {"prompt": "conversations", **columns}
+    elif format in ("auto", *PREFERENCES) and {"input", "preferred_output"} <= row.fields.keys():  # OpenAI's
+        columns = {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output", **columns}
     known = sorted({name for kind in FORMATS.values() for name in kind.fields})
     header = " in the header, line 1" if row.file is not None and row.file.suffix.lower() in (".csv", ".tsv") else ""
     found = f"Columns found{header}: {', '.join(map(str, row.fields)) or 'none'}."
@@ -244,6 +246,8 @@ class _Cells:
         found = fields[column]
         # a turn by itself, as LLaMA-Factory has better and worse answers, is a list of one
         is_turn = isinstance(found, dict) and ({"role", "content"} <= found.keys() or {"from", "value"} <= found.keys())
+        if isinstance(found, dict) and "messages" in found and not found.get("tools"):  # OpenAI's pairs have an object
+            return found["messages"]
         return [found] if is_turn else found
 
     def text(self, name: str, optional: bool = False) -> str:

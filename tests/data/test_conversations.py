@@ -15,6 +15,7 @@ from qvera.data.conversations import (
     LabelledRow,
     Text,
     Turn,
+    UnaskedPreferences,
     detect_format,
     parse_row,
 )
@@ -218,3 +219,16 @@ def test_pairs_of_llama_factory_are_read_as_they_are() -> None:
     assert [turn.content for turn in (*found.turns, found.rejected)] == [
         "Order 5 tea", "5 x tea", "You want tea, I think.",
     ]  # fmt: skip
+
+
+def test_pairs_of_openai_are_read_as_they_are() -> None:
+    said = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+    asked = {"messages": [{"role": "user", "content": "Order 5 tea"}], "tools": [], "parallel_tool_calls": True}
+    row = {"input": asked, "preferred_output": said("5 x tea"), "non_preferred_output": said("Tea, I think.")}
+    found = parse(row, format="preference")
+    assert isinstance(found, Conversation) and found.rejected is not None
+    assert [turn.content for turn in (*found.turns, found.rejected)] == ["Order 5 tea", "5 x tea", "Tea, I think."]
+    with pytest.raises(UnaskedPreferences):
+        parse(row)
+    with pytest.raises(InputError, match="input"):
+        parse({**row, "input": asked | {"tools": [{"type": "function"}]}}, format="preference")
