@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qvera.distributed.zero import whole_numel
 from qvera.kernels import once_differentiable
 from qvera.models import quantization
 from qvera.models.linear import BLOCK_WEIGHTS, FrozenPacked
@@ -168,12 +167,6 @@ class ExpertStack(FrozenPacked, nn.Module):
         """The tensors whose size grows with the weights, like `quantization.stored_tensors` of a linear."""
         scales = [] if self.scales is None else [self.scales.absmax, self.scales.nested_absmax]
         return [self.weight.data, *(tensor for tensor in scales if tensor is not None)]
-
-    @property
-    def storage_bytes(self) -> int:
-        """Bytes of the weights as stored, scales included."""
-        _, *scales = self.stored_tensors
-        return whole_numel(self.weight) * self.weight.element_size() + sum(tensor.nbytes for tensor in scales)
 
     def replace_tensors(self, tensors: list[Tensor], device: torch.device) -> None:
         """Replace the `stored_tensors`. The few constants go to ``device``."""

@@ -167,8 +167,9 @@ def _load_mapped(
         if stored is not None:
             directory = base_directory(section)
         else:
-            options: Any = {"device": device, "progress": progress, "model_class": model_class}
-            directory = quantize_checkpoint.cached_base(section, **options)
+            directory = quantize_checkpoint.cached_base(
+                section, device=device, progress=progress, model_class=model_class
+            )
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
         streamed = section.stream is True
         if section.stream == "auto" and sharder is None:
@@ -280,11 +281,9 @@ def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype
         "quant_storage": storage,
         "four_bit_modules": len(four_bit),
         "int8_modules": len(eight_bit),
-        "expert_bytes": sum(m.storage_bytes for m in held),
+        "expert_bytes": sum(map(quantization.storage_bytes, held)),
         "dense_matrices": _dense_matrices(model, packed) if quantized else {},
-        "base_bytes": sum(n * width for n, width in sizes)
-        + sum(map(quantization.storage_bytes, quantized))
-        + sum(m.storage_bytes for m in held),
+        "base_bytes": sum(n * width for n, width in sizes) + sum(map(quantization.storage_bytes, (*quantized, *held))),
     }
 
 

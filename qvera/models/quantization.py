@@ -67,16 +67,15 @@ def kept_dense(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
 
 
 def quantization_config(
-    section: ModelSection, compute_dtype: torch.dtype, dense: Sequence[str] = ()
+    section: ModelSection, compute_dtype: torch.dtype, dense: list[str]
 ) -> BitsAndBytesConfig | None:
-    """transformers' settings for a quantized load, or None. ``dense``: `kept_dense`; if empty, the output head."""
+    """transformers' settings for a quantized load, or None. ``dense``: `kept_dense`."""
     if section.quantization == "none":
         return None
-    skipped = list(dense) or None
     if section.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=dense or None)
     return BitsAndBytesConfig(
-        llm_int8_skip_modules=skipped,
+        llm_int8_skip_modules=dense or None,
         load_in_4bit=True,
         bnb_4bit_quant_type=section.quantization,
         bnb_4bit_use_double_quant=section.double_quant,
@@ -85,9 +84,8 @@ def quantization_config(
     )
 
 
-def four_bit_linears(model: PreTrainedModel, section: ModelSection, heads: Sequence[str] = ()) -> set[str]:
+def four_bit_linears(model: PreTrainedModel, section: ModelSection, dense: list[str]) -> set[str]:
     """Names of the modules that transformers makes 4-bit in this model (on the meta device; it is changed in place)."""
-    dense = kept_dense(model, heads)
     quantizer = AutoHfQuantizer.from_config(quantization_config(section, torch.bfloat16, dense), pre_quantized=False)
     quantizer.preprocess_model(model, device_map=None)
     return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -323,17 +321,10 @@ def int8_rows(module: Linear8bit) -> tuple[torch.Tensor, torch.Tensor]:
     return (module.weight.data, module.weight.SCB) if state.CB is None else (state.CB, state.SCB)
 
 
-def storage_bytes(module: nn.Linear) -> int:
-    """Bytes of a linear's weight as stored, quantization state included."""
-    weight = module.weight
-    size = whole_numel(weight) * weight.element_size()
-    if isinstance(module, Linear8bit):
-        size += int8_rows(module)[1].numel() * 4
-    state = _state(module) if isinstance(module, Linear4bit) else None
-    while state is not None:
-        size += state.absmax.nbytes
-        state = state.state2 if getattr(state, "nested", False) else None
-    return size
+def storage_bytes(module: Linear4bit | Linear8bit | ExpertStack) -> int:
+    """Bytes of a quantized weight as stored, scales included."""
+    scales = int8_rows(module)[1:] if isinstance(module, Linear8bit) else stored_tensors(module)[1:]
+    return whole_numel(module.weight) * module.weight.element_size() + sum(tensor.nbytes for tensor in scales)
 
 
 class FourBitFacts(NamedTuple):
@@ -403,7 +394,7 @@ def inference_pack(module: nn.Linear) -> tuple[torch.Tensor, QuantState] | None:
     bring(module)
     state = _require_state(module)
     rows, columns = state.shape
-    if rows % 32 or columns % state.blocksize or columns % 2:
+    if rows % 32 or columns % state.blocksize:
         return None
     # a copy: bitsandbytes itself would repack the weight in place, and its gradients would be wrong afterwards
     return pack(module.weight.data, copy.copy(state))

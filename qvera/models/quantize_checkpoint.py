@@ -113,7 +113,6 @@ class SourceCheckpoint:
     quantized: set[str]
     fused: dict[str, FusedTensor | Mxfp4Stack]
     factors: dict[str, TensorEntry]
-    model_class: ModelClass
     kept_dense: list[str]
     settings: dict[str, Any]
 
@@ -175,7 +174,8 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
             f"or fuses tensors while loading. {_NOT_AHEAD}"
         )
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    dense, linears = quantization.kept_dense(model, heads), quantization.four_bit_linears(model, section, heads)
+    dense = quantization.kept_dense(model, heads)
+    linears = quantization.four_bit_linears(model, section, dense)
     if transposed & linears:
         raise NotPlain(
             f"{directory}: stores {min(transposed & linears)} transposed (a Conv1D), and transformers turns it while "
@@ -200,7 +200,7 @@ def read_source(section: ModelSection, directory: Path, model_class: ModelClass 
     digest = file_sha256(directory / "config.json")
     stamps, settings = file_stamps(entries), settings_of(section, model_class.settings)
     return SourceCheckpoint(
-        directory, config, digest, entries, stamps, tensors, quantized, fused, factors, model_class, dense, settings
+        directory, config, digest, entries, stamps, tensors, quantized, fused, factors, dense, settings
     )
 
 
@@ -226,7 +226,6 @@ def quantize_checkpoint(
     known: Mapping[Path, str] | None = None,
     device: torch.device | None = None,
     progress: StageProgress | None = None,
-    shard_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint to ``out``, or go on with it; returns its record (also written there).
 
@@ -247,9 +246,9 @@ def quantize_checkpoint(
         "config": source.config_sha256,
         "settings": source.settings,
         "device": device.type,
-        "shard_bytes": shard_bytes or SHARD_BYTES,
+        "shard_bytes": SHARD_BYTES,
     }
-    shards = _shards(source, section, shard_bytes or SHARD_BYTES)
+    shards = _shards(source, section)
     with (
         OutputDirectory.open(out, identity, "quantize") as work,
         disk_errors(f"{out}", "Finished shards are kept: run again."),
@@ -309,26 +308,25 @@ def quantize_checkpoint(
     return record
 
 
-def _shards(source: SourceCheckpoint, section: ModelSection, shard_bytes: int) -> Shards:
+def _shards(source: SourceCheckpoint, section: ModelSection) -> Shards:
     """A weight and its statistics stay together. The order is that of the source."""
     units: Iterator[list[TensorSpec]] = (
         quantization.serialized_layout(entry, section) if entry.name in source.quantized else list[TensorSpec]([entry])
         for entry in source.tensors
     )
-    return grouped_by_bytes(units, lambda spec: spec.size_bytes, shard_bytes)
+    return grouped_by_bytes(units, lambda spec: spec.size_bytes, SHARD_BYTES)
 
 
 def _blocks(source: SourceCheckpoint, reader: CheckpointReader, planned: set[str]) -> Iterator[Block]:
     """The planned tensors in blocks of rows, in the order of ``source.tensors``; a stack of experts as [E m, n]."""
-    order = (entry for entry in source.tensors if entry.name in planned)
+    order = (entry for entry in source.tensors if entry.name in planned and entry.numel)
     for block in reader.blocks({entry.name for entry in source.entries} - planned):
         if block.first == 0:
             while (entry := next(order)).name != block.entry.name:
                 yield from _expert_blocks(source, entry)
         yield block._replace(entry=entry)
     for entry in order:
-        if entry.name in source.fused:  # not one without elements
-            yield from _expert_blocks(source, entry)
+        yield from _expert_blocks(source, entry)
 
 
 def _expert_blocks(source: SourceCheckpoint, entry: TensorEntry) -> Iterator[Block]:
@@ -456,7 +454,7 @@ def cached_base(
 
     def waiting() -> None:
         assert progress is not None
-        total = sum(spec.size_bytes for _, specs in _shards(source, section, SHARD_BYTES) for spec in specs)
+        total = sum(spec.size_bytes for _, specs in _shards(source, section) for spec in specs)
         progress("waiting", min(size_bytes(unfinished), total), total, "another process quantizes this model")
 
     # one process makes a copy; the others find it finished when they get the lock

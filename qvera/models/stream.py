@@ -193,11 +193,8 @@ class LayerStream:
         for number, linears in enumerate(layers):
             buffer, places = self._buffers[number % 2], iter(self._sources[number])
             for linear in linears:
-                stored, state, on_device = (
-                    quantization.stored_tensors(linear),
-                    getattr(linear.weight, "quant_state", None),
-                    [],
-                )
+                stored, state = quantization.stored_tensors(linear), getattr(linear.weight, "quant_state", None)
+                on_device = []
                 for tensor in stored:
                     at, part = next(places)
                     on_device.append(buffer[at : at + len(part)].view(tensor.dtype).view(tensor.shape))

@@ -68,23 +68,27 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     # what else is wrong with the model is not the tokenizer's to say
     with contextlib.suppress(OSError, ValueError, KeyError, ImportError):
         config = load_config(section)
-    name = resolve_path(section.tokenizer or section.path)
+    name, key = (
+        resolve_path(section.tokenizer or section.path),
+        "model.tokenizer" if section.tokenizer else "model.path",
+    )
     revision = None if section.tokenizer else section.revision
     try:
         if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _TOKENIZER_FILES):
             raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, HFValidationError, KeyError) as error:
+    except (OSError, ValueError, HFValidationError, KeyError, ImportError) as error:
         if not Path(name).is_dir():
             near = did_you_mean(name, (str(one) for one in Path(name).parent.glob("*/")))
             raise InputError(
-                f"{'model.tokenizer' if section.tokenizer else 'model.path'}: {name!r} is no directory here{near} "
+                f"{key}: {name!r} is no directory here{near} "
                 f"Nor can it be read from the hub ({first_line(error).rstrip('.')}). Expected a directory with "
                 f"config.json, *.safetensors and tokenizer.json, or a hub id such as owner/name. {hub_hint()}"
             ) from None
+        fix = "there" if section.tokenizer else "beside the weights; or name another one with model.tokenizer"
         raise InputError(
-            f"model.path: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected "
-            "tokenizer.json or tokenizer.model beside the weights; or name another one with model.tokenizer."
+            f"{key}: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "
+            f"tokenizer.model {fix}."
         ) from None
     add_tokens(tokenizer, section.added_tokens, section.pad_token, section.eos_token)
     if config is None or not CAUSAL_LM.of_published(config.architectures).takes_images:

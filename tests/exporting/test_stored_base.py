@@ -6,6 +6,7 @@ import json
 from collections import ChainMap
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,9 +17,8 @@ from qvera.adapters.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.merged import export_merged
-from qvera.models import quantization, safetensors_stream
+from qvera.models import quantization, quantize_checkpoint, safetensors_stream
 from qvera.models.loader import load_base
-from qvera.models.quantize_checkpoint import quantize_checkpoint, read_source
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb
 from tests.exporting.helpers import deltas
@@ -32,7 +32,8 @@ EXACT = ExportSection(dtype="float32", max_shard_size_bytes=60_000)
 def quantized(base: Path, out: Path) -> ModelSection:
     """NF4, double quantized, in several shards."""
     section = ModelSection(path=str(base), compute_dtype="float32")
-    quantize_checkpoint(section, read_source(section, base), out, shard_bytes=30_000)
+    with mock.patch.object(quantize_checkpoint, "SHARD_BYTES", 30_000):
+        quantize_checkpoint.quantize_checkpoint(section, quantize_checkpoint.read_source(section, base), out)
     return section.replace(path=str(out))
 
 

@@ -195,6 +195,17 @@ def test_another_tokenizer_can_be_named(tiny_model_dir: Path, tmp_path: Path) ->
     directory = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     _without("tokenizer.json", "tokenizer_config.json")(directory)
     assert load_tokenizer(section(directory, tokenizer=str(tiny_model_dir))).eos_token == "<|im_end|>"
+    with pytest.raises(InputError, match=r"model\.tokenizer: no tokenizer can be loaded .* tokenizer\.model there\."):
+        load_tokenizer(section(tiny_model_dir, tokenizer=str(directory)))
+
+
+def test_a_package_that_a_tokenizer_needs_is_named(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **options: Any) -> None:
+        raise ImportError("LlamaTokenizer requires the sentencepiece library")
+
+    monkeypatch.setattr("qvera.models.tokenizer.AutoTokenizer.from_pretrained", missing)
+    with pytest.raises(InputError, match=r"model\.path: no tokenizer .* requires the sentencepiece library"):
+        load_tokenizer(section(tiny_model_dir))
 
 
 # Device and dtype.

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ FORK: Any = multiprocessing.get_context("fork")  # a process of its own would im
 def quantized(source: Path, out: Path, shard_bytes: int | None = None, progress: Any = None, **settings: Any) -> Any:
     section = ModelSection(path=str(source), **settings)
     read = quantize_checkpoint.read_source(section, source)
-    return quantize_checkpoint.quantize_checkpoint(section, read, out, progress=progress, shard_bytes=shard_bytes)
+    with mock.patch.object(quantize_checkpoint, "SHARD_BYTES", shard_bytes or quantize_checkpoint.SHARD_BYTES):
+        return quantize_checkpoint.quantize_checkpoint(section, read, out, progress=progress)
 
 
 def save(directory: Path, dtype: torch.dtype = torch.bfloat16, max_shard_size: str = "50GB", **changes: Any) -> Path:
