@@ -34,7 +34,7 @@ from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.model_class import CAUSAL_LM, ModelClass
-from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, read_token_rows, save_token_rows
+from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, save_token_rows
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_TEMPLATE, disk_errors, exchange, flush, resolve_path
 from qvera.utils.formatting import first_of
@@ -143,8 +143,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
         raise InputError(f"adapter.init_from: {init_from}: {error}") from None
     require_tokens(theirs, init_from, config.added_tokens)
     if config.added_tokens:
-        rows = read_token_rows(directory)
-        put_token_rows(peft_model.get_base_model(), config.added_tokens, rows, directory / ADDED_ROWS)
+        put_token_rows(peft_model.get_base_model(), config.added_tokens, directory)
     load_vectors(peft_model, vectors, init_from, adapter)
 
 
@@ -389,7 +388,7 @@ def load_adapter(model: nn.Module, directory: Path, base: Base | None = None) ->
         require_base(config, directory, facts["path"], facts.get("fingerprint"))
     require_tokens(config, directory, facts.get("added_tokens"))
     if ids := getattr(config, "added_tokens", None):
-        put_token_rows(model, ids, read_token_rows(directory), directory / ADDED_ROWS)
+        put_token_rows(model, ids, directory)
     if isinstance(config, QveraConfig):
         try:
             peft_model = put_on(model, config)

@@ -98,13 +98,9 @@ def load_base(
     try:
         config = load_config(section)
         prequantized = getattr(config, "quantization_config", None) is not None
-        if not Path(name).is_dir():
-            base_directory(section, progress)
-        else:
-            # config and headers are compared before weights are loaded
-            empty = empty_model(section, None, model_class)
-            entries = as_named(checkpoint_tensors(Path(name)), empty)
-            require_own_weights(Path(name), entries, empty, model_class)
+        # config and headers are compared before weights are loaded
+        directory, empty = base_directory(section, progress), empty_model(section, None, model_class)
+        require_own_weights(directory, as_named(checkpoint_tensors(directory), empty), empty, model_class)
         model = _load_mapped(section, config, dtype, device, progress, sharder, model_class)
         if model is None and sharder is not None:
             four_bit = "" if section.quantization in ("nf4", "fp4") else "model.quantization: nf4, or "

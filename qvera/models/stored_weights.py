@@ -125,12 +125,12 @@ def packed_weights(entries: list[TensorEntry], model: nn.Module) -> dict[str, Pa
             with open(entry.file, "rb") as file:
                 file.seek(entry.start)
                 state = json.loads(file.read(entry.size_bytes))
+            if not isinstance(state, dict):
+                raise ValueError("it is no JSON object")
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{entry.file}: {entry.name} can't be read ({error}). Copy or quantize it again."
             ) from None
-        if not isinstance(state, dict):
-            raise InputError(f"{entry.file}: {entry.name} is no JSON object. Copy or quantize it again.")
         shape: tuple[int, ...] = () if stack is None else stack.shape
         if isinstance(module, nn.Linear):
             shape = module.out_features, module.in_features

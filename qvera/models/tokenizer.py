@@ -203,16 +203,17 @@ def place_token_rows(model: PreTrainedModel, ids: dict[str, int]) -> None:
     _put(model, ids, [_drawn(module.weight, ids, first) for module in tables])
 
 
-def put_token_rows(model: PreTrainedModel, ids: dict[str, int], rows: dict[str, torch.Tensor], source: Path) -> None:
-    """Put rows of `read_token_rows` in the places of `place_token_rows`. Raises InputError for another width."""
-    tables = _tables(model)
+def put_token_rows(model: PreTrainedModel, ids: dict[str, int], directory: Path) -> None:
+    """Put an adapter's rows in the places of `place_token_rows`. InputError: as `read_token_rows`, or another width."""
+    rows, tables = read_token_rows(directory), _tables(model)
     names = ["embedding", "head"][: len(tables)]
     expected = (len(ids), tables[0].weight.shape[1])
     for name in names:
         if name not in rows or tuple(rows[name].shape) != expected:
             found = list(rows[name].shape) if name in rows else "nothing"
             raise InputError(
-                f"{source}: holds {found} as {name}, expected rows of shape {list(expected)} for this model."
+                f"{directory / ADDED_ROWS}: holds {found} as {name}, expected rows of shape {list(expected)} for this "
+                "model."
             )
     _put(model, ids, [rows[name] for name in names])
 
