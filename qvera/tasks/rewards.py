@@ -39,7 +39,7 @@ from qvera.models.loss import Head, Weigh
 from qvera.models.structure import causal_model
 from qvera.models.token_losses import TOKEN_LOSSES, Inputs, Weighed, sequence_ratios
 from qvera.tasks.causal_lm import CausalLM
-from qvera.utils.errors import InputError, RunFailed, call_problem, first_line, one_line
+from qvera.utils.errors import InputError, OwnCodeFailed, call_problem, first_line, one_line
 from qvera.utils.files import resolve_path
 from qvera.utils.formatting import shortened
 from qvera.utils.memory import each_in_halves
@@ -205,7 +205,7 @@ class Rewards(CausalLM, TrainingHook):
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer each prompt, and return the answers with rewards as JSON. RunFailed where a reward is no number."""
+        """Answer each prompt, and return the answers with rewards as JSON. OwnCodeFailed where a reward is no number."""
         training, tokenizer = self.training, self._tokenizer
         ends = set(end_tokens(model, tokenizer))
         found = generate_tokens(
@@ -359,7 +359,7 @@ def _answer(prompt: Example, kept: Mapping[str, Any]) -> Answer:
 
 
 def _scored(reward: Reward, prompt: Example, answer: str) -> float:
-    """Return a reward. RunFailed, which names the row: the function raises, or gives no finite number."""
+    """Return a reward. OwnCodeFailed, which names the row: the function raises, or gives no finite number."""
     asked, row = json.loads(prompt.about or '["", {}]')
     try:
         given: Any = reward.score(asked, answer, row)
@@ -369,7 +369,7 @@ def _scored(reward: Reward, prompt: Example, answer: str) -> float:
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if math.isfinite(number := float(given)):
             return number
-    raise RunFailed(
+    raise OwnCodeFailed(
         f"training.reward: {reward.name} {problem} an answer to {prompt.source}; expected a finite number. The answer "
-        f"was {answer[:200]!r}. Earlier checkpoints are kept: mend the function and go on with --resume."
+        f"was {answer[:200]!r}. Mend the function."
     )

@@ -158,6 +158,7 @@ class Callbacks(TrainingHook):
         self.control = getattr(callback, event)(self.args, state, self.control, **about) or self.control
         name = f"callbacks: {type(callback).__name__} sets"
         if self.control.should_evaluate and not loop.datasets.eval:
+            self.control.should_evaluate = False  # the step is still saved, and no score of nothing recorded
             wanted = "data.eval_path, eval_split or eval_fraction"
             raise InputError(f"{name} should_evaluate, and no rows are held out. Set {wanted}.")
         if self.control.should_epoch_stop:

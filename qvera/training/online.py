@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 ADAPTER = "__training__"  # PEFT's name of the adapter that stands for all that are trained
 _HARMLESS = ("training.on_oom", "training.exact_match_rows")  # keys of a recipe that nothing here reads
-_SHARED = ("weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_chunk_tokens")
+_SHARED = (
+    *("weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon", "loss_chunk_tokens"),
+    "label_smoothing",
+)
 """Keys of ``training`` that all jobs share, besides ``adapter``."""
 
 

@@ -68,9 +68,9 @@ def train(
                 InputError("callbacks: EarlyStoppingCallback needs evaluations on the way; set training.eval_steps.")
             )
         trainer: Run = (ManyTrainer if recipe.data.has_adapters else Trainer)(session, own, goes_on)
-        session.task.take_own(metrics or {}, loss)
+        session.group.agree(lambda: session.task.take_own(metrics or {}, loss))
         if loss is not None and session.zero is not None and session.zero.shards_base:
-            raise InputError("loss: is not computed by a head that ZeRO-3 shards. Use zero1, zero2 or none.")
+            raise for_all(InputError("loss: is not computed by a head that ZeRO-3 shards. Use zero1, zero2 or none."))
         if dry_run:
             trainer.load_data(preview=True)
             session.check_model()

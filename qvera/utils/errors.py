@@ -36,7 +36,7 @@ class NotFinite(RunFailed):
 
 
 class OwnCodeFailed(RunFailed):
-    """A metric or a loss of the caller's failed. The step before is whole, so it is saved."""
+    """A metric, a loss or a reward of the caller's failed. The step before is whole, so it is saved."""
 
 
 class OutOfMemory(RunFailed):

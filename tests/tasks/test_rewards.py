@@ -20,14 +20,18 @@ from qvera.tasks import task_of
 from qvera.tasks.rewards import Answer, load_rewards
 from qvera.training import checkpoint
 from qvera.training.trainer import train
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError, OwnCodeFailed
 from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb, relative
 from tests.conftest import small_llama, small_tokenizer
 from tests.helpers import ROOT
-from tests.training.runs import records, run_json
+from tests.training.runs import assert_same_run, records, run_json
 
 REWARDS = '''
+import os
+
+calls = []
+
 def letters(prompt, answer, row):
     """The share of the answer that is letters."""
     assert prompt.startswith("say") and row["prompt"] == prompt and row["wanted"] == "letters"
@@ -44,6 +48,12 @@ def nan(prompt, answer, row):
 
 def nothing(prompt, answer, row):
     pass
+
+def late(prompt, answer, row):
+    calls.append(answer)
+    if len(calls) > 60 and "MENDED" not in os.environ:
+        raise ValueError("the judge is away")
+    return letters(prompt, answer, row)
 '''
 
 
@@ -172,6 +182,20 @@ def test_the_reward_rises_and_a_run_that_was_cut_off_goes_on_to_the_bit(make_rew
 
 
 @pytest.mark.process
+def test_a_reward_that_fails_on_the_way_costs_no_step(
+    make_rewarded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step has 24 answers."""
+    recipe = make_rewarded("late", max_steps=4, save_steps=100)
+    with pytest.raises(OwnCodeFailed, match=r"late raised ValueError \(the judge is away\) .*\nStep 2 is saved"):
+        train(recipe, tmp_path / "run")
+    monkeypatch.setenv("MENDED", "yes")
+    train(recipe, tmp_path / "run", resume=True)
+    train(recipe, tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.process
 def test_the_recipe_of_orders_trains_by_exact_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     base = tmp_path / "base"
@@ -218,7 +242,7 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
         ("nan", r"gave nan .*rows.jsonl"),
         ("nothing", r"gave None for an answer to .*rows.jsonl:\d+; expected a finite number"),
     ):
-        with pytest.raises(RunFailed, match=message):
+        with pytest.raises(OwnCodeFailed, match=message):
             train(make_rewarded(reward), tmp_path / reward)
     for keys, message in (({"reward": None}, r"training.reward: .*needs a function"), ({"on_oom": "halve"}, "on_oom")):  # fmt: skip
         with pytest.raises(InputError, match=message):

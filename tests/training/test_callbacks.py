@@ -213,6 +213,8 @@ def test_a_callback_that_needs_what_there_is_not_is_named(
     recipe = make_recipe(training={"max_steps": 2, "sample_count": 0}, data={"eval_fraction": 0.0})
     with pytest.raises(InputError, match=said):
         train(recipe, tmp_path / "run", callbacks=[callback])
+    if (metrics := tmp_path / "run" / "metrics.jsonl").exists():
+        assert [json.loads(line)["kind"] for line in metrics.read_text().splitlines()] == ["train"]
 
 
 def test_many_adapters_give_their_records_to_functions_only(make_recipe: Any, tmp_path: Path) -> None:

@@ -303,9 +303,10 @@ def test_what_can_not_be_trained_beside_answers_is_refused_by_its_key(make_recip
     with pytest.raises(InputError, match="float16, which needs a loss scale"):
         OnlineTrainer(half, server_recipe(make_recipe), 2)
     trainer = OnlineTrainer(base, server_recipe(make_recipe), 2)
-    other = own["anna"].replace(adapter=own["anna"].adapter.replace(rank=4))
-    with pytest.raises(InputError, match=r"anna: adapter\.rank differ from the server's recipe"):
-        trainer.prepare("anna", other, datasets_of(own["anna"]))
+    for section, key, value in (("adapter", "rank", 4), ("training", "label_smoothing", 0.1)):
+        other = own["anna"].replace(**{section: getattr(own["anna"], section).replace(**{key: value})})
+        with pytest.raises(InputError, match=rf"anna: {section}\.{key} differ from the server's recipe"):
+            trainer.prepare("anna", other, datasets_of(own["anna"]))
 
 
 @pytest.mark.parametrize("model", [{"quantization": "none"}, {"quantization": "int8", "compute_dtype": "auto"}])
