@@ -117,16 +117,17 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
     base = load_base(recipe.model, model_class=task.model_class(datasets))
     taken = taken_as(trial, recipe)
     model = adapted(taken, base, recipe, datasets)
+    task.prepare(model, base.tokenizer, datasets)
     found = trials.train(model, taken, recipe, datasets)
     facts = {key: found[key] for key in ("head", "seconds", "cpu_seconds")}
     facts["trained"] = found["trainable"] - facts["head"]
-    found = task.held_out_loss(model, datasets.eval, datasets)
+    found = task.held_out_loss(model, datasets.eval)
     loss = found["loss"]
     scores = None
     if trial.final and math.isfinite(loss):
         test = recipe.data.replace(path=str(data / TASKS[trial.task][1]), eval_fraction=0.0)
         rows = build_datasets(test, base.tokenizer, labels=datasets.labels)
-        found = task.held_out_loss(model, rows.train, datasets)
+        found = task.held_out_loss(model, rows.train)
         scores = {name: found[name] for name in ("accuracy", "f1", "matthews")}
     return {**facts, "held_out_loss": loss, "scores": scores}
 

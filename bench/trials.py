@@ -127,6 +127,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
     section = recipe.training.replace(lr_scheduler_type=trial.schedule, warmup_ratio=trial.warmup_ratio)
     recipe = recipe.replace(data=recipe.data.replace(seed=trial.seed), training=section)
     task = task_of(recipe)
+    task.datasets = datasets
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = {"betas": (section.adam_beta1, trial.beta2 or section.adam_beta2), "eps": section.adam_epsilon,
                 "weight_decay": section.weight_decay}  # fmt: skip
@@ -143,7 +144,7 @@ def train(model: Any, trial: Trial, recipe: Recipe, datasets: Datasets) -> dict[
         count = task.targets([datasets.train[i] for i in rows])
         total = 0.0
         for micro in batches.passes(rows):
-            nll, _ = task.loss(model, [datasets.train[i] for i in micro], datasets)
+            nll, _ = task.loss(model, [datasets.train[i] for i in micro])
             (nll / count).backward()
             total += float(nll.detach())
         for kind, found in norms.items():

@@ -157,7 +157,7 @@ def measure_at(args: argparse.Namespace, lines: Lines, case: str, turn: int, tok
     optimizer = torch.optim.AdamW(trained) if trained else None
 
     def step() -> None:
-        nll, count = session.task.loss(session.model, [session.datasets.train[0]], session.datasets, None, None)
+        nll, count = session.task.loss(session.model, [session.datasets.train[0]])
         (nll / count).backward()
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)

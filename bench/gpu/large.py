@@ -91,7 +91,7 @@ def kernels(args: argparse.Namespace, lines: Lines) -> None:
     ours = session_of(args, "ours r=256", tokens)
 
     def step() -> None:
-        ours.task.loss(ours.model, [ours.datasets.train[0]], ours.datasets, None, None)[0].backward()
+        ours.task.loss(ours.model, [ours.datasets.train[0]])[0].backward()
 
     step()
     rows = kernels_of(step, ours.device)

@@ -150,7 +150,7 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
     task.prepare(opened.model, opened.base.tokenizer, datasets)
 
     def held_out() -> dict[str, Any]:
-        return task.held_out_loss(opened.model, rows, datasets)
+        return task.held_out_loss(opened.model, rows)
 
     if not task.has_answers:
         scores = held_out()

@@ -44,6 +44,10 @@ class LossBatch(NamedTuple):
     rows: list[dict[str, Any]]
 
 
+Core: TypeAlias = Callable[..., Any] | None
+"""Called in place of the model's `qvera.models.structure.core_of`, such as a DeepSpeed engine; None: that itself."""
+Progress: TypeAlias = Callable[[int], None] | None
+"""Takes the number of rows that are done."""
 OwnLoss: TypeAlias = Callable[[torch.Tensor, LossBatch], torch.Tensor]
 """Outputs of a pass → the loss of each target [n], or their mean (scalar)."""
 
@@ -122,6 +126,8 @@ class Task(ABC):
     own_metrics: Mapping[str, Metric] = {}
     """The caller's metrics, by name."""
     own_loss: OwnLoss | None = None
+    datasets: Datasets
+    """The rows of the run; set by `prepare`."""
 
     def __init__(self, recipe: Recipe | None = None) -> None:
         self.recipe = cast("Recipe", recipe)  # None: the model's recipe is not known, so it can only be scored
@@ -177,22 +183,15 @@ class Task(ABC):
     def prepare_rows(self, datasets: Datasets) -> None:  # noqa: B027
         """Change rows that have been read, before the plan is made."""
 
-    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:  # noqa: B027
+    def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
         """Prepare for `loss` and `held_out_loss` with a base that has got a fresh adapter."""
+        self.datasets = datasets
 
     def targets(self, rows: Sequence[Example]) -> int:
         """Return how many targets the rows have, without a pass over them."""
         return sum(row.trained_tokens for row in rows)
 
-    def step_rows(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        datasets: Datasets,
-        rows: Sequence[int],
-        step: int,
-        group: Group,
-    ) -> Sequence[Example] | None:
+    def step_rows(self, model: nn.Module, rows: Sequence[int], step: int, group: Group) -> Sequence[Example] | None:
         """Return the rows that optimizer step ``step`` (from 1) trains on in place of these; None: it trains on these.
 
         All ranks call this together and get the same.
@@ -209,18 +208,11 @@ class Task(ABC):
 
     @abstractmethod
     def loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        core: Callable[..., Any] | None = None,
-        expected_grad: torch.Tensor | None = None,
+        self, model: nn.Module, rows: Sequence[Example], core: Core = None, expected_grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, int]:
         """Return the training loss of a forward pass, summed over its targets (scalar), and the number of targets.
 
-        Args:
-            core: called in place of the model's `qvera.models.structure.core_of`, such as a DeepSpeed engine.
-            expected_grad: see `qvera.models.loss.fused_linear_cross_entropy`.
+        ``expected_grad``: see `qvera.models.loss.fused_linear_cross_entropy`.
         """
 
     def count_pass(self) -> None:  # noqa: B027
@@ -235,12 +227,7 @@ class Task(ABC):
 
     @abstractmethod
     def held_out_loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        group: Group = ALONE,
-        progress: Callable[[int], None] | None = None,
+        self, model: nn.Module, rows: Sequence[Example], group: Group = ALONE, progress: Progress = None
     ) -> dict[str, Any]:
         """Compute the mean loss over all targets of ``rows``, and scores. All ranks call this together.
 

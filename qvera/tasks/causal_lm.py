@@ -17,7 +17,7 @@ from qvera.models import forward
 from qvera.models.loss import Head
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.structure import causal_model
-from qvera.tasks.base import Task, own_loss_sum
+from qvera.tasks.base import Core, Progress, Task, own_loss_sum
 
 if TYPE_CHECKING:
     import torch
@@ -40,15 +40,10 @@ class CausalLM(Task):
         return CAUSAL_LM
 
     def loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        core: Callable[..., Any] | None = None,
-        expected_grad: torch.Tensor | None = None,
+        self, model: nn.Module, rows: Sequence[Example], core: Core = None, expected_grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, int]:
         data, training = self.recipe.data, self.training
-        batch = forward.make_batch(model, rows, datasets.pad_id, data.prefix_once, data.packing)
+        batch = forward.make_batch(model, rows, self.datasets.pad_id, data.prefix_once, data.packing)
         chunk, smoothing = training.loss_chunk_tokens, training.label_smoothing
         if self.own_loss is not None:
             logprobs, labels = forward.trained_logprobs(model, batch, chunk, core)
@@ -56,18 +51,13 @@ class CausalLM(Task):
         return forward.batch_nll(model, batch, chunk, core, expected_grad, smoothing)
 
     def held_out_loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        group: Group = ALONE,
-        progress: Callable[[int], None] | None = None,
+        self, model: nn.Module, rows: Sequence[Example], group: Group = ALONE, progress: Progress = None
     ) -> dict[str, Any]:
         """Score the rows by their mean loss and ``perplexity`` (`Task.held_out_loss`)."""
         return held_out.held_out_loss(
             model,
             rows,
-            pad_id=datasets.pad_id,
+            pad_id=self.datasets.pad_id,
             batch_size=self.training.per_device_eval_batch_size,
             chunk_tokens=self.training.loss_chunk_tokens,
             progress=progress,

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask
 from qvera.models.model_class import ModelClass, classification_class, image_class
 from qvera.models.structure import causal_model
-from qvera.tasks.base import Task, own_loss_sum
+from qvera.tasks.base import Core, Progress, Task, own_loss_sum
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
@@ -50,23 +50,21 @@ class Classification(Task):
     def check(self) -> None:
         require_scorers(self.name)  # scikit-learn and scipy, for the scores
 
+    @property
+    def _labels(self) -> Labels:
+        assert self.datasets.labels is not None  # the format of a classification's rows gives them
+        return self.datasets.labels
+
     @abstractmethod
-    def row_logits(
-        self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
-    ) -> torch.Tensor:
+    def row_logits(self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Core = None) -> torch.Tensor:
         """Return the logits of rows, fp32 [B, outputs]; ``core``: see `Task.loss`."""
 
     def loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        core: Callable[..., Any] | None = None,
-        expected_grad: torch.Tensor | None = None,
+        self, model: nn.Module, rows: Sequence[Example], core: Core = None, expected_grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, int]:
         """Return the cross entropy, or the squared error of a regression, summed over rows."""
-        labels = _labels(datasets)
-        logits = self.row_logits(model, rows, datasets.pad_id, core)
+        labels = self._labels
+        logits = self.row_logits(model, rows, self.datasets.pad_id, core)
         targets = accelerator.tensors_on(logits.device, {"targets": labels.targets(rows)})["targets"]
         if self.own_loss is not None:
             return own_loss_sum(self.own_loss, logits, targets, rows), len(rows)
@@ -74,17 +72,12 @@ class Classification(Task):
         return _row_losses(logits, targets, labels.is_regression, smoothing).sum(), len(rows)
 
     def held_out_loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        group: Group = ALONE,
-        progress: Callable[[int], None] | None = None,
+        self, model: nn.Module, rows: Sequence[Example], group: Group = ALONE, progress: Progress = None
     ) -> dict[str, Any]:
         """Score the rows by their mean loss and the scores of `qvera.evaluation.metrics`."""
-        started, labels = time.perf_counter(), _labels(datasets)
+        started, labels = time.perf_counter(), self._labels
         batch_size = self.training.per_device_eval_batch_size
-        logits = self.held_out_logits(model, rows, datasets.pad_id, batch_size, group, progress)
+        logits = self.held_out_logits(model, rows, self.datasets.pad_id, batch_size, group, progress)
         scores = label_scores(logits, rows, labels)
         if self.own_metrics:
             found = predictions(logits, rows, labels)
@@ -105,7 +98,7 @@ class Classification(Task):
         pad_id: int,
         batch_size: int,
         group: Group = ALONE,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
     ) -> torch.Tensor:
         """Return the logits of all rows, fp32 [rows, outputs] on the CPU. Ranks share the rows; all get the result."""
 
@@ -154,9 +147,7 @@ class SequenceClassification(Classification):
             )
         return classification_class(labels.names, labels.is_regression, recipe.training.seed)
 
-    def row_logits(
-        self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
-    ) -> torch.Tensor:
+    def row_logits(self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Core = None) -> torch.Tensor:
         """Return the logits of texts. On a CPU in 16 bits their length is rounded up (`qvera.data.rows`)."""
         inner = causal_model(model)
         device, implementation = next(model.parameters()).device, inner.config._attn_implementation
@@ -197,18 +188,11 @@ class ImageClassification(Classification):
         assert row.image is not None
         return dataclasses.replace(row, images=(row.image.drawn(Draw(data.seed, step, number)),))
 
-    def row_logits(
-        self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Callable[..., Any] | None = None
-    ) -> torch.Tensor:
+    def row_logits(self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Core = None) -> torch.Tensor:
         inner, device = causal_model(model), next(model.parameters()).device
         pixels = pixel_batch([row.image for row in rows if row.image is not None])
         values = accelerator.tensors_on(device, {"pixel_values": pixels})["pixel_values"]
         return (core or inner)(pixel_values=values.to(inner.dtype)).logits.float()
-
-
-def _labels(datasets: Datasets) -> Labels:
-    assert datasets.labels is not None  # the format of a classification's rows gives them
-    return datasets.labels
 
 
 def _row_losses(

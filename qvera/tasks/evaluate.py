@@ -126,7 +126,7 @@ def evaluate(
         scored: PreTrainedModel | PeftModel, label: str, with_loss: bool = True
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         def held_out() -> dict[str, Any]:
-            return task.held_out_loss(scored, examples, datasets, progress=show) if with_loss else {}
+            return task.held_out_loss(scored, examples, progress=show) if with_loss else {}
 
         with Phase(console, f"held-out loss of {label}", len(examples)) as show:
             return score_model(

@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
 from qvera.models.checkpointing import draws_random_numbers
 from qvera.models.structure import causal_model
+from qvera.tasks.base import Core, Progress
 from qvera.tasks.causal_lm import CausalLM
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
@@ -91,6 +92,7 @@ class Preferences(CausalLM):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
         """Make TRL's trainer. InputError if TRL is missing or too old, or can't take the model apart."""
+        super().prepare(model, tokenizer, datasets)
         require_trl()
         inner = causal_model(model)
         if self.objective != "orpo" and inner.base_model is inner:  # Llama 4 with images
@@ -113,12 +115,7 @@ class Preferences(CausalLM):
         return len(rows)
 
     def loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        core: Callable[..., Any] | None = None,
-        expected_grad: torch.Tensor | None = None,
+        self, model: nn.Module, rows: Sequence[Example], core: Core = None, expected_grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, int]:
         """Return TRL's loss, summed over pairs or judged answers."""
         return self._sum(rows)
@@ -177,12 +174,7 @@ class Preferences(CausalLM):
         return found
 
     def held_out_loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        group: Group = ALONE,
-        progress: Callable[[int], None] | None = None,
+        self, model: nn.Module, rows: Sequence[Example], group: Group = ALONE, progress: Progress = None
     ) -> dict[str, Any]:
         """Score the rows by their mean loss and the metrics of `take_metrics`."""
         started = time.perf_counter()

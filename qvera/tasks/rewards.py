@@ -38,6 +38,7 @@ from qvera.models import forward
 from qvera.models.loss import Head, Weigh
 from qvera.models.structure import causal_model
 from qvera.models.token_losses import TOKEN_LOSSES, Inputs, Weighed, sequence_ratios
+from qvera.tasks.base import Core, Progress
 from qvera.tasks.causal_lm import CausalLM
 from qvera.utils.errors import InputError, OwnCodeFailed, call_problem, first_line, one_line
 from qvera.utils.files import resolve_path
@@ -139,6 +140,7 @@ class Rewards(CausalLM, TrainingHook):
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
         """Take the tokenizer. InputError: the model caps its logits, and the temperature is not 1."""
+        super().prepare(model, tokenizer, datasets)
         self._tokenizer = tokenizer
         if not self.rewards:  # of a run that is evaluated
             self.check()
@@ -148,17 +150,9 @@ class Rewards(CausalLM, TrainingHook):
                 "temperature 1 only. Remove the key."
             )
 
-    def step_rows(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        datasets: Datasets,
-        rows: Sequence[int],
-        step: int,
-        group: Group,
-    ) -> Sequence[Example]:
+    def step_rows(self, model: nn.Module, rows: Sequence[int], step: int, group: Group) -> Sequence[Example]:
         """Return the answers that this step trains on. Their rewards become its metrics."""
-        training = self.training
+        training, datasets = self.training, self.datasets
         if (step - 1) % training.updates_per_answers == 0 or not self._kept:
             # each rank answers a run of consecutive prompts, `group_size` times each
             share, more = divmod(len(rows), group.world_size)
@@ -177,10 +171,10 @@ class Rewards(CausalLM, TrainingHook):
                     one["advantage"] = (one["reward"] - mean) / deviation
             answers = [_answer(prompt, one) for prompt, one in zip(prompts, found, strict=True)]
             if training.updates_per_answers > 1:  # a later step compares with the model of now
-                self._add_logprobs("logprobs", found, model, answers, datasets.pad_id)
+                self._add_logprobs("logprobs", found, model, answers)
             if training.kl_coefficient:
                 with model.disable_adapter():  # type: ignore[operator]  # PEFT's
-                    self._add_logprobs("base_logprobs", found, model, answers, datasets.pad_id)
+                    self._add_logprobs("base_logprobs", found, model, answers)
             # all ranks keep all answers, as the passes of the step are cut over the answers of all
             kept = [{"row": number, **one} for number, one in zip(numbers, found, strict=True)]
             self._kept = list(itertools.chain(*group.gather(kept)))
@@ -205,7 +199,7 @@ class Rewards(CausalLM, TrainingHook):
         seed: int,
         progress: Callable[[int], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer each prompt, and return the answers with rewards as JSON. OwnCodeFailed where a reward is no number."""
+        """Answer each prompt; return the answers with rewards as JSON. OwnCodeFailed where a reward is no number."""
         training, tokenizer = self.training, self._tokenizer
         ends = set(end_tokens(model, tokenizer))
         found = generate_tokens(
@@ -228,12 +222,12 @@ class Rewards(CausalLM, TrainingHook):
 
     @torch.no_grad()
     def _add_logprobs(
-        self, name: str, found: Sequence[dict[str, Any]], model: nn.Module, answers: Sequence[Answer], pad_id: int
+        self, name: str, found: Sequence[dict[str, Any]], model: nn.Module, answers: Sequence[Answer]
     ) -> None:
         """Note the log-probabilities of each answer's tokens under a name."""
 
         def compute(rows: list[Answer]) -> list[np.ndarray]:
-            batch = forward.make_batch(model, rows, pad_id, self.recipe.data.prefix_once)
+            batch = forward.make_batch(model, rows, self.datasets.pad_id, self.recipe.data.prefix_once)
             _, logprobs = self._weighed(model, batch, lambda lp, _: (lp, lp))
             return np.split(logprobs.squeeze(1).float().cpu().numpy(), np.cumsum([r.trained_tokens for r in rows])[:-1])
 
@@ -250,15 +244,10 @@ class Rewards(CausalLM, TrainingHook):
         return forward.weighed_loss(model, batch, chunk, weigh, core, grad, temperature)
 
     def loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        core: Callable[..., Any] | None = None,
-        expected_grad: torch.Tensor | None = None,
+        self, model: nn.Module, rows: Sequence[Example], core: Core = None, expected_grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, int]:
         """Return the policy loss. Rows that are no answers, as in the trial of the longest batch, weigh nothing."""
-        batch = forward.make_batch(model, rows, datasets.pad_id, self.recipe.data.prefix_once)
+        batch = forward.make_batch(model, rows, self.datasets.pad_id, self.recipe.data.prefix_once)
         counts = [row.trained_tokens for row in rows]
         device = batch["trained"].device
 
@@ -327,12 +316,7 @@ class Rewards(CausalLM, TrainingHook):
         return found
 
     def held_out_loss(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        datasets: Datasets,
-        group: Group = ALONE,
-        progress: Callable[[int], None] | None = None,
+        self, model: nn.Module, rows: Sequence[Example], group: Group = ALONE, progress: Progress = None
     ) -> dict[str, Any]:
         """Score greedy answers: ``reward`` is their mean reward, ``loss`` is -reward. The ranks share the prompts."""
         started = time.perf_counter()

@@ -6,7 +6,6 @@ of a bank, in forward passes that they share. Steps yield between passes: a serv
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -68,22 +67,12 @@ class Step(Generic[Row]):
     examples: list[Example] = dataclasses.field(default_factory=list, kw_only=True)
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list, kw_only=True)
     pass_rows: list[list[Row]] = dataclasses.field(default_factory=list, kw_only=True)
-    _before: float = dataclasses.field(default=0.0, kw_only=True)
-    _since: float = dataclasses.field(default_factory=time.perf_counter, kw_only=True)
+    began: float = dataclasses.field(default=0.0, kw_only=True)  # later by the time between passes (`Loop.take_step`)
 
     @property
     def seconds(self) -> float:
         """The seconds that the step has taken so far, without the time between passes."""
-        return self._before + time.perf_counter() - self._since
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the step's clock inside the block."""
-        self._before = self.seconds
-        try:
-            yield
-        finally:
-            self._since = time.perf_counter()
+        return time.perf_counter() - self.began
 
 
 S = TypeVar("S", bound=Step[Any])
@@ -110,25 +99,23 @@ class Loop(ABC, Generic[S]):
             RunFailed: memory ran out in the optimizer.
         """
         # a step that is undone goes back to this state, so that its next attempt drops out the same elements
-        random = generator_states(self.group.rank)
+        random, began = generator_states(self.group.rank), time.perf_counter()
         step = self.step = self.next_step()
+        step.began = began  # before its rows were chosen: a task may let the model answer for them
         self.hooks.before_step(step.number)
         shortage: Shortage | None = None
         while step.passes and shortage is None:
             try:
                 shortage = or_shortage(lambda: self.do_pass(step), self.device)  # rows → loss → backward
             except OwnCodeFailed:
-                # undone like a shortage: the run ends, and saves the state after the last whole step (`Run.end`)
-                self.drop_gradients()
-                set_generator_states(random, self.group.rank)
+                self.undo(random)  # the run ends, and saves the state after the last whole step (`Run.end`)
                 raise
             if shortage is None:
-                with step.paused():
-                    yield []
+                left = time.perf_counter()
+                yield []
+                step.began += time.perf_counter() - left
         if self.add_up(step, shortage):  # some process ran out of memory
-            self.drop_gradients()
-            forget_inputs(self.model)  # the failed pass has left projections in the layers
-            set_generator_states(random, self.group.rank)
+            self.undo(random)
             records = self.make_smaller(step, shortage)
         else:
             norms = or_shortage(lambda: self.clip_and_step(step), self.device)
@@ -149,6 +136,12 @@ class Loop(ABC, Generic[S]):
     @abstractmethod
     def add_up(self, step: S, shortage: Shortage | None) -> bool:
         """Add up the losses of all passes and processes; return True where a process ran out of memory."""
+
+    def undo(self, random: dict[str, torch.Tensor]) -> None:
+        """Leave no trace of the passes that were taken. ``random``: the generators' states before the step."""
+        self.drop_gradients()
+        forget_inputs(self.model)  # a pass that failed has left projections in the layers
+        set_generator_states(random, self.group.rank)
 
     @abstractmethod
     def drop_gradients(self) -> None:
@@ -276,14 +269,12 @@ class AloneLoop(Loop[AloneStep]):
 
     def next_step(self) -> AloneStep:
         group, rows, number = self.group, self.batches.rows(self.state.step), self.state.step + 1
-        began = time.perf_counter()  # answers that a task takes its rows from are a part of the step
         self.task.forget_metrics()
-        tokenizer, source = self.session.base.tokenizer, self.datasets.train
-        made = self.task.step_rows(self.model, tokenizer, self.datasets, rows, number, group)
+        made, source = self.task.step_rows(self.model, rows, number, group), self.datasets.train
         if made is not None:
             rows = list(range(len(made)))
         passes = self.batches.passes(rows, group.rank, group.world_size)
-        return AloneStep(number, rows, passes, source=source if made is None else made, _since=began)
+        return AloneStep(number, rows, passes, source=source if made is None else made)
 
     def do_pass(self, step: AloneStep) -> None:
         """Take a pass; a process that has no rows in it runs a dummy one, so that collectives stay in sync."""
@@ -311,7 +302,7 @@ class AloneLoop(Loop[AloneStep]):
         expected_grad: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, int]:
         """Return the summed loss of the rows' targets, and their number (`qvera.tasks.Task.loss`)."""
-        return self.task.loss(self.model, rows, self.datasets, core, expected_grad)
+        return self.task.loss(self.model, rows, core, expected_grad)
 
     def add_up(self, step: AloneStep, shortage: Shortage | None) -> bool:
         """Add up losses and tokens. Under ZeRO a shortage raises: the others wait inside DeepSpeed's passes."""
@@ -390,7 +381,7 @@ class AloneLoop(Loop[AloneStep]):
 
     def held_out_loss(self, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Return loss and scores of all held-out rows, equal on all ranks. ``progress`` gets this rank's rows."""
-        result = self.task.held_out_loss(self.model, self.datasets.eval, self.datasets, self.group, progress)
+        result = self.task.held_out_loss(self.model, self.datasets.eval, self.group, progress)
         return self.group.broadcast(result)  # the ranks' own would differ in their seconds
 
     def over_passes(self, rows: list[int], do: Callable[[list[list[int]]], T], what: str) -> T:

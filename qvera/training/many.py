@@ -10,7 +10,6 @@ the end. All of them must see the same run directory.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -45,14 +44,6 @@ TOO_FEW_ROWS = "too few rows"  # than one optimizer step takes
 REPEATED = "held-out rows repeat training rows"  # token for token, of the same adapter
 _WAIT_SECONDS = 0.2  # how often a process that is done looks whether the others are
 _FRESH = vars(TrainState())  # what is still as at the beginning is left out: there may be a hundred thousand adapters
-
-
-@dataclasses.dataclass
-class Totals:
-    """The time and tokens of all rounds of a process."""
-
-    seconds: float = 0.0
-    input_tokens: int = 0
 
 
 class ManyTrainer(Run):
@@ -114,7 +105,7 @@ class ManyTrainer(Run):
         bank = AdapterBank(session.model, slots)
         # auto: adapters are let in while all of their steps' rows fit into one pass
         pass_rows = training.per_device_train_batch_size if training.adapters_at_once == "auto" else None
-        self.totals, self.whole_round = Totals(), 0
+        self.totals, self.whole_round = {"seconds": 0.0, "input_tokens": 0}, 0  # of all rounds of this process
 
         def make_loop() -> BankLoop:
             if saved is not None:
@@ -189,7 +180,7 @@ class ManyTrainer(Run):
         loop.bank.vectors.copy_(vectors)
         loop.adamw.load_state_dict(saved.files["optimizer"])
         loop.round = self.saved = self.whole_round = saved.number
-        self.totals = Totals(**saved.state["totals"])
+        self.totals = dict(saved.state["totals"])
         checkpoint.set_generator_states(saved.files["random"])
         self.session.keep_checkpointing(saved.state["gradient_checkpointing"], ALONE)
         self.session.builds_per_pass = saved.state["builds_per_pass"]
@@ -279,8 +270,8 @@ class ManyTrainer(Run):
             if record["kind"] == "round":
                 record["memory_bytes"] = memory.memory_bytes(self.session.device)
                 record["peak_bytes"] = self.session.watch.peak_bytes
-                self.totals.seconds += record["step_seconds"]
-                self.totals.input_tokens += record["input_tokens"]
+                self.totals["seconds"] += record["step_seconds"]
+                self.totals["input_tokens"] += record["input_tokens"]
                 self.trackers.log({**record, "step": record["round"]})
         if records:
             rank = {"rank": self.group.rank} if self.group.rank else {}
@@ -332,7 +323,7 @@ class ManyTrainer(Run):
             "slots": loop.bank.slots,
             "gradient_checkpointing": session.checkpointing,
             "builds_per_pass": session.builds_per_pass,
-            "totals": dataclasses.asdict(self.totals),
+            "totals": self.totals,
             "adapters": adapters,
         }
         directory = checkpoint.of_rank(self.run_dir, self.group.rank)
@@ -346,7 +337,7 @@ class ManyTrainer(Run):
         entries = [entry for _, entry in sorted(numbered for theirs in self.group.gather(mine) for numbered in theirs)]
         entries += map(_without_rows, self.session.datasets.adapters_without_rows)
         rounds, seconds, tokens = zip(
-            *self.group.gather([self.loop.round, self.totals.seconds, self.totals.input_tokens]), strict=True
+            *self.group.gather([self.loop.round, self.totals["seconds"], self.totals["input_tokens"]]), strict=True
         )
         longest = max(seconds)
         self.summary |= {"status": status, "adapters": entries}

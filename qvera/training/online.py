@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -111,15 +111,15 @@ class OnlineTrainer:
         if run.slot is not None or not self.free_slots:
             raise ValueError(f"{run.name}: " + ("is in flight" if run.slot is not None else "there is no free slot"))
         # all that may fail comes before the job takes a slot
-        saved_job = None if saved is None else SavedJob.read(saved, run, self._base)
+        kept = None if saved is None else _read_job(saved, run, self._base)
         if self._lent is None:
             self._attach(run.datasets.pad_id)
         run.state, run.best, run.after, run.reason = TrainState(), None, None, None
         self._roster.enter(run)
         try:
             self.loop.begin(run)
-            if saved_job is not None:
-                saved_job.put_into(run, self.loop)
+            if kept is not None:
+                self._put_back(run, *kept)
         except BaseException:
             self._roster.leave(run, "waiting")
             raise
@@ -162,8 +162,35 @@ class OnlineTrainer:
         self._roster.leave(run, ended)
 
     def save(self, run: AdapterRun, file: Path) -> None:
-        """Write a job's state to a file (`save_job`). RunFailed if the disk is full; an earlier file stays."""
-        save_job(file, run, self.loop, self._base)
+        """Write a job's state to a safetensors file. RunFailed if the disk is full; an earlier file stays.
+
+        Tensors, fp32: ``vectors`` [numbers], the moments ``first`` and ``second`` [trained numbers], and ``best``
+        [numbers] where the recipe keeps the vectors of the best step.
+        """
+        slot, bank, adamw = run.held_slot, self.loop.bank, self.loop.adamw
+        tensors = {"vectors": bank.vectors[slot], "first": adamw.first[slot], "second": adamw.second[slot]}
+        if run.best is not None:
+            tensors["best"] = run.best
+        state = {
+            "job": run.name,
+            **_inputs_of(run, self._base),
+            "recipe": run.recipe.to_dict(),
+            "optimizer_steps": adamw.steps[slot],
+            "state": dataclasses.asdict(run.state),
+            "after": run.after,
+            "reason": run.reason,
+        }
+        write_state(file, tensors, state)
+
+    def _put_back(self, run: AdapterRun, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Put a saved state into a job in flight, which goes on from it."""
+        slot, bank, adamw = run.held_slot, self.loop.bank, self.loop.adamw
+        bank.vectors[slot].copy_(tensors["vectors"])
+        adamw.first[slot].copy_(tensors["first"])
+        adamw.second[slot].copy_(tensors["second"])
+        adamw.steps[slot] = state["optimizer_steps"]
+        run.best, run.state = tensors.get("best"), TrainState(**state["state"])
+        run.after, run.reason = state["after"], state["reason"]
 
     def save_adapter(self, run: AdapterRun, directory: Path) -> None:
         """Write the adapter of a job in flight. RunFailed where the disk is full; an earlier adapter is kept."""
@@ -195,63 +222,20 @@ def require_trainable(base: Base, recipe: Recipe) -> None:
     require_trainable_base(base)
 
 
-def save_job(file: Path, run: AdapterRun, loop: BankLoop, base: Base) -> None:
-    """Write the state of an adapter in flight to a safetensors file. After a kill the file is the new or the old one.
-
-    Tensors, fp32: ``vectors`` [numbers], the moments ``first`` and ``second`` [trained numbers], and ``best`` [numbers]
-    where the recipe keeps the vectors of the best step.
-    """
-    slot, bank, adamw = run.held_slot, loop.bank, loop.adamw
-    tensors = {"vectors": bank.vectors[slot], "first": adamw.first[slot], "second": adamw.second[slot]}
-    if run.best is not None:
-        tensors["best"] = run.best
-    state = {
-        "job": run.name,
-        **_inputs_of(run, base),
-        "recipe": run.recipe.to_dict(),
-        "optimizer_steps": adamw.steps[slot],
-        "state": dataclasses.asdict(run.state),
-        "after": run.after,
-        "reason": run.reason,
-    }
-    write_state(file, tensors, state)
-
-
-@dataclasses.dataclass
-class SavedJob:
-    """A job's state as `save_job` wrote it."""
-
-    tensors: dict[str, torch.Tensor]
-    state: dict[str, Any]
-
-    @classmethod
-    def read(cls, file: Path, run: AdapterRun, base: Base) -> Self:
-        """Read and verify a job's file. InputError where it is damaged, or of another job, rows, recipe or base."""
-        saved = cls(*read_state(file, "Begin the job anew."))
-        try:
-            TrainState(**saved.state["state"])
-        except TypeError as error:
-            raise InputError(
-                f"{file}: was written by another version of qvera ({error}). Begin the job anew."
-            ) from None
-        if changed := changed_keys(saved.state["recipe"], run.recipe):
-            raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.name}.")
-        for key, value in {"job": run.name, **_inputs_of(run, base)}.items():
-            if saved.state.get(key) != value:
-                raise InputError(
-                    f"{file}: has another {key} than {run.name}. Give the file of this job, or begin anew."
-                )
-        return saved
-
-    def put_into(self, run: AdapterRun, loop: BankLoop) -> None:
-        """Put the saved state into a job in flight, which goes on from it."""
-        slot, bank, adamw = run.held_slot, loop.bank, loop.adamw
-        bank.vectors[slot].copy_(self.tensors["vectors"])
-        adamw.first[slot].copy_(self.tensors["first"])
-        adamw.second[slot].copy_(self.tensors["second"])
-        adamw.steps[slot] = self.state["optimizer_steps"]
-        run.best, run.state = self.tensors.get("best"), TrainState(**self.state["state"])
-        run.after, run.reason = self.state["after"], self.state["reason"]
+def _read_job(file: Path, run: AdapterRun, base: Base) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read and verify a file of `save`. InputError where it is damaged, or of another job, rows, recipe or base."""
+    tensors, state = read_state(file, "Begin the job anew.")
+    try:
+        TrainState(**state["state"])
+        changed = changed_keys(state["recipe"], run.recipe)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file}: was written by another version of qvera ({error}). Begin the job anew.") from None
+    if changed:
+        raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.name}.")
+    for key, value in {"job": run.name, **_inputs_of(run, base)}.items():
+        if state.get(key) != value:
+            raise InputError(f"{file}: has another {key} than {run.name}. Give the file of this job, or begin anew.")
+    return tensors, state
 
 
 def _inputs_of(run: AdapterRun, base: Base) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def prepared(model: Any, **settings: Any) -> Preferences:
 
 
 def loss_of(task: Preferences, model: Any, rows: list[Example]) -> tuple[torch.Tensor, int]:
-    return task.loss(model, rows, None)  # type: ignore[arg-type]
+    return task.loss(model, rows)
 
 
 @pytest.mark.parametrize("name", list(FORMULAS))

@@ -110,7 +110,7 @@ def _asked(recipe: Recipe) -> tuple[Any, Any, Datasets]:
 def test_the_loss_and_its_gradient_are_those_of_the_formula(make_rewarded: Any, settings: dict[str, Any]) -> None:
     recipe = make_rewarded(**settings)
     task, model, datasets = _asked(recipe)
-    answers = task.step_rows(model, task._tokenizer, datasets, [0, 3], 1, _alone())
+    answers = task.step_rows(model, [0, 3], 1, _alone())
     assert len(answers) == 12 and all(isinstance(answer, Answer) for answer in answers)
     moved = [
         answer
@@ -118,7 +118,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(make_rewarded: Any, 
         else dataclasses.replace(answer, logprobs=answer.logprobs + 0.3 * (-1) ** place)
         for place, answer in enumerate(answers)
     ]
-    found, count = task.loss(model, moved, datasets)
+    found, count = task.loss(model, moved)
     vectors = named_vectors(model)
     gradients = torch.autograd.grad(found, list(vectors.values()))
     training, total = recipe.training, torch.zeros(())
@@ -150,7 +150,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula(make_rewarded: Any, 
 def test_advantages_are_of_each_group_and_rewards_add_up(make_rewarded: Any) -> None:
     recipe = make_rewarded({"letters": 2.0, "short": 0.5})
     task, model, datasets = _asked(recipe)
-    answers = task.step_rows(model, task._tokenizer, datasets, [1, 2, 5], 1, _alone())
+    answers = task.step_rows(model, [1, 2, 5], 1, _alone())
     for group in (answers[:6], answers[6:12], answers[12:]):
         assert len({answer.source for answer in group}) == 1
         rewards = np.array([answer.reward for answer in group])
