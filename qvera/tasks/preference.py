@@ -73,7 +73,6 @@ class Preferences(CausalLM):
     loss_is_trl = True
     takes_loss = False
     scores = ("loss", "rewards/margins", "rewards/accuracies", "exact_match")
-    _model: nn.Module
     _trainer: Any
 
     def __init__(self, recipe: Recipe) -> None:
@@ -103,9 +102,8 @@ class Preferences(CausalLM):
         self._sums.clear()
         own_tokenizer = copy.deepcopy(tokenizer)  # TRL gives it a pad token
         own_tokenizer.pad_token_id = datasets.pad_id
-        self._model, device = model, next(model.parameters()).device
         with _quiet(), _as_it_was(model):
-            self._trainer = _make_trainer(model, own_tokenizer, self.training, device)
+            self._trainer = _make_trainer(model, own_tokenizer, self.training)
             # TRL adds a copy of the fresh adapter as the reference. It gives what the base gives, and without it TRL
             # switches the adapter off instead.
             if "ref" in getattr(model, "peft_config", {}):
@@ -118,20 +116,17 @@ class Preferences(CausalLM):
         self, model: nn.Module, rows: Sequence[Example], core: Core = None, expected_grad: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, int]:
         """Return TRL's loss, summed over pairs or judged answers."""
-        return self._sum(rows)
-
-    def _sum(self, rows: Sequence[Example]) -> tuple[torch.Tensor, int]:
         batch = self._trainer.data_collator(_features(self.objective, rows))
-        device = next(self._model.parameters()).device
+        device = next(model.parameters()).device
         batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
         def fp32_logits(*args: Any, **inputs: Any) -> Any:
-            output = self._model(*args, **inputs)
+            output = model(*args, **inputs)
             output.logits = output.logits.float()
             return output
 
         # ORPO takes the model's logits, and sums of log probabilities in 16 bits would tell few answers apart
-        loss = self._trainer.compute_loss(fp32_logits if self.objective == "orpo" else self._model, batch)
+        loss = self._trainer.compute_loss(fp32_logits if self.objective == "orpo" else model, batch)
         self._pass = self._measured(rows)
         return loss * len(rows), len(rows)  # TRL's is a mean
 
@@ -181,7 +176,7 @@ class Preferences(CausalLM):
         self.forget_metrics()
 
         def compute(numbers: list[int]) -> torch.Tensor:
-            total, _ = self._sum([rows[i] for i in numbers])
+            total, _ = self.loss(model, [rows[i] for i in numbers])
             self.count_pass()
             return total
 
@@ -233,9 +228,7 @@ def _features(objective: str, examples: Sequence[Example]) -> list[dict[str, Any
     return rows
 
 
-def _make_trainer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, training: TrainingSection, device: torch.device
-) -> Any:
+def _make_trainer(model: nn.Module, tokenizer: PreTrainedTokenizerBase, training: TrainingSection) -> Any:
     """Make TRL's trainer for the objective. It asks for rows, so it gets some that are never used."""
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -262,7 +255,7 @@ def _make_trainer(
         arguments = Config(
             output_dir=unused,
             max_steps=1,
-            use_cpu=not accelerator.is_accelerator(device),
+            use_cpu=not accelerator.is_accelerator(next(model.parameters()).device),
             bf16=False,  # the model computes in its own dtype
             gradient_checkpointing=False,  # a run enables it; TRL disables it for the reference, then enables it so
             gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)},

@@ -371,6 +371,10 @@ class Trainer(Run):
             **self.measured(),
             **self.extra,
         }
-        pairs = zip(self._samples_before(), self.samples, strict=False)
-        self.summary["samples"] = [{**before, "after": after["answer"]} for before, after in pairs]
+        samples = self._samples_before()
+        if self.samples:  # else the run has not come to its end
+            samples = [
+                before | {"after": after["answer"]} for before, after in zip(samples, self.samples, strict=False)
+            ]
+        self.summary["samples"] = samples
         self.group.on_first(lambda: write_run(self.run_dir, self.summary, self.console))

@@ -6,7 +6,7 @@
                             numbers], the bank
     optimizer.safetensors   one: "name/key" → tensor of the optimizer's state for that vector. many: the moments and the
                             counts of steps of each slot
-    state.json              step or round, recipe, what else goes on (`trainer`, `many`), earlier results
+    state.json              step or round, recipe, what else goes on (`alone`, `many`), earlier results
     random.safetensors      torch's generator states (uint8) by device type: "cpu", "cuda"; of rank k > 0 "cpu.k", ..
     hooks.safetensors       one: "hook/name" → tensor of a step hook's state; only where a hook has one. Its other
                             values are in state.json

@@ -170,14 +170,15 @@ class AloneStep(Step[int]):
 
     Attributes:
         source: the training rows, or what the task makes of some of them (`qvera.tasks.Task.step_rows`).
-        targets: the number that the loss is divided by; 0 until the first pass.
+        targets: the number that the loss is divided by.
+        trained_tokens: those of all rows.
         sums: the summed loss of each pass of this process, as numbers.
         total: the summed loss of all passes of all processes.
     """
 
-    source: Sequence[Example] = ()
-    targets: int = 0
-    trained_tokens: int = 0
+    source: Sequence[Example]
+    targets: int
+    trained_tokens: int
     input_tokens: int = 0
     sums: list[float] = dataclasses.field(default_factory=list)
     total: float = 0.0
@@ -269,19 +270,17 @@ class AloneLoop(Loop[AloneStep]):
 
     def next_step(self) -> AloneStep:
         group, rows, number = self.group, self.batches.rows(self.state.step), self.state.step + 1
+        source: Sequence[Example] = self.datasets.train
         self.task.forget_metrics()
-        made, source = self.task.step_rows(self.model, rows, number, group), self.datasets.train
-        if made is not None:
-            rows = list(range(len(made)))
-        passes = self.batches.passes(rows, group.rank, group.world_size)
-        return AloneStep(number, rows, passes, source=source if made is None else made)
+        if (made := self.task.step_rows(self.model, rows, number, group)) is not None:
+            source, rows = made, list(range(len(made)))
+        passes, examples = self.batches.passes(rows, group.rank, group.world_size), [source[i] for i in rows]
+        trained_tokens = sum(row.trained_tokens for row in examples)
+        return AloneStep(number, rows, passes, source, self.task.targets(examples), trained_tokens)
 
     def do_pass(self, step: AloneStep) -> None:
         """Take a pass; a process that has no rows in it runs a dummy one, so that collectives stay in sync."""
         train, engine = step.source, self.engine
-        if not step.targets:
-            rows = [train[i] for i in step.rows]
-            step.targets, step.trained_tokens = self.task.targets(rows), sum(row.trained_tokens for row in rows)
         rows_here = step.passes[0]
         step.examples = [self.task.training_row(train[i], i, step.number) for i in rows_here or step.rows[:1]]
         # in float16 small gradients vanish, unless backward's factors are multiplied in before rounding
@@ -315,29 +314,6 @@ class AloneLoop(Loop[AloneStep]):
         step.total, inputs, failed = group.sum([sum(step.sums), input_tokens, float(shortage is not None)])
         step.input_tokens = int(inputs)
         return bool(failed)
-
-    def drop_gradients(self) -> None:
-        self.engine.undo()
-
-    def make_smaller(self, step: AloneStep, shortage: Shortage | None) -> Records:
-        """Halve the passes. OutOfMemory with ``training.on_oom: save``, or where a pass had a single row."""
-        group, train, packed = self.group, self.datasets.train, self.recipe.data.packing
-        examples = None if shortage is None else step.examples
-        size = sum(len(example.input_ids) for example in step.examples) if packed else len(step.examples)
-        half = size // 2 if len(step.examples) > 1 else 0  # 0, too, where no pass had begun
-        of_ranks = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
-        failed = [sizes for sizes in of_ranks if sizes is not None]
-        asked, free, halves = zip(*failed, strict=True)
-        shortage = Shortage(max((each for each in asked if each is not None), default=None), min(free))
-        most = min(halves)  # one limit for all ranks: each cuts the rows of all of them, to have as many passes
-        if self.recipe.training.on_oom == "save" or most == 0:
-            raise step_error(f"Step {step.number}", shortage, examples, self.plan, train, group)
-        self.batches.limit(most)
-        limit, seconds = {"pass_tokens" if packed else "pass_rows": most}, step.seconds
-        self.state.halvings = [*self.state.halvings, {"step": step.number, **limit}]
-        self.state.train_seconds += seconds
-        about = {**dataclasses.asdict(shortage), **limit, "step_seconds": seconds}
-        return [{"kind": "out_of_memory", "step": step.number, **about}]
 
     def clip_and_step(self, step: AloneStep) -> tuple[float, float]:
         """Clip and step; returns the gradient's norm and the learning rate. A loss that is not finite takes no step."""
@@ -378,6 +354,29 @@ class AloneLoop(Loop[AloneStep]):
             **self.hooks.metrics(),
         }
         return [record]
+
+    def drop_gradients(self) -> None:
+        self.engine.undo()
+
+    def make_smaller(self, step: AloneStep, shortage: Shortage | None) -> Records:
+        """Halve the passes. OutOfMemory with ``training.on_oom: save``, or where a pass had a single row."""
+        group, train, packed = self.group, self.datasets.train, self.recipe.data.packing
+        examples = None if shortage is None else step.examples
+        size = sum(len(example.input_ids) for example in step.examples) if packed else len(step.examples)
+        half = size // 2 if len(step.examples) > 1 else 0  # 0, too, where no pass had begun
+        of_ranks = group.gather(None if shortage is None else [shortage.asked_bytes, shortage.free_bytes, half])
+        failed = [sizes for sizes in of_ranks if sizes is not None]
+        asked, free, halves = zip(*failed, strict=True)
+        shortage = Shortage(max((each for each in asked if each is not None), default=None), min(free))
+        most = min(halves)  # one limit for all ranks: each cuts the rows of all of them, to have as many passes
+        if self.recipe.training.on_oom == "save" or most == 0:
+            raise step_error(f"Step {step.number}", shortage, examples, self.plan, train, group)
+        self.batches.limit(most)
+        limit, seconds = {"pass_tokens" if packed else "pass_rows": most}, step.seconds
+        self.state.halvings = [*self.state.halvings, {"step": step.number, **limit}]
+        self.state.train_seconds += seconds
+        about = {**dataclasses.asdict(shortage), **limit, "step_seconds": seconds}
+        return [{"kind": "out_of_memory", "step": step.number, **about}]
 
     def held_out_loss(self, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Return loss and scores of all held-out rows, equal on all ranks. ``progress`` gets this rank's rows."""

@@ -69,12 +69,13 @@ class Run(ABC):
     def load_data(self, preview: bool = False) -> None:
         """Load the session's rows (`TrainingSession.load_data`). A run that goes on then checks its length."""
         self.session.load_data(preview)
-        warmup, steps = self.recipe.training.warmup_steps, self.planned_steps(self.recipe)
-        if warmup >= steps > 0 and not self.recipe.data.has_adapters:  # which have steps of their own
-            self.warn(f"training.warmup_steps: with {warmup:,} of {steps:,} steps, learning_rate is never reached.")
-        training = self.recipe.training
+        training, steps = self.recipe.training, self.planned_steps(self.recipe)
         chooses = training.load_best_model_at_end or training.early_stopping_patience
-        if chooses and training.eval_steps > steps > 0 and not self.recipe.data.has_adapters:
+        of_one = steps > 0 and not self.recipe.data.has_adapters  # which have steps of their own
+        if of_one and training.warmup_steps >= steps:
+            text = f"with {training.warmup_steps:,} of {steps:,} steps, learning_rate is never reached."
+            self.warn(f"training.warmup_steps: {text}")
+        if of_one and chooses and training.eval_steps > steps:
             self.warn(
                 f"training.eval_steps: with {training.eval_steps:,} of {steps:,} steps nothing is evaluated between, "
                 "so no best step is chosen, and the run does not stop early."

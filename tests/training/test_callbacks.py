@@ -229,7 +229,9 @@ def test_stop_iteration_of_a_callback_stops_a_run_to_be_resumed(make_recipe: Any
             raise StopIteration
 
     with pytest.raises(Interrupted, match="Stopped by Stop after step 1 of 2"):
-        train(make_recipe(training={"max_steps": 2, "sample_count": 0}), tmp_path, callbacks=[Stop()])
+        train(make_recipe(training={"max_steps": 2, "sample_count": 1}), tmp_path, callbacks=[Stop()])
+    (sample,) = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["samples"]  # of before, as while it ran
+    assert "before" in sample and "after" not in sample
 
 
 @pytest.mark.parametrize("kind", [np.bool_, torch.tensor])
