@@ -97,15 +97,16 @@ def made_of(name: str, stored: Iterable[str], model: PreTrainedModel) -> str | N
     return next((each for each in stored if _converted(each, rules)[0] == name), None)
 
 
-def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+_Rules = tuple[list[WeightRenaming], list[WeightConverter]]
+
+
+def _rules(model: PreTrainedModel) -> _Rules:
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     return renamings, [one for one in transforms if isinstance(one, WeightConverter)]
 
 
-def _converted(
-    name: str, rules: tuple[list[WeightRenaming], list[WeightConverter]]
-) -> tuple[str, str | None, WeightConverter | None]:
+def _converted(name: str, rules: _Rules) -> tuple[str, str | None, WeightConverter | None]:
     """Return a tensor's name in the model (the first, if it becomes several), and the pattern and rule that change it.
 
     Pattern and rule are None where it is only renamed.

@@ -39,22 +39,19 @@ class WeightBlocks:
 
     def __init__(self, module: nn.Linear, dtype: torch.dtype, elements: int, reused: bool = False) -> None:
         self.rows = module.out_features
-        self._module, self._dtype, self._whole = module, dtype, None
+        self._module, self._dtype = module, dtype
         self._dense = not isinstance(module, (Linear4bit, Linear8bit))
         on_cpu = isinstance(module, Linear4bit) and not reused and module.weight.device.type == "cpu"
         on_cpu = on_cpu and quantization.resident_weight(module, dtype) is None
-        if (on_cpu and quantization.ends_with_rows(module)) or (self._dense and module.weight.dtype != dtype):
-            self._step = max(1, elements // module.in_features)
-        else:
-            self._step, self._whole = self.rows, quantization.dequantized_weight(module, dtype)
+        in_blocks = (on_cpu and quantization.ends_with_rows(module)) or (self._dense and module.weight.dtype != dtype)
+        self._step = max(1, elements // module.in_features) if in_blocks else self.rows
+        self._whole = quantization.dequantized_weight(module, dtype) if self._step >= self.rows else None
 
     def __len__(self) -> int:
         return -(-self.rows // self._step)
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        if self._step >= self.rows:
-            if self._whole is None:
-                self._whole = quantization.dequantized_weight(self._module, self._dtype)
+        if self._whole is not None:
             yield slice(0, self.rows), self._whole
         elif self._dense:
             for start in range(0, self.rows, self._step):

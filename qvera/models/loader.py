@@ -114,7 +114,7 @@ def load_base(
                 f"with model.quantization {section.quantization} can't be read so. Leave model.stream out."
             )
         if model is None:
-            model = _load_by_transformers(section, config, dtype, device, model_class)
+            model = _load_by_transformers(section, config, empty, dtype, device, model_class)
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
             f"model.path: {name!r} can't be loaded as {model_class.what}: {first_line(error)} Expected a hub id, or a "
@@ -181,10 +181,14 @@ def _load_mapped(
 
 
 def _load_by_transformers(
-    section: ModelSection, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, model_class: ModelClass
+    section: ModelSection,
+    config: PretrainedConfig,
+    empty: PreTrainedModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    model_class: ModelClass,
 ) -> PreTrainedModel:
     """Raises InputError if the checkpoint lacks weights, which transformers would draw at random."""
-    empty = empty_model(section, None, model_class)
     heads = list(model_class.head_modules(empty))
     prequantized = getattr(config, "quantization_config", None) is not None
     dense = quantization.kept_dense(empty, heads)

@@ -131,9 +131,10 @@ def load_image_text_processor(section: ModelSection, tokenizer: PreTrainedTokeni
 
 def copy_processor(section: ModelSection, directory: Path) -> None:
     """Copy the files of a base's processor of images into a checkpoint that is made from it."""
+    base = base_directory(section)
     for name in _PROCESSOR_FILES:
-        if (file := base_directory(section) / name).is_file():
-            shutil.copyfile(file, directory / name)
+        if (base / name).is_file():
+            shutil.copyfile(base / name, directory / name)
 
 
 def add_tokens(
