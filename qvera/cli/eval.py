@@ -101,15 +101,11 @@ def evaluate(
 
     from qvera.evaluation.load import find_target, require_comparable
     from qvera.tasks.evaluate import evaluate as evaluate_target
+    from qvera.tasks.evaluate import refuse_base_of_labels
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
     if target.model_class.has_own_head:
-        for name, is_given in {"--base": base, "--with-base": with_base and judging is None}.items():
-            if is_given:
-                raise InputError(
-                    f"{name}: {target.path} is a classifier, and its base has no head that was trained for these "
-                    "labels. Leave it out; run.json has the scores from before training."
-                )
+        refuse_base_of_labels(target, {"--base": base, "--with-base": with_base and judging is None})
         for_text = {"--no-generation": no_generation, "--html": html is not None, "--judge": judge is not None}
         for name, is_given in {**for_answers, **for_text}.items():
             if is_given:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,7 @@ def evaluate(
             f"{target.path}: is {what}, and the recipe's task is {target.recipe.task}. Name one of its task."
         )
     if is_classifier:
+        refuse_base_of_labels(target, {"base": base_alone, "with_base": with_base})
         return _evaluate_labels(target, rows, limit, opened, console)
     chosen = text_metrics(metrics) if answers else []
     if base_alone or with_base:
@@ -186,6 +187,15 @@ def evaluate(
         except QveraError as error:
             document["judge_error"] = error
     return document
+
+
+def refuse_base_of_labels(target: Artifact, asked: Mapping[str, bool]) -> None:
+    """Raise InputError where a classifier's base shall be scored. ``asked``: by the name of the option or argument."""
+    for name in (name for name, is_given in asked.items() if is_given):
+        raise InputError(
+            f"{name}: {target.path} is a classifier, and its base has no head that was trained for these labels. Leave "
+            "it out; run.json has the scores from before training."
+        )
 
 
 def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Console, *, adapter: bool = True) -> OpenRun:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+import qvera
 from qvera.adapters.save_load import named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
@@ -200,6 +201,14 @@ def test_eval_writes_a_label_for_each_row(finished: Path, tmp_path: Path, capsys
         assert (one["prediction"], other["prediction"], other["label"]) == ("colour", "pet", "colour")
         assert sum(one["probabilities"].values()) == pytest.approx(1.0)
         assert "accuracy     0.5000" in capsys.readouterr().out
+
+
+def test_the_base_of_a_classifier_is_not_scored(finished: Path) -> None:
+    with pytest.raises(InputError, match=r"^with_base: .* is a classifier, and its base has no head"):
+        qvera.load(finished).evaluate(with_base=True)
+    with pytest.raises(InputError, match=r"^base: .* is a classifier"):
+        qvera.load(finished, base=True).evaluate()
+    assert main(["eval", str(finished), "--base"]) == 2
 
 
 def test_eval_labels_rows_that_have_no_label_and_does_not_score_them(
