@@ -183,8 +183,9 @@ def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name:
     tree, beside, name = _config(adapter), run_of(adapter), name or name_of(adapter)
     what = f"an adapter ({tree['peft_type']})" if name is None else f"adapter {name!r}"
     if given is None and beside is not None:
-        given, run = with_base_found(load_recipe(beside / RECIPE_FILE, of_a_run=True), adapter), beside
+        given, run = load_recipe(beside / RECIPE_FILE, of_a_run=True), beside
     if given is not None:
+        given = with_base_found(given, adapter)
         return Artifact(adapter, what, given.model, adapter, given, run, name)
     if adapter_file.runs_on_our_layers(tree):
         tree = dict(vars(adapter_file.read_config(adapter)))

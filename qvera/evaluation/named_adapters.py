@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qvera.evaluation.report.read import entry_of
 from qvera.utils.adapter_names import shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE, try_read_json
@@ -82,11 +83,9 @@ def require_all_named(path: Path, names: Iterable[str], sources: Mapping[str, st
     found = {}
     for name in names:
         if name not in known:
-            entries = (try_read_json(path / "run.json") or {}).get("adapters")
             end = did_you_mean(name, known)
-            for entry in entries if isinstance(entries, list) else ():
-                if isinstance(entry, dict) and entry.get("name") == name:
-                    end = f": {_NOT_SAVED.get(str(entry.get('status')), 'it has not finished')}."
+            if entry := entry_of(try_read_json(path / "run.json"), name):
+                end = f": {_NOT_SAVED.get(str(entry.get('status')), 'it has not finished')}."
             said = f"--adapter {shown_name(name)}: {path} has no adapter of this name"
             if sources and name in sources:
                 said = f"{sources[name]}: {path} has no adapter {shown_name(name)}"

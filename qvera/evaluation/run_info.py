@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from qvera.config import plugins
 from qvera.config.schema import Recipe, load_recipe
 from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
-from qvera.evaluation.report.read import REPLACED, is_replaced, status_of
+from qvera.evaluation.report.read import REPLACED, entry_of, get, is_replaced, status_of
 from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
 from qvera.utils.files import (
@@ -67,7 +67,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
     listed = run["adapters"] if isinstance(run.get("adapters"), list) else []
     if root is not None and name is not None:
         directory = require_named(path, name)
-        own = next((one for one in listed if isinstance(one, dict) and one.get("name") == name), {})
+        own = entry_of(run, name)
         facts = {"kind": "adapter", "path": str(directory), "name": name, **_adapter(directory)}
         if is_replaced(own.get("sha256"), directory / ADAPTER_WEIGHTS):
             return {**facts, "replaced": REPLACED}
@@ -85,7 +85,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
         if run:
             facts |= {"status": status_of(run), "versions": run.get("versions")}
             result = run.get("result") or {}
-            if is_replaced((run.get("adapter") or {}).get("sha256"), path / "adapter" / ADAPTER_WEIGHTS):
+            if is_replaced(get(run, "adapter", "sha256"), path / "adapter" / ADAPTER_WEIGHTS):
                 facts["replaced"] = REPLACED
             facts["result"] = {key: value for key, value in result.items() if not isinstance(value, dict)}
     if root is not None:

@@ -22,7 +22,7 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_name
-from qvera.evaluation.report.read import is_replaced
+from qvera.evaluation.report.read import entry_of, get, is_replaced
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.compare import rows_name
 from qvera.exporting.gguf_metadata import FAMILIES
@@ -74,7 +74,10 @@ _METRICS = {
     "spearman": "spearmanr",
 }
 """Maps our name of a score to the hub's."""
-_NO_SCORES = ("rows", "trained_tokens", "seconds", "scored_rows", "references", "tokens")
+_NO_SCORES = (
+    "rows", "trained_tokens", "seconds", "scored_rows", "references", "tokens", "exact_match_rows",
+    "commonest_reference",
+)  # fmt: skip
 _SHARED = (
     "*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", ADAPTER_CONFIG, "config.json",
     "generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
@@ -134,11 +137,8 @@ def _find(path: Path, name: str | None = None) -> tuple[Artifact, dict[str, Any]
     if target.run is None or target.adapter is None:
         return target, {}
     summary = try_read_json(target.run / "run.json") or {}
-    own = summary.get("adapter") or {}
-    if target.name is not None:
-        entries = summary.get("adapters") or ()
-        own = next((one for one in entries if one.get("name") == target.name), None)
-    if own is None or is_replaced(own.get("sha256"), target.adapter / ADAPTER_WEIGHTS):
+    own = summary.get("adapter") if target.name is None else entry_of(summary, target.name)
+    if (target.name is not None and not own) or is_replaced(get(own, "sha256"), target.adapter / ADAPTER_WEIGHTS):
         return dataclasses.replace(target, recipe=None, run=None), {}
     if target.name is not None:
         data = {**(summary.get("data") or {}), "train_rows": own.get("rows")}
@@ -307,7 +307,9 @@ def _score_tables(
             for name in known:
                 values = [scores.get(name) for scores in sides.values()]
                 cells = [formatting.significant(value, 4) if formatting.is_number(value) else "–" for value in values]
-                rows.append((name.replace("_", " "), cells))
+                # answers are slow to write: exact match may be over fewer rows than the loss
+                counted = last.get(f"{name}_rows")
+                rows.append((name.replace("_", " ") + (f", {counted:,} rows" if counted else ""), cells))
             yield sentence, list(sides), rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from html import unescape
@@ -23,6 +24,7 @@ from qvera.config.schema import load_recipe
 from qvera.config.sections import ModelSection
 from qvera.data import build_datasets, collate
 from qvera.evaluation import metrics as textscores
+from qvera.evaluation.load import find_target, open_target
 from qvera.evaluation.metrics import NAMES, scores_of, text_metrics
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
@@ -30,6 +32,7 @@ from qvera.tasks.causal_lm import CausalLM
 from qvera.training.trainer import train
 from qvera.utils.files import file_sha256
 from tests.adapters.helpers import perturb
+from tests.many_adapters import write_run
 
 pytestmark = pytest.mark.process
 
@@ -239,6 +242,20 @@ def test_a_run_whose_base_or_rows_have_moved_names_the_key_and_the_file_to_mend(
         assert said in capsys.readouterr().err
         for file, text in zip(files, texts, strict=True):
             file.write_text(text)
+
+
+def test_the_relative_base_of_a_run_of_many_is_found_from_elsewhere(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe()
+    os.symlink(recipe.model.path, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "many", recipe.replace(model=recipe.model.replace(path="base")), ["anna"])
+    shutil.copytree(run / "adapters" / "anna", tmp_path / "copy")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for path, of_run in ((run / "adapters" / "anna", None), (tmp_path / "copy", run)):
+        assert open_target(find_target(path, of_run)).target.section.path == str(tmp_path / "base")
 
 
 @pytest.fixture(scope="module")

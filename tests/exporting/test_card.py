@@ -93,6 +93,16 @@ def test_what_the_base_and_the_scores_say_is_taken_over(run: Path, monkeypatch: 
     assert "from_pretrained('meta/base')" in text and front["license_name"] == "small"
 
 
+def test_the_rows_of_exact_match_are_no_score_of_their_own(run: Path) -> None:
+    summary = json.loads((run / "run.json").read_text())
+    for when, exact in (("eval_before", 0.0), ("eval_after", 0.75)):
+        summary["result"][when] |= {"exact_match": exact, "exact_match_rows": 4, "commonest_reference": 0.25}
+    (run / "run.json").write_text(json.dumps(summary))
+    _, text = written(run)
+    assert section(text, "Scores")["exact match, 4 rows"] == ["0", "0.7500"]
+    assert "exact match rows" not in text and "commonest" not in text
+
+
 def test_scores_of_anything_but_this_adapter_are_left_out(run: Path) -> None:
     about = {"column": "Adapter", "adapter_sha256": file_sha256(run / "adapter" / "adapter_model.safetensors")}
     for changes in ({"adapter_sha256": "0" * 64}, {"adapter_sha256": None}, {"column": "Export"}):

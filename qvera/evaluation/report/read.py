@@ -412,6 +412,12 @@ class AdapterEntry:
         return self.ended_badly or bool(self.flags)
 
 
+def entry_of(info: object, name: str) -> dict[str, Any]:
+    """The entry of one of several adapters in run.json; {} where there is none."""
+    listed = get(info, "adapters")
+    return next((entry for entry in listed if get(entry, "name") == name), {}) if isinstance(listed, list) else {}
+
+
 def entries_of(info: object) -> list[AdapterEntry]:
     """The adapters of a run.json, in its order; broken entries are left out."""
     listed = get(info, "adapters")
@@ -504,9 +510,9 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
     written = "" if only is None else json.dumps(only)  # as the trainer writes it
     for row in read_metrics(root / "metrics.jsonl", ("step", "round"), run.notes, containing=written):
         if row.get("kind") == "round":
-            if not row.get("rank"):
-                rounds[int(get_number(row, "round") or 0)] = row
-        elif (name := get_text(row, "adapter")) and (only is None or name == only):
+            if not row.get("rank") and (number := get_number(row, "round")) is not None:
+                rounds[int(number)] = row
+        elif (name := get_text(row, "adapter")) and only in (None, name) and get_number(row, "step") is not None:
             curves.setdefault(name, AdapterCurve()).add(row)
     known = {entry.name for entry in entries}
     entries += [AdapterEntry(name) for name in curves if name not in known]

@@ -296,6 +296,17 @@ def test_a_killed_run_has_its_adapters_from_the_metrics(build_run: Build) -> Non
     assert "still going after step 12" in found
 
 
+def test_lines_of_many_adapters_without_their_own_number_are_left_out(many_run: Path) -> None:
+    before = read_many(many_run)
+    with open(many_run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "adapter": "chloe", "round": 9, "loss": 1.0}\n{"kind": "round", "step": 99}\n')
+    after = read_many(many_run)
+    assert after.run.train == before.run.train
+    assert [curve.rows("train") for curve in after.curves.values()] == [
+        curve.rows("train") for curve in before.curves.values()
+    ]
+
+
 def test_rounds_are_those_of_the_first_process_and_steps_are_read_once(many_run: Path) -> None:
     with open(many_run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "train", "adapter": "chloe", "step": 12, "loss": 0.5}) + "\n")
