@@ -124,6 +124,13 @@ def loss_scores(total: float, tokens: int, rows: int, seconds: float) -> dict[st
     }
 
 
+def _answers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **settings: Any
+) -> list[str]:
+    images = [example.images for example in examples]
+    return generate(model, tokenizer, [e.prompt_ids.tolist() for e in examples], images=images, **settings)
+
+
 def answer_rows(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,15 +145,7 @@ def answer_rows(
     Returns rows of ``source``, ``prompt``, ``reference``, ``answer``, ``exact`` (None without a reference).
     """
     rows = [e for e in examples if len(e.prompt_ids)]
-    answers = generate(
-        model,
-        tokenizer,
-        [e.prompt_ids.tolist() for e in rows],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-        images=[e.images for e in rows],
-    )
+    answers = _answers(model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     return [
         {
             "source": e.source,
@@ -216,14 +215,10 @@ def score_model(
     """
     with scoring(model):
         scores = held_out()
-        answers = generate(
-            model,
-            tokenizer,
-            [example.prompt_ids.tolist() for example, _ in prompts],
-            max_new_tokens=max_new_tokens,
-            batch_size=settings.answer_batch_size,
-            progress=progress,
-            images=[example.images for example, _ in prompts],
+        examples = [prompt.example for prompt in prompts]
+        size = settings.answer_batch_size
+        answers = _answers(
+            model, tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=size, progress=progress
         )
     rows: list[dict[str, Any]] = [
         {

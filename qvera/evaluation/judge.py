@@ -215,12 +215,11 @@ class Judge:
         RunFailed: the server can't be reached, or fails.
         """
         others = [row["base_answer"] for row in answers] if others is None else others
+        hides = self.against == "reference"  # the judge must not be told which of the two it is
         pairs = [
-            Pair(question, row["answer"], other, row["references"])
+            Pair(question, row["answer"], other, () if hides else row["references"])
             for question, row, other in zip(questions, answers, others, strict=True)
         ]
-        if self.against == "reference":  # the judge must not be told which of the two it is
-            pairs = [Pair(pair.question, pair.answer, pair.other) for pair in pairs]
         judged = judge_pairs(pairs, self.prompt, self.ask, progress=lambda done: show(done, 2 * len(pairs)))
         for row, found in zip(answers, judged, strict=True):
             row["judge"] = found

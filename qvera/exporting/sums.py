@@ -15,20 +15,11 @@ from qvera.utils.files import read_json
 from qvera.utils.safetensors_io import TensorSpec
 
 
-def _require_additive(adapters: Sequence[AdapterDeltas]) -> None:
-    if any(adapter.magnitude for adapter in adapters):
-        raise InputError(
-            "adapter.magnitude: an adapter that scales the rows of W + ΔW can't be added to another one or scaled. "
-            "Export it with --to lora or --to merged."
-        )
-
-
 def same_directions(adapters: Sequence[AdapterDeltas]) -> str | None:
     """Say why a weighted sum is not a VeRA adapter; None where seed, rank, layers, d and a are the same.
 
     Then Σ w diag(b) B diag(d) A = diag(Σ w b) B diag(d) A. ``adapter.train_d: false`` keeps d the same.
     """
-    _require_additive(adapters)
     first = adapters[0]
     if not all(adapter.ours for adapter in adapters):
         return "one of them is an adapter of PEFT's own VeRA"
@@ -109,8 +100,12 @@ def stacked_factors(
 
 
 def _check_weights(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) -> None:
-    _require_additive(adapters)
-    if not adapters or len(adapters) != len(weights):
+    if any(adapter.magnitude for adapter in adapters):
+        raise InputError(
+            "adapter.magnitude: an adapter that scales the rows of W + ΔW can't be added to another one or scaled. "
+            "Export it with --to lora or --to merged."
+        )
+    if len(adapters) != len(weights):
         raise InputError(f"--weights: got {len(weights)} for {len(adapters)} adapters; give one for each.")
 
 
