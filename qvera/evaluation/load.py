@@ -50,6 +50,7 @@ from qvera.utils.files import (
     try_read_json,
 )
 from qvera.utils.formatting import first_of
+from qvera.utils.progress import warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -245,15 +246,11 @@ def warn_of_other_rows(target: Artifact, datasets: Datasets, console: Console) -
     data = None if target.run is None else (try_read_json(target.run / "run.json") or {}).get("data")
     trained = data.get("sha256") if isinstance(data, dict) else None
     if trained is not None and trained != data_sha256(datasets):
-        console.print(
+        warn(
+            console,
             f"{target.run}: its rows (data.path or data.eval_path) are others now than in training, so rows that are "
             "held out now may have been trained on, and score too well. Put the file back, or score rows that the run "
-            "has never seen: "
-            f"qvera eval {shlex.quote(str(target.path))} --data FILE",
-            style="yellow",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"has never seen: qvera eval {shlex.quote(str(target.path))} --data FILE",
         )
 
 

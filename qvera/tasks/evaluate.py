@@ -39,7 +39,7 @@ from qvera.utils import accelerator, memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.files import RECIPE_FILE
-from qvera.utils.progress import Phase
+from qvera.utils.progress import Phase, warn
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -120,7 +120,7 @@ def evaluate(
     answer_tokens = max_new_tokens or task.training.sample_max_new_tokens
     asked = (prompt.example for prompt in prompts if prompt.references)
     if (note := longer_references(asked, answer_tokens, "--max-new-tokens")) is not None:
-        _say(console, note)
+        warn(console, note)
     task.prepare(model.model, model.base.tokenizer, datasets)
 
     def score(
@@ -219,7 +219,7 @@ def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, model
         if not found:
             raise InputError(f"{rows}: none of its rows names adapter {name}.")
         if len(found) < len(datasets.train):
-            _say(console, f"{rows}: {len(found):,} of its {len(datasets.train):,} rows are of adapter {name}.")
+            warn(console, f"{rows}: {len(found):,} of its {len(datasets.train):,} rows are of adapter {name}.")
     is_trained = target.merged is not None or model.model is not model.base.model
     if is_trained and target.recipe is not None and target.run is not None:
         with contextlib.suppress(QveraError):  # rows that are gone can't be compared
@@ -229,12 +229,8 @@ def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, model
                 trained, _ = rows_of(data, target.name or "")  # an adapter without a name is none of the data's
                 if count := int(np.isin(found.ids_hash, trained.ids_hash, kind="sort").sum()):
                     text = f"the run was trained on {count:,} of these {len(found):,} rows. Scores will flatter."
-                    _say(console, f"{rows}: {text}")
+                    warn(console, f"{rows}: {text}")
     return found
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _evaluate_labels(
@@ -266,7 +262,7 @@ def _evaluate_labels(
         scores = {**label_scores(logits, examples, labels), "scored_rows": len(examples)}
         del scores["trained_tokens"]
     else:
-        _say(console, f"{rows}: has no labels, so its rows are labelled, and not scored.")
+        warn(console, f"{rows}: has no labels, so its rows are labelled, and not scored.")
     package = "scipy" if labels.is_regression else "scikit-learn"
     signature = f"{package} {metadata.version(package)}"
     inputs = [{"prompt": row.prompt_text, "references": [row.reference]} for row in examples]

@@ -172,3 +172,8 @@ class Phase:
         with contextlib.suppress(OSError):  # the disk is full, which what is written there for good will say
             part.write_text(json.dumps(known), encoding="utf-8")
             part.replace(file)
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a sentence in yellow, as it is."""
+    console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
