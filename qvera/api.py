@@ -384,7 +384,7 @@ class Model:
         quantize: Literal["nf4", "fp4"] | None = None,
         base: Literal["original", "dequantized"] | None = None,
         compare: bool = True,
-    ) -> dict[str, Any] | None:
+    ) -> dict[str, Any]:
         """Write a checkpoint or an adapter that other tools load, as ``qvera export`` does.
 
         Args:
@@ -397,7 +397,7 @@ class Model:
             compare: measure the difference between the trained and the exported model.
 
         Returns:
-            The certificate: what was written from what; None for ``gguf-lora``.
+            The certificate: what was written from what.
 
         Raises:
             InputError: the arguments contradict each other, or there is no adapter.
@@ -481,6 +481,6 @@ def evaluate(
 
 
 @_checked
-def export(path: str | Path, out: str | Path, *, adapter: str | None = None, **settings: Any) -> dict[str, Any] | None:
+def export(path: str | Path, out: str | Path, *, adapter: str | None = None, **settings: Any) -> dict[str, Any]:
     """`load` a model and export its adapter. ``settings`` are those of `Model.export`."""
     return load(path, adapter).export(out, **settings)

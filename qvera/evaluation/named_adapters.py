@@ -128,24 +128,9 @@ def rows_of(datasets: Datasets, name: str | None) -> tuple[Rows, Rows]:
     return datasets.train.take(own.train), datasets.eval.take(own.eval)
 
 
-def rows_to_compare(datasets: Datasets, name: str | None) -> tuple[Rows, str]:
-    """The rows on which an export is compared with its run, and whether they are ``held-out`` or ``training``.
-
-    They are those of one adapter, or all where ``name`` is None or the data names no adapters.
-    """
-    training, held_out = rows_of(datasets, name)
-    return (held_out, "held-out") if held_out else (training, "training")
-
-
-def held_out_rows(datasets: Datasets, name: str | None) -> Rows | None:
-    """Return the held-out rows of one adapter, or all of them as in `rows_to_compare`; None where there are none."""
-    rows, split = rows_to_compare(datasets, name)
-    return rows if split == "held-out" else None
-
-
 def require_held_out_rows(datasets: Datasets, name: str | None) -> Rows:
-    """Return `held_out_rows`. InputError: there are none."""
-    if rows := held_out_rows(datasets, name):
+    """The held-out rows of `rows_of`. InputError: there are none."""
+    if rows := rows_of(datasets, name)[1]:
         return rows
     whose = "the recipe holds out no rows" if name is None else f"adapter {shown_name(name)} has no held-out rows"
     raise InputError(f"{whose}, so there is nothing to score it on. Name a file with --data.")

@@ -141,7 +141,7 @@ def _find(path: Path, name: str | None = None) -> tuple[Artifact, dict[str, Any]
     if (target.name is not None and not own) or is_replaced(get(own, "sha256"), target.adapter / ADAPTER_WEIGHTS):
         return dataclasses.replace(target, recipe=None, run=None), {}
     if target.name is not None:
-        data = {**(summary.get("data") or {}), "train_rows": own.get("rows")}
+        data = {**(summary.get("data") or {}), "train_rows": get(own, "rows")}
         summary = {**summary, "data": data, "result": own}
     return target, summary
 

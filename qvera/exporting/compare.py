@@ -18,7 +18,7 @@ from qvera.data import Example, Labels, build_datasets
 from qvera.evaluation.held_out import prompts_of, score_model
 from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, warn_of_other_rows
 from qvera.evaluation.metrics import text_metrics
-from qvera.evaluation.named_adapters import adapters_root, rows_to_compare
+from qvera.evaluation.named_adapters import rows_of
 from qvera.models.loader import exported_bytes, load_exported
 from qvera.tasks import CausalLM, Task, task_of
 from qvera.utils import accelerator, formatting, memory
@@ -171,8 +171,7 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
 
 def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, console: Console) -> dict[str, Any]:
     """Measure a merged export beside its run, on at most ``limit`` rows. Both models are in memory together."""
-    option = ["--adapter", target.name] if target.name and adapters_root(target.path) else []
-    command = shlex.join(["qvera", "export", str(target.path), str(merged), *option, "--compare-only"])
+    command = shlex.join(["qvera", "export", str(target.path), str(merged), "--compare-only"])
     again = f"`{command}` measures it later, or on a larger machine."
 
     def measure() -> dict[str, Any]:
@@ -218,10 +217,11 @@ def _open_with_rows(
     labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
     datasets = build_datasets(recipe.data, opened.base.tokenizer, console, labels=labels)
     warn_of_other_rows(target, datasets, console)
-    rows, split = rows_to_compare(datasets, target.name)
+    training, held_out = rows_of(datasets, target.name)
+    rows = held_out or training
     if not rows:
         raise _NoRows(f"the data of {target.run} has no rows of adapter {shown_name(str(target.name))} to compare on.")
-    return opened, datasets, rows[:limit], split
+    return opened, datasets, rows[:limit], "held-out" if held_out else "training"
 
 
 class _NoRows(Exception):

@@ -143,25 +143,26 @@ class AdapterDeltas:
         pair = None if self.pair is None else (move(self.pair[0]), move(self.pair[1]))
         return dataclasses.replace(self, pair=pair, layers=layers)
 
-    def facts(self, adapter_dir: Path) -> dict[str, Any]:
-        """Return the certificate's entry for the adapter."""
-        return {
-            "path": str(adapter_dir),
-            "sha256": self.sha256,
-            "kind": str(getattr(self.config.peft_type, "value", self.config.peft_type)),
-            "method": self.method,
-            "rank": self.rank,
-            "b_groups": self.groups,
-            "input_scale": self.input_scale,
-            "magnitude": self.magnitude,
-            "seed": self.seed,
-        }
-
     def certificate(self, kind: str, section: ModelSection, adapter_dir: Path, **more: Any) -> dict[str, Any]:
-        """Return the certificate of an export that holds factors only."""
-        base = {"path": section.path, "revision": section.revision}
-        start = {"format": 1, "kind": kind, "base": base, "adapter": self.facts(adapter_dir)}
-        return {**start, **more, "versions": memory.versions()}
+        """Return the certificate of an export; ``more`` is what its kind has besides."""
+        return {
+            "format": 1,
+            "kind": kind,
+            "base": {"path": section.path, "revision": section.revision},
+            "adapter": {
+                "path": str(adapter_dir),
+                "sha256": self.sha256,
+                "kind": str(getattr(self.config.peft_type, "value", self.config.peft_type)),
+                "method": self.method,
+                "rank": self.rank,
+                "b_groups": self.groups,
+                "input_scale": self.input_scale,
+                "magnitude": self.magnitude,
+                "seed": self.seed,
+            },
+            **more,
+            "versions": memory.versions(),
+        }
 
     def header(self, base: str | None = None) -> dict[str, str]:
         """Return the header of a safetensors file made from the adapter. It names no directories: files are shared."""

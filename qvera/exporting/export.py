@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from qvera.data import resolve_template
 from qvera.evaluation.load import Artifact, require_adapter, require_answers, template_beside, template_name
 from qvera.exporting import lora
 from qvera.exporting.compare import compare_lora, compare_merged, difference_text
-from qvera.exporting.deltas import AdapterDeltas, read_deltas
+from qvera.exporting.deltas import read_deltas
 from qvera.exporting.gguf import export_gguf, export_gguf_lora
 from qvera.exporting.merged import export_merged, export_quantized
 from qvera.models.loader import fingerprint_of
@@ -43,8 +44,8 @@ def export(
     compare_only: bool = False,
     console: Console | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any] | None:
-    """Export an adapter; the arguments are the options of ``qvera export``.
+) -> dict[str, Any]:
+    """Export an adapter and return the certificate; the arguments are the options of ``qvera export``.
 
     Args:
         out: a new or empty directory, or this export unfinished.
@@ -52,7 +53,6 @@ def export(
         compare_only: only measure the finished export in ``out``.
         say: takes each line of the result.
 
-    Returns the certificate; None for ``gguf-lora``.
     InputError: the arguments contradict each other, or ``target`` can't be written so.
     RunFailed: a weight is out of the dtype's range, or the disk is full.
     Interrupted: a signal came; the same call continues.
@@ -104,10 +104,23 @@ def export(
     model_class = getattr(config, "model_class", CAUSAL_LM)
     empty = empty_model(section, None, model_class)
     adapter = read_deltas(adapter_dir, empty, section)
-    if to == "gguf-lora":
-        _write_gguf_lora(adapter, adapter_dir, target, out, written, rank, chat, say)
-        return None
     errors = None
+    if to == "gguf-lora":
+        factors = None
+        if rank is not None:
+            whole = ((name, delta.lora()) for name, delta in adapter.layers.items())
+            factors, errors = lora.truncate_all(whole, adapter.rank, rank, torch.float32)
+        certificate = export_gguf_lora(
+            adapter, adapter_dir, section, out, written, factors, chat_template=chat.template, system=chat.system
+        )
+        if rank is not None and errors is not None:
+            say(lora.truncation_text(errors, adapter.rank, rank))
+        (file,) = certificate["files"]
+        size = formatting.size((out / file).stat().st_size)
+        say(f"{size} in {out}: LoRA of rank {rank or adapter.rank} on {len(adapter.layers)} linears")
+        where = f"Put the path of the base's GGUF file into {out / 'Modelfile'} for Ollama"
+        say(f"{where}, or name both files to llama.cpp.")
+        return certificate
     adapter = lora.in_every_place(adapter, empty)
     places = lora.require_kept_by_peft(adapter, empty) if to == "lora" else {}
     if to == "peft":
@@ -190,27 +203,17 @@ def _merge(
     console: Console,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    section, template = target.section, chat.template
+    what = adapter_dir, target.section, out, options
     with Phase(console, "merging tensors") as show:
+
+        def progress(stage: str | None, done: int, total: int, name: str) -> None:
+            show(done, total, stage, name)
+
         if quantize is not None:
-            certificate = export_quantized(
-                adapter_dir,
-                section,
-                out,
-                options,
-                quantize,
-                chat_template=template,
-                progress=lambda stage, done, total, what: show(done, total, stage, what),
-            )
+            certificate = export_quantized(*what, quantize, chat_template=chat.template, progress=progress)
         else:
-            certificate = export_merged(
-                adapter_dir,
-                section,
-                out,
-                options,
-                chat_template=template,
-                progress=lambda done, total, name: show(done, total, facts=name),
-            )
+            whole = functools.partial(progress, None)
+            certificate = export_merged(*what, chat_template=chat.template, progress=whole)
     files, changed = certificate["files"], len(certificate["delta"])
     size = formatting.size(sum((out / name).stat().st_size for name in files))
     say(f"{size} in {len(files)} file(s) in {out}, {changed} weights changed")
@@ -223,7 +226,7 @@ def _merge(
             f"{errors[largest]:.2g} ({largest})"
         )
     if certificate["base"]["stored_in_4_bits"]:
-        say(f"merged into the dequantized weights of {section.path}, which is stored in 4 bits")
+        say(f"merged into the dequantized weights of {target.section.path}, which is stored in 4 bits")
     return certificate
 
 
@@ -243,32 +246,6 @@ def _merge_to_compare(target: Artifact, adapter_dir: Path, out: Path, limit: int
     if certificate["adapter"].get("sha256") != file_sha256(adapter_dir / ADAPTER_WEIGHTS):
         raise InputError(f"{file}: is of another adapter than that of {path} (adapter.sha256).")
     return certificate
-
-
-def _write_gguf_lora(
-    adapter: AdapterDeltas,
-    adapter_dir: Path,
-    target: Artifact,
-    out: Path,
-    dtype: str,
-    rank: int | None,
-    chat: Chat,
-    say: Callable[[str], None],
-) -> None:
-    factors = lost = None
-    if rank is not None:
-        whole = ((name, delta.lora()) for name, delta in adapter.layers.items())
-        factors, errors = lora.truncate_all(whole, adapter.rank, rank, torch.float32)
-        lost = lora.truncation_text(errors, adapter.rank, rank)
-    section, template = target.section, chat.template
-    size = export_gguf_lora(
-        adapter, adapter_dir, section, out, dtype, factors, chat_template=template, system=chat.system
-    )
-    if lost is not None:
-        say(lost)
-    say(f"{formatting.size(size)} in {out}: LoRA of rank {rank or adapter.rank} on {len(adapter.layers)} linears")
-    where = f"Put the path of the base's GGUF file into {out / 'Modelfile'} for Ollama"
-    say(f"{where}, or name both files to llama.cpp.")
 
 
 def require_no_added_tokens(config: object, adapter_dir: Path, what: str) -> None:

@@ -295,8 +295,8 @@ def export_gguf_lora(
     *,
     chat_template: str | None = None,
     system: str | None = None,
-) -> int:
-    """Write adapter-TYPE.gguf, a Modelfile for Ollama and a certificate to ``out``; returns the bytes of the first.
+) -> dict[str, Any]:
+    """Write adapter-TYPE.gguf, a Modelfile for Ollama and the certificate to ``out``; returns the certificate.
 
     llama.cpp adds alpha / r B A. Alpha is the largest rank, and B of a layer of smaller rank is scaled to it.
     ``factors``: layer → A [r, n] and B [m, r], by default the adapter's own.
@@ -349,4 +349,4 @@ def export_gguf_lora(
             certificate = adapter.certificate("gguf-lora", section, adapter_dir, rank=alpha, dtype=dtype, files=files)
             text = modelfile(None, file.name, tokenizer, system, base=Path(section.path).name)
             _write_beside(partial, text, certificate)
-    return (out / file.name).stat().st_size
+    return certificate

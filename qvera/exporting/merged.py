@@ -288,26 +288,24 @@ class Merging:
         trained_on: dict[str, Any] = {"quantization": section.quantization, "double_quant": section.double_quant}
         for weight in base.packed.values():  # what is in the file, whatever the recipe says
             trained_on = {"quantization": weight.quant_type, "double_quant": weight.double_quant}
-        return {
-            "format": 1,
-            "kind": kind,
-            "base": {
-                "path": section.path,
-                "revision": section.revision,
-                "weights": self.options.base,
-                "stored_in_4_bits": bool(base.packed),
-                "fingerprint": base.fingerprint,
-                "sha256": {name: self.reader.sha256[name] for name in base.stamps},
-            },
-            "adapter": self.adapter.facts(self.adapter_dir),
-            "trained_on": trained_on,
-            "added_tokens": self.added_tokens,
-            "head": list(self.head),
-            "dtype": self.options.dtype,
-            "files": files,
-            "delta": {e.name: self.layers[e.name] for e in base.entries if e.name in self.layers},  # in files' order
-            "versions": memory.versions(),
+        certificate = self.adapter.certificate(
+            kind,
+            section,
+            self.adapter_dir,
+            trained_on=trained_on,
+            added_tokens=self.added_tokens,
+            head=list(self.head),
+            dtype=self.options.dtype,
+            files=files,
+            delta={e.name: self.layers[e.name] for e in base.entries if e.name in self.layers},  # in files' order
+        )
+        certificate["base"] |= {
+            "weights": self.options.base,
+            "stored_in_4_bits": bool(base.packed),
+            "fingerprint": base.fingerprint,
+            "sha256": {name: self.reader.sha256[name] for name in base.stamps},
         }
+        return certificate
 
 
 _KEPT = "{done} of {total} shards are finished and kept. Make room and run the same command again; it resumes there."

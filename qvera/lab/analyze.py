@@ -145,7 +145,7 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[ScoredText]:
     from qvera.data import build_datasets
     from qvera.data.source import has_columns
     from qvera.evaluation.load import template_beside, template_name, warn_of_other_rows
-    from qvera.evaluation.named_adapters import held_out_rows
+    from qvera.evaluation.named_adapters import rows_of
     from qvera.models.tokenizer import load_tokenizer
 
     recipe, tokenizer = target.recipe, load_tokenizer(target.section)
@@ -162,7 +162,7 @@ def _texts(target: Artifact, text: Path, limit: int | None) -> list[ScoredText]:
     if recipe is not None and recipe.data.has_held_out_rows:
         datasets = build_datasets(recipe.data.replace(template=about["template"]), tokenizer, console)
         warn_of_other_rows(target, datasets, console)
-        if held_out := held_out_rows(datasets, target.name):  # one of many adapters may have none
+        if held_out := rows_of(datasets, target.name)[1]:  # one of many adapters may have none
             found.append(("held-out rows of the run", held_out[:limit], datasets.pad_id))
     return found
 

@@ -30,6 +30,7 @@ from qvera.exporting.merged import export_merged
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.files import file_sha256
 from tests.adapters.helpers import perturb
 from tests.conftest import small_tokenizer
 from tests.exporting.go_template import render
@@ -312,9 +313,9 @@ def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
 ) -> None:
     one = Made(name, tmp_path, **settings) if settings else made(name)
     deltas = read_deltas(one.adapter, empty_model(one.section), one.section)
-    size = export_gguf_lora(deltas, one.adapter, one.section, tmp_path / "lora", "float32")
+    certificate = export_gguf_lora(deltas, one.adapter, one.section, tmp_path / "lora", "float32")
     file = tmp_path / "lora" / "adapter-f32.gguf"
-    assert size == file.stat().st_size
+    assert certificate["files"] == {file.name: file_sha256(file)}
     assert_answers([one.base_file, file], one.merged, PROMPTS[2:], tolerance_of(name))
     with pytest.raises(AssertionError):  # without it it answers otherwise
         assert_answers([one.base_file], one.merged, PROMPTS[2:], tolerance_of(name))
