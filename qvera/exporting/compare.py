@@ -23,7 +23,7 @@ from qvera.models.loader import exported_bytes, load_exported
 from qvera.tasks import CausalLM, Task, task_of
 from qvera.utils import accelerator, formatting, memory
 from qvera.utils.adapter_names import shown_name
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import try_read_json
 from qvera.utils.progress import Phase
 
@@ -70,40 +70,36 @@ def measure_difference(
     """
     exported = load_exported(exported_dir, next(trained.parameters()).device, task.exported_class)
     examples = [row for example in examples for _, row in example.shown()]  # both answers of a pair
-    loss_trained = loss_exported = kl_sum = kl_max = largest = largest_logit = 0.0
-    agree: list[torch.Tensor] = []
+    largest_logit, measured = 0.0, list[torch.Tensor]()
     for rows in _batches(examples):
-        trained_logits, targets = task.logits(trained, rows, pad_id, labels)
-        logits, _ = task.logits(exported, rows, pad_id, labels)
-        largest_logit = max(largest_logit, (trained_logits - logits).abs().max().item())
+        ours, targets = task.logits(trained, rows, pad_id, labels)
+        theirs, _ = task.logits(exported, rows, pad_id, labels)
+        largest_logit = max(largest_logit, (ours - theirs).abs().max().item())
         if labels is not None and labels.is_regression:
-            loss_trained += (trained_logits.squeeze(1) - targets).square().sum().item()
-            loss_exported += (logits.squeeze(1) - targets).square().sum().item()
+            measured.append(torch.stack([(side.squeeze(1) - targets).square() for side in (ours, theirs)]))
             continue
-        ours, theirs = torch.log_softmax(trained_logits, dim=-1), torch.log_softmax(logits, dim=-1)
-        kl = (ours.exp() * (ours - theirs)).sum(dim=1)
-        kl_sum, kl_max = kl_sum + kl.sum().item(), max(kl_max, kl.max().item())
-        largest = max(largest, (ours - theirs).abs().max().item())
         same = ours.argmax(dim=1) == theirs.argmax(dim=1)
-        agree += same.split([e.trained_tokens for e in rows])
-        loss_trained -= ours.gather(1, targets.unsqueeze(1)).sum().item()
-        loss_exported -= theirs.gather(1, targets.unsqueeze(1)).sum().item()
-    tokens = sum(e.trained_tokens for e in examples)
+        ours, theirs = torch.log_softmax(ours, dim=-1), torch.log_softmax(theirs, dim=-1)
+        losses = [-side.gather(1, targets.unsqueeze(1)).squeeze(1) for side in (ours, theirs)]
+        kl, largest = (ours.exp() * (ours - theirs)).sum(dim=1), (ours - theirs).abs().amax(dim=1)
+        measured.append(torch.stack([*losses, kl, largest, same.float()]))
+    loss_trained, loss_exported, *more = torch.cat(measured, dim=1).double()  # of each target
     found = {
         "rows": len(examples),
-        "tokens": tokens,
+        "tokens": len(loss_trained),
         "unit": task.unit,
-        "loss_trained": loss_trained / tokens,
-        "loss_exported": loss_exported / tokens,
+        "loss_trained": loss_trained.mean().item(),
+        "loss_exported": loss_exported.mean().item(),
         "logit_max_difference": largest_logit,
     }
-    if agree:
+    if more:
+        kl, largest, same = more
         found |= {
-            "kl_mean": kl_sum / tokens,
-            "kl_max": kl_max,
-            "log_probability_max_difference": largest,
-            "top1_agreement": torch.cat(agree).double().mean().item(),
-            "answers_agree": sum(bool(row.all()) for row in agree),
+            "kl_mean": kl.mean().item(),
+            "kl_max": kl.max().item(),
+            "log_probability_max_difference": largest.max().item(),
+            "top1_agreement": same.mean().item(),
+            "answers_agree": sum(bool(row.all()) for row in same.split([e.trained_tokens for e in examples])),
         }
     return found
 
@@ -234,10 +230,9 @@ def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, An
         return measure()
     except _NoRows as error:
         return {"not_measured": str(error)}
-    except (InputError, OSError, ValueError) as error:
+    except (InputError, RunFailed, OSError, ValueError) as error:
         return {"not_measured": f"{error} {again}"}
     except (MemoryError, RuntimeError) as error:
-        # On a CPU, torch raises a plain RuntimeError when memory runs out.
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        if not memory.is_out_of_memory(error):
             raise
         return {"not_measured": f"the memory gave out. {again}"}

@@ -132,11 +132,6 @@ def export(
             say("PEFT opens it (target_parameters); few other tools read a LoRA of experts.")
         elif not model_class.has_own_head:
             say(lora.serving_text(rank or adapter.rank, adapter.magnitude))
-    difference = None
-    # A whole LoRA equals the adapter but for rounding, so only one that is cut is measured.
-    if rank is not None and compare and recipe is not None and limit:
-        difference = compare_lora(target, recipe, out, limit, console)
-        say(difference_text(difference))
     certificate = adapter.certificate(
         to,
         section,
@@ -145,9 +140,14 @@ def export(
         dtype=options.dtype if to == "lora" else "float32",
         files={ADAPTER_WEIGHTS: file_sha256(out / ADAPTER_WEIGHTS)},
         relative_errors=errors,
-        difference=difference,
+        difference=None,
     )
-    replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
+    replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))  # now: scoring takes long, and may be stopped
+    # A whole LoRA equals the adapter but for rounding, so only one that is cut is measured.
+    if rank is not None and compare and recipe is not None and limit:
+        certificate["difference"] = compare_lora(target, recipe, out, limit, console)
+        say(difference_text(certificate["difference"]))
+        replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
     return certificate
 
 

@@ -28,7 +28,7 @@ from qvera.exporting.merged import export_merged
 from qvera.models import safetensors_stream
 from qvera.models.loader import load_base
 from qvera.utils import memory
-from qvera.utils.errors import InputError, Interrupted, RunFailed
+from qvera.utils.errors import InputError, Interrupted, OutOfMemory, RunFailed
 from tests.adapters.helpers import edit_config
 from tests.conftest import small_llama, small_tokenizer
 from tests.disk import fill, small_disk
@@ -280,10 +280,6 @@ def test_a_base_without_index_and_small_blocks_give_the_same_weights(
         assert pieces["delta"][name] == pytest.approx(found, rel=1e-5)
 
 
-def _raise_memory_error(*_: object) -> None:
-    raise MemoryError
-
-
 def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -301,10 +297,24 @@ def test_too_little_memory_to_compare_is_said_and_can_be_made_up_for(
     after = contents(out)
     assert before.pop("qvera_export.json") != after.pop("qvera_export.json") and before == after
     assert main(["export", run, str(tmp_path / "nothing"), "--compare-only"]) == 2
-    with monkeypatch.context() as patch:
-        patch.setattr("qvera.exporting.compare.adapter_scores", _raise_memory_error)
-        assert main(["export", run, str(tmp_path / "cut"), "--to", "lora", "--rank", "4"]) == 0
-    (advised,) = re.findall("`qvera (eval .*)`", capsys.readouterr().out)
+    for number, (error, said) in enumerate(
+        {
+            MemoryError(): "the memory gave out. `qvera eval",
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"): "memory gave out. ",
+            OutOfMemory("Memory ran out with one of the prompts at a time."): "one of the prompts at a time. `qvera",
+        }.items()
+    ):
+        cut = tmp_path / f"cut{number}"
+
+        def fail(*_: object, cut: Path = cut, error: Exception = error) -> None:
+            assert (cut / "qvera_export.json").is_file()  # whatever ends the scoring, the LoRA has its certificate
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("qvera.exporting.compare.adapter_scores", fail)
+            assert main(["export", run, str(cut), "--to", "lora", "--rank", "4"]) == 0
+        assert said in json.loads((cut / "qvera_export.json").read_text())["difference"]["not_measured"]
+    (advised,) = re.findall(f"`qvera (eval .*{cut.name}.*)`", capsys.readouterr().out)
     assert main(shlex.split(advised)) == 0
     assert main(["export", run, str(tmp_path / "lora"), "--to", "lora"]) == 0
     certificate = (tmp_path / "lora" / "qvera_export.json").read_bytes()
