@@ -225,17 +225,18 @@ class Merging:
         if of_delta:
             found = (max(-of_delta[0], of_delta[1]), of_delta[2])
         if not (math.isfinite(low) and math.isfinite(high)):
-            # Find out what is wrong: the base itself, the sum, or only its rounding to the output's dtype.
-            if not torch.isfinite(block.rows.float()).all():
-                raise RunFailed(f"{name}: the base weight itself has NaN or Inf ({block.entry.file}).")
-            what = "has NaN or Inf" + (" after merging" if delta is not None else "")
-            if torch.isfinite(exact.float()).all():
-                largest, most = exact.abs().max().item(), torch.finfo(self.dtype).max
-                what = f"has values up to {largest:.6g}, beyond {self.dtype} (largest {most:g})"
-            raise RunFailed(
-                f"{name}: {what}. Export with --dtype bfloat16, or look at this adapter; this shard was not finished."
-            )
+            raise self._not_finite(block, exact)
         return block, result.cpu(), found
+
+    def _not_finite(self, block: Block, exact: torch.Tensor) -> RunFailed:
+        """Find out what is wrong: the base itself, the sum (``exact``), or only its rounding to the output's dtype."""
+        what = "has NaN or Inf after merging. Look at this adapter"
+        if not torch.isfinite(block.rows.float()).all():
+            what = f"the base weight itself has NaN or Inf ({block.entry.file}). Mend or replace it"
+        elif torch.isfinite(exact.float()).all():
+            largest, most = exact.abs().max().item(), torch.finfo(self.dtype).max
+            what = f"has values up to {largest:.6g}, beyond {self.dtype} (largest {most:g}). Take --dtype bfloat16"
+        return RunFailed(f"{block.entry.name}: {what}; this shard was not finished.")
 
     def _merged_expert(self, target: str, number: int) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """Return W + ΔW and ΔW of one expert in fp32, each cut into the tensors that the base's files have of it."""
@@ -255,12 +256,10 @@ class Merging:
         name, rows = block.entry.name, slice(block.first, block.first + len(block.rows))
         fused, number, place = self.expert_sources[name]
         merged, changes = self.merged_expert(fused.spec.name, number)
-        result, found = merged[place][rows].to(self.dtype), None
+        exact = merged[place][rows]
+        result, found = exact.to(self.dtype), None
         if not torch.isfinite(result).all():
-            raise RunFailed(
-                f"{name}: has NaN or Inf, or values beyond {self.dtype}, after merging. Export with --dtype bfloat16, "
-                "or look at this adapter and this weight; this shard was not finished."
-            )
+            raise self._not_finite(block, exact)
         if changes is not None:
             change = changes[place][rows].abs()
             found = change.max().item(), change.sum().item()

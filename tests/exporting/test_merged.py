@@ -86,12 +86,17 @@ def test_fp16_overflow_is_refused_by_tensor_name(tiny_model_dir: Path, tmp_path:
     model, section, adapter = trained_adapter(tiny_model_dir, tmp_path / "adapter")
     named_vectors(model)["base_model.model.model.layers.1.mlp.up_proj.qvera_b"].data.mul_(1e8)
     save_adapter(model, adapter)
-    said = r"model\.layers\.1\.mlp\.up_proj\.weight: has values up to .* beyond torch.float16"
+    said = r"model\.layers\.1\.mlp\.up_proj\.weight: has values up to .* beyond torch.float16.* Take --dtype bfloat16"
     with pytest.raises(RunFailed, match=said):
         export_merged(adapter, section, tmp_path / "out", ExportSection())
     assert not (tmp_path / "out" / "config.json").exists()
     export_merged(adapter, section, tmp_path / "wide", ExportSection(dtype="bfloat16"))
     assert (tmp_path / "wide" / "config.json").exists()
+    named_vectors(model)["base_model.model.model.layers.1.mlp.up_proj.qvera_b"].data.fill_(3e38)
+    named_vectors(model)["base_model.model.model.layers.1.mlp.up_proj.qvera_d"].data.fill_(1e9)
+    save_adapter(model, adapter)
+    with pytest.raises(RunFailed, match="up_proj.weight: has NaN or Inf after merging. Look at this adapter;"):
+        export_merged(adapter, section, tmp_path / "inf", ExportSection(dtype="bfloat16"))
 
 
 def test_sharded_base_and_tied_head(tmp_path: Path) -> None:
