@@ -22,6 +22,7 @@ from qvera.adapters.layer import linear_specs
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.methods.base import Change
 from qvera.adapters.projection import Pair, pair_sha256, require_sha256, uniform_pair
+from qvera.adapters.save_load import portable_name
 from qvera.config.sections import ModelSection
 from qvera.models.experts import expert_specs
 from qvera.models.loader import load_base
@@ -144,13 +145,16 @@ class AdapterDeltas:
         return dataclasses.replace(self, pair=pair, layers=layers)
 
     def certificate(self, kind: str, section: ModelSection, adapter_dir: Path, **more: Any) -> dict[str, Any]:
-        """Return the certificate of an export; ``more`` is what its kind has besides."""
+        """Return the certificate of an export; ``more`` is what its kind has besides.
+
+        Its paths are whole, so that run and base are found from any directory.
+        """
         return {
             "format": 1,
             "kind": kind,
-            "base": {"path": section.path, "revision": section.revision},
+            "base": {"path": portable_name(section.path), "revision": section.revision},
             "adapter": {
-                "path": str(adapter_dir),
+                "path": str(adapter_dir.absolute()),
                 "sha256": self.sha256,
                 "kind": str(getattr(self.config.peft_type, "value", self.config.peft_type)),
                 "method": self.method,

@@ -104,23 +104,19 @@ def export(
     model_class = getattr(config, "model_class", CAUSAL_LM)
     empty = empty_model(section, None, model_class)
     adapter = read_deltas(adapter_dir, empty, section)
-    errors = None
     if to == "gguf-lora":
-        factors = None
-        if rank is not None:
-            whole = ((name, delta.lora()) for name, delta in adapter.layers.items())
-            factors, errors = lora.truncate_all(whole, adapter.rank, rank, torch.float32)
         certificate = export_gguf_lora(
-            adapter, adapter_dir, section, out, written, factors, chat_template=chat.template, system=chat.system
+            adapter, adapter_dir, section, out, written, rank, chat_template=chat.template, system=chat.system
         )
-        if rank is not None and errors is not None:
-            say(lora.truncation_text(errors, adapter.rank, rank))
+        if rank is not None:
+            say(lora.truncation_text(certificate["relative_errors"], adapter.rank, rank))
         (file,) = certificate["files"]
         size = formatting.size((out / file).stat().st_size)
         say(f"{size} in {out}: LoRA of rank {rank or adapter.rank} on {len(adapter.layers)} linears")
         where = f"Put the path of the base's GGUF file into {out / 'Modelfile'} for Ollama"
         say(f"{where}, or name both files to llama.cpp.")
         return certificate
+    errors = None
     adapter = lora.in_every_place(adapter, empty)
     places = lora.require_kept_by_peft(adapter, empty) if to == "lora" else {}
     if to == "peft":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ from qvera.config.sections import ExportSection, ModelSection
 from qvera.data.chat_template import NAMED_TEMPLATES, OWN, ChatTemplate, Message, TemplateError
 from qvera.exporting.deltas import AdapterDeltas
 from qvera.exporting.gguf_metadata import GgufArchitecture, add_tokenizer, model_name
+from qvera.exporting.lora import truncate_all
 from qvera.exporting.merged import Merging
 from qvera.models.hub import base_directory
 from qvera.models.safetensors_stream import Block
@@ -291,7 +292,7 @@ def export_gguf_lora(
     section: ModelSection,
     out: Path,
     dtype: str,
-    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    rank: int | None = None,
     *,
     chat_template: str | None = None,
     system: str | None = None,
@@ -299,7 +300,7 @@ def export_gguf_lora(
     """Write adapter-TYPE.gguf, a Modelfile for Ollama and the certificate to ``out``; returns the certificate.
 
     llama.cpp adds alpha / r B A. Alpha is the largest rank, and B of a layer of smaller rank is scaled to it.
-    ``factors``: layer → A [r, n] and B [m, r], by default the adapter's own.
+    ``rank``: cut every layer to it, with the errors in the certificate; by default all is written.
 
     InputError and RunFailed: as `export_gguf`, and for a magnitude, which llama.cpp's LoRA does not have.
     """
@@ -310,18 +311,22 @@ def export_gguf_lora(
             "which merges it."
         )
     architecture = GgufArchitecture(AutoConfig.from_pretrained(base_directory(section)))
-    wanted = TYPES[dtype]
-    ranks = {n: d.factors.rank if factors is None else len(factors[n][0]) for n, d in adapter.layers.items()}
+    wanted, cut, errors = TYPES[dtype], None, None
+    names = {layer: architecture.tensor_name(f"{layer}.weight") for layer in adapter.layers}
+    if rank is not None:
+        whole = ((layer, delta.lora()) for layer, delta in adapter.layers.items())
+        cut, errors = truncate_all(whole, adapter.rank, rank, torch.float32)
+    ranks = {layer: rank or delta.factors.rank for layer, delta in adapter.layers.items()}
     alpha = max(ranks.values())
     tensors = []
     for layer, delta in adapter.layers.items():
-        name, (m, n), rank = architecture.tensor_name(f"{layer}.weight"), delta.shape, ranks[layer]
-        for suffix, shape in ((".lora_a", (rank, n)), (".lora_b", (m, rank))):
-            tensors.append(GgufTensor.of(f"{name}{suffix}", shape, wanted))
+        m, n = delta.shape
+        for suffix, shape in ((".lora_a", (ranks[layer], n)), (".lora_b", (m, ranks[layer]))):
+            tensors.append(GgufTensor.of(f"{names[layer]}{suffix}", shape, wanted))
 
     def values() -> Iterator[torch.Tensor]:
         for layer, delta in adapter.layers.items():
-            A, B = (part.float() for part in (delta.lora() if factors is None else factors[layer]))
+            A, B = (part.float() for part in (delta.lora() if cut is None else cut[layer]))
             # llama.cpp divides alpha by each layer's own rank: the factor is 1 for the largest, and is undone for
             # smaller ones.
             B = B * (ranks[layer] / alpha)
@@ -346,7 +351,8 @@ def export_gguf_lora(
         file = partial / f"adapter-{wanted.lower()}.gguf"
         with disk_errors(str(out), "Make room, and run the same command again."):
             files = {file.name: _write_gguf(file, writer, tensors, values())}
-            certificate = adapter.certificate("gguf-lora", section, adapter_dir, rank=alpha, dtype=dtype, files=files)
+            about = {"rank": alpha, "dtype": dtype, "files": files, "relative_errors": errors}
+            certificate = adapter.certificate("gguf-lora", section, adapter_dir, **about)
             text = modelfile(None, file.name, tokenizer, system, base=Path(section.path).name)
             _write_beside(partial, text, certificate)
     return certificate

@@ -486,7 +486,6 @@ def _merge_to_quantize(
         return None
     same = (
         found["adapter"]["sha256"] == file_sha256(adapter_dir / ADAPTER_WEIGHTS)
-        and found["base"]["path"] == section.path
         and found["base"]["fingerprint"] == base_fingerprint(base_directory(section))
         and (found["base"]["weights"], found["dtype"]) == (options.base, options.dtype)
     )

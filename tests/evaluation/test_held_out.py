@@ -24,7 +24,7 @@ from qvera.config.schema import load_recipe
 from qvera.config.sections import ModelSection
 from qvera.data import build_datasets, collate
 from qvera.evaluation import metrics as textscores
-from qvera.evaluation.load import find_target, open_target
+from qvera.evaluation.load import find_target, open_target, require_comparable
 from qvera.evaluation.metrics import NAMES, scores_of, text_metrics
 from qvera.models.loader import load_base
 from qvera.models.tokenizer import load_tokenizer
@@ -224,6 +224,22 @@ def test_an_export_whose_base_or_run_has_gone_says_what_it_needs(run: Path, tiny
     perturb(model, seed=5)
     save_adapter(model, run / "adapter")
     assert main(["eval", str(out)]) == 2
+
+
+def test_an_export_by_relative_paths_finds_its_run_and_its_base_from_elsewhere(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (run / "recipe.yaml").read_text()
+    base = Path(load_recipe(run / "recipe.yaml").model.path)
+    os.symlink(base, run.parent / "base")
+    (run / "recipe.yaml").write_text(text.replace(str(base), "base"))
+    monkeypatch.chdir(run.parent)
+    assert main(["export", run.name, "merged", "--base", "original", "--no-compare"]) == 0
+    (run.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(run.parent / "elsewhere")
+    target = find_target(run.parent / "merged")
+    assert target.run is not None and target.run.samefile(run)
+    require_comparable(target)
 
 
 def test_a_run_whose_base_or_rows_have_moved_names_the_key_and_the_file_to_mend(run: Path, capsys: Any) -> None:

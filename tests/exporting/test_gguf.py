@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from bench.common import smollm2
+from qvera.adapters.factors import Factors
 from qvera.adapters.save_load import attach, save_adapter
 from qvera.cli.main import main
 from qvera.config.sections import AdapterSection, ExportSection, ModelSection
@@ -322,13 +324,14 @@ def test_a_lora_file_on_the_bases_file_answers_as_the_merged_model(
 
 
 def test_layers_of_other_ranks_are_scaled_to_one_alpha(made: Callable[[str], Made], tmp_path: Path) -> None:
-    one, factors = made("llama"), {}
+    one = made("llama")
     deltas = read_deltas(one.adapter, empty_model(one.section), one.section)
     for number, (layer, delta) in enumerate(deltas.layers.items()):
         A, B = delta.lora()
         more = number % 3  # zeros that change the rank and nothing else
-        factors[layer] = (torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), more)], 1))
-    export_gguf_lora(deltas, one.adapter, one.section, tmp_path / "lora", "float32", factors)
+        padded = torch.cat([A, A.new_zeros(more, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), more)], 1)
+        deltas.layers[layer] = dataclasses.replace(delta, factors=Factors(*padded))
+    export_gguf_lora(deltas, one.adapter, one.section, tmp_path / "lora", "float32")
     file = tmp_path / "lora" / "adapter-f32.gguf"
     assert_answers([one.base_file, file], one.merged, PROMPTS[1:2], 2e-4)
 
@@ -418,7 +421,9 @@ def test_a_weight_beyond_float16_leaves_nothing_behind(made: Callable[[str], Mad
     export_gguf(adapter, one.section, tmp_path / "out", ExportSection(), "bfloat16")
 
 
-def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_writes_the_model_and_the_adapter(
+    trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["export", str(trained_run), str(tmp_path / "model"), "--to", "gguf", "--dtype", "q8_0"]) == 0
     said = capsys.readouterr().out
     assert "model-q8_0.gguf, 14 weights changed" in said and f"ollama create NAME -f {tmp_path / 'model'}" in said
@@ -432,6 +437,10 @@ def test_the_command_writes_the_model_and_the_adapter(trained_run: Path, tmp_pat
     assert "--dtype q8_0: goes with --to gguf" in capsys.readouterr().err
     for name, kind in (("model", "merged export (GGUF)"), ("lora", "LoRA (GGUF)")):
         assert directory_facts(tmp_path / name)["kind"] == kind
+    assert len(json.loads((tmp_path / "lora" / "qvera_export.json").read_text())["relative_errors"]) == 14
+    monkeypatch.setattr(gguf_file, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_file, "truncate_all", lambda *_: pytest.fail("factors were cut"))  # which may take minutes
+    assert main(["export", str(trained_run), str(tmp_path / "y"), "--to", "gguf-lora", "--rank", "2"]) == 2
 
 
 @pytest.mark.slow
