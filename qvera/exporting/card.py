@@ -22,7 +22,7 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_name
-from qvera.evaluation.report.read import entry_of, get, is_replaced
+from qvera.evaluation.report.read import entry_of, get, get_number, is_replaced
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.compare import rows_name
 from qvera.exporting.gguf_metadata import FAMILIES
@@ -308,8 +308,8 @@ def _score_tables(
                 values = [scores.get(name) for scores in sides.values()]
                 cells = [formatting.significant(value, 4) if formatting.is_number(value) else "–" for value in values]
                 # answers are slow to write: exact match may be over fewer rows than the loss
-                counted = last.get(f"{name}_rows")
-                rows.append((name.replace("_", " ") + (f", {counted:,} rows" if counted else ""), cells))
+                counted = get_number(last, f"{name}_rows")
+                rows.append((name.replace("_", " ") + (f", {counted:,.0f} rows" if counted else ""), cells))
             yield sentence, list(sides), rows
 
 
