@@ -268,8 +268,11 @@ def test_the_relative_base_of_a_run_of_many_is_found_from_elsewhere(
     monkeypatch.chdir(tmp_path)
     run = write_run(tmp_path / "many", recipe.replace(model=recipe.model.replace(path="base")), ["anna"])
     shutil.copytree(run / "adapters" / "anna", tmp_path / "copy")
+    shutil.copytree(run / "adapters" / "anna", tmp_path / "several" / "anna")
+    (tmp_path / "several" / "a log").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
+    assert find_target(tmp_path / "several", needs_name=False).section.path == str(tmp_path / "base")
     for path, of_run in ((run / "adapters" / "anna", None), (tmp_path / "copy", run)):
         assert open_target(find_target(path, of_run)).target.section.path == str(tmp_path / "base")
 
