@@ -71,6 +71,12 @@ class Artifact:
     merged: dict[str, Any] | None = None  # the certificate (qvera_export.json) of a merged export
 
     @property
+    def arguments(self) -> str:
+        """The words by which a command finds it."""
+        own = ["--adapter", self.name] if self.name is not None and adapters_root(self.path) is not None else []
+        return shlex.join([str(self.path), *own])
+
+    @property
     def model_class(self) -> ModelClass:
         """The kind of model. InputError: the adapter does not say it."""
         if self.adapter is not None:
@@ -100,7 +106,7 @@ def require_answers(target: Artifact, what: str) -> None:
     """Raise InputError for a classifier: ``what`` is for models that write text."""
     if target.model_class.has_own_head:
         raise InputError(
-            f"{target.path}: is a classifier, and {what} is for models that write text. `qvera eval {target.path} "
+            f"{target.path}: is a classifier, and {what} is for models that write text. `qvera eval {target.arguments} "
             "--data ROWS --predictions FILE` writes its labels."
         )
 
@@ -251,7 +257,7 @@ def warn_of_other_rows(target: Artifact, datasets: Datasets, console: Console) -
             console,
             f"{target.run}: its rows (data.path or data.eval_path) are others now than in training, so rows that are "
             "held out now may have been trained on, and score too well. Put the file back, or score rows that the run "
-            f"has never seen: qvera eval {shlex.quote(str(target.path))} --data FILE",
+            f"has never seen: qvera eval {target.arguments} --data FILE",
         )
 
 

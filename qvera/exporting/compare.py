@@ -167,7 +167,7 @@ def adapter_scores(opened: OpenRun, recipe: Recipe, datasets: Datasets, rows: Ro
 
 def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, console: Console) -> dict[str, Any]:
     """Measure a merged export beside its run, on at most ``limit`` rows. Both models are in memory together."""
-    command = shlex.join(["qvera", "export", str(target.path), str(merged), "--compare-only"])
+    command = f"qvera export {target.arguments} {shlex.quote(str(merged))} --compare-only"
     again = f"`{command}` measures it later, or on a larger machine."
 
     def measure() -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +17,7 @@ from qvera.adapters.adapter_file import read_adapter
 from qvera.cli.main import main
 from qvera.evaluation.load import find_target, open_run
 from qvera.evaluation.named_adapters import require_named
+from qvera.utils import memory
 from qvera.utils.adapter_names import escape_name
 from qvera.utils.errors import InputError
 from tests.many_adapters import NAMES, write_customers, write_run
@@ -216,6 +219,22 @@ def test_an_adapter_without_held_out_rows(make_recipe: Any, tmp_path: Path, caps
     assert main(f"analyze {run} --adapter solo --top-k 2 --text {tmp_path}/text.txt --json".split()) == 0
     losses = json.loads(capsys.readouterr().out)["losses"]
     assert [one["text"] for one in losses] == [str(tmp_path / "text.txt")]
+
+
+def test_what_is_advised_for_one_of_many_names_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    mine = shutil.copytree(run, tmp_path / "mine")
+    summary = json.loads((mine / "run.json").read_text())
+    summary["data"]["sha256"] = "0" * 64  # of other rows
+    (mine / "run.json").write_text(json.dumps(summary))
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_bytes", lambda _: 1000)
+        assert main(["export", str(mine), str(tmp_path / "out"), "--adapter", "Ben & Söhne"]) == 0
+    (advised,) = re.findall("`qvera (export .*--compare-only)`", capsys.readouterr().out)
+    assert main(shlex.split(advised)) == 0
+    (advised,) = re.findall("never seen: qvera (eval .*) --data FILE", capsys.readouterr().err)
+    assert shlex.split(advised) == ["eval", str(mine), "--adapter", "Ben & Söhne"]
 
 
 def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
