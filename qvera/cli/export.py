@@ -185,7 +185,7 @@ def _template(found: list[tuple[Artifact, Path]]) -> str | None:
     """The chat template for a sum: that of all its adapters, unless it is the base's own."""
     from qvera.exporting.export import chat_of
 
-    of_runs = {target.run or target.path: target for target, _ in found}  # a run's adapters share one
+    of_runs = {target.run or adapter: target for target, adapter in found}  # a run's adapters share one
     templates = {chat_of(target).beside for target in of_runs.values()}
     if len(templates) > 1:
         print("The adapters were trained with different chat templates, so none is written beside their sum.")

@@ -249,6 +249,13 @@ def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, monke
     assert main([*line[:2], str(run / "adapters" / "dan"), str(tmp_path / "two"), "--to", "lora"]) == 2
     assert f"Name their directories, such as {run}/adapters/NAME; or {run} alone" in capsys.readouterr().err
     assert (tmp_path / "sum" / "adapter_config.json").is_file()
+    shelf = shutil.copytree(run / "adapters", tmp_path / "shelf")
+    for name in ("dan", "anna"):  # each was trained elsewhere
+        (shelf / name / "chat_template.jinja").write_text(name)
+    line = ["merge-adapters", str(shelf), str(tmp_path / "sum of two"), "--to", "lora"]
+    assert main([*line, "--adapter", "dan", "--adapter", "anna"]) == 0
+    assert "different chat templates, so none is written" in capsys.readouterr().out
+    assert not (tmp_path / "sum of two" / "chat_template.jinja").exists()
     monkeypatch.setattr("sys.stdin", io.StringIO("say 3 red\n/quit\n"))
     assert main(["chat", str(run), "--adapter", "dan", "--max-new-tokens", "3"]) == 0
 
