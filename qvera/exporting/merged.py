@@ -23,6 +23,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig
 
 from qvera.adapters.adapter_file import read_config, require_tokens
+from qvera.adapters.save_load import portable_name
 from qvera.config.sections import ExportSection, ModelSection
 from qvera.data.tokenization import pad_id_of
 from qvera.exporting.base import (
@@ -486,6 +487,7 @@ def _merge_to_quantize(
         return None
     same = (
         found["adapter"]["sha256"] == file_sha256(adapter_dir / ADAPTER_WEIGHTS)
+        and found["base"]["path"] == portable_name(section.path)
         and found["base"]["fingerprint"] == base_fingerprint(base_directory(section))
         and (found["base"]["weights"], found["dtype"]) == (options.base, options.dtype)
     )
