@@ -80,7 +80,7 @@ _NO_SCORES = (
 )  # fmt: skip
 _SHARED = (
     "*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", ADAPTER_CONFIG, "config.json",
-    "generation_config.json", "preprocessor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja",
 )  # fmt: skip
 """Only these files are shared."""

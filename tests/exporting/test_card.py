@@ -171,7 +171,10 @@ def test_only_weights_settings_and_tokenizer_are_shared(run: Path) -> None:
     adapter = run / "adapter"
     for name in ("eval.json", "answers.txt", "rows.json", "adapter_config.json.bak"):
         (adapter / name).write_text('{"prompt": "secret"}')
-    assert [file.name for file in files_of(find_subject(run))] == ["adapter_config.json", "adapter_model.safetensors"]
+    shared = ["adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json", "processor_config.json"]
+    for name in (*shared[2:], "video_preprocessor_config.json"):  # of a merged model that reads images
+        (adapter / name).write_text("{}")
+    assert [file.name for file in files_of(find_subject(run))] == [*shared, "video_preprocessor_config.json"]
 
 
 @pytest.mark.parametrize(
