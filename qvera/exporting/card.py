@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from qvera.adapters.config import PEFT_TYPE
 from qvera.adapters.methods import method_of, names
 from qvera.adapters.methods.base import Change
 from qvera.config import plugins
@@ -219,6 +220,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         auto=model_class.auto,
         gguf=next((file.name for file in sorted(subject.directory.glob("*.gguf"))), "model.gguf"),
         is_lora=is_lora,
+        is_ours=kind == "adapter" and facts.get("peft_type") == PEFT_TYPE,
         # they make the base a classifier with the adapter's head
         head_options=f", num_labels={len(labels)}, ignore_mismatched_sizes=True" if labels else "",
         has_answers=has_answers,

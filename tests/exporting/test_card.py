@@ -158,6 +158,8 @@ def test_the_card_gives_vllm_a_rank_that_it_takes(run: Path, kind: str, rank: in
     facts = {**subject.adapter, "peft_type": kind, "method": kind.lower(), "rank": rank}
     text = model_card(subject._replace(adapter=facts), "anna/x").replace("serve tiny-llama ", "serve B ")
     assert expected in text if expected is not None else "vllm" not in text
+    assert "import qvera" not in text  # PEFT has both types
+    assert "import qvera" in model_card(find_subject(run), "anna/x")
 
 
 def test_the_card_of_an_adapter_whose_change_differs_by_token_names_no_export(run: Path) -> None:
@@ -190,7 +192,7 @@ def test_an_export_has_the_card_of_its_run(run: Path, to: str, library: str, rel
     out = run.parent / "out"
     assert main(["export", str(run), str(out), "--to", to, "--no-compare"]) == 0
     front, text = written(out, "--repo", "anna/x")
-    assert front["library_name"] == library and relation in text and use in text
+    assert front["library_name"] == library and relation in text and use in text and "import qvera" not in text
     assert "steps" in section(text, "Training") and "loss" in section(text, "Scores")
     assert "They are those of the adapter before it was exported." in text
     shutil.rmtree(run)  # the certificate alone says less, and nothing wrong
