@@ -271,6 +271,10 @@ class Datasets:
         """Names that are not trained: all their rows were dropped or cut away."""
         return [] if self.stats.adapters is None else self.stats.adapters.without_rows
 
+    def template_beside(self, system: str | None) -> str | None:
+        """Return the chat template to save beside an adapter (`ChatTemplate.beside`)."""
+        return None if self.template is None else self.template.beside(system)
+
     def first_rows(self, count: int) -> Rows:
         """``count`` training rows to show, from each source (or adapter) in turn.
 

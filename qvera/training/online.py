@@ -194,9 +194,8 @@ class OnlineTrainer:
 
     def save_adapter(self, run: AdapterRun, directory: Path) -> None:
         """Write the adapter of a job in flight. RunFailed where the disk is full; an earlier adapter is kept."""
-        template, vectors = run.datasets.template, self.loop.bank.take(run.held_slot)
-        beside = None if template is None else template.beside(run.recipe.data.system)
-        save_adapter(self.loop.model, directory, vectors=vectors, adapter=ADAPTER, chat_template=beside)
+        template, vectors = run.datasets.template_beside(run.recipe.data.system), self.loop.bank.take(run.held_slot)
+        save_adapter(self.loop.model, directory, vectors=vectors, adapter=ADAPTER, chat_template=template)
 
     def _attach(self, pad_id: int) -> None:
         """Put on the adapter that stands for all jobs, and make the bank and the loop."""

@@ -197,9 +197,8 @@ class TrainingSession:
 
     @property
     def chat_template(self) -> str | None:
-        """The chat template to save beside an adapter of this run (`ChatTemplate.beside`)."""
-        template = self.datasets.template if self.task.has_answers else None
-        return None if template is None else template.beside(self.recipe.data.system)
+        """The chat template to save beside an adapter of this run."""
+        return self.datasets.template_beside(self.recipe.data.system) if self.task.has_answers else None
 
     def prepare_model(self, alone: bool = True, start: Callable[[], object] = lambda: None) -> None:
         """Set gradient checkpointing, compilation and held weights before the first pass, as recipe and plan say.
