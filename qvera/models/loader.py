@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections import Counter
@@ -31,7 +32,7 @@ from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import resolve_path
+from qvera.utils.files import read_json, resolve_path
 from qvera.utils.formatting import first_of, size
 from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
 
@@ -166,13 +167,16 @@ def _load_mapped(
             directory = quantize_checkpoint.cached_base(
                 section, device=device, progress=progress, model_class=model_class
             )
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=trusted)
+            # the copy is known by config and shards: code and generation config are the base's, which may have changed
+            config = copy.deepcopy(config)
+            config.quantization_config = read_json(directory / "config.json", "a config")["quantization_config"]
         streamed = section.stream is True
         if section.stream == "auto" and sharder is None:
             stored_bytes = sum(entry.size_bytes for entry in checkpoint_tensors(directory))
             streamed = stream.streams_by_itself(stored_bytes, device)
         attn = None if chosen == "auto" else chosen
-        model = load_mapped(directory, config, dtype, device, attn, trusted, sharder, streamed, model_class)
+        own = base_directory(section)
+        model = load_mapped(directory, config, dtype, device, attn, trusted, sharder, streamed, model_class, own)
         if streamed:
             stream.stream_layers(model, device)
         return model

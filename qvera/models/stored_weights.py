@@ -170,6 +170,7 @@ def load_mapped(
     sharder: BaseSharder | None = None,
     layers_in_ram: bool = False,
     model_class: ModelClass = CAUSAL_LM,
+    published: Path | None = None,
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, frozen, in evaluation mode, its big tensors mapped.
 
@@ -179,6 +180,7 @@ def load_mapped(
             embedding stays mapped, because its two users would release it under each other.
         layers_in_ram: leave the decoder layers' packed weights in the mapped file (`qvera.models.stream`).
         model_class: a head of its own is fp32, and drawn anew if the checkpoint has none of its labels.
+        published: where the generation config lies, if ``directory`` is a quantized copy.
 
     Raises:
         InputError: a shard is missing or cut short, or a tensor has not the shape that the config says.
@@ -245,7 +247,7 @@ def load_mapped(
     linear.compute_in(model, dtype)
     model_class.start_head(model, keeps_head, device)
     with contextlib.suppress(OSError):  # not every model has one
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model.generation_config = GenerationConfig.from_pretrained(published or directory)
     return model.requires_grad_(False).eval()
 
 

@@ -99,6 +99,23 @@ def test_a_checkpoint_that_is_4_bit_already_is_taken_as_it_is(prequantized_dir: 
         load_base(section(prequantized_dir, double_quant=False), CPU)
 
 
+def test_code_and_generation_config_are_the_bases_though_a_copy_was_made_before(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The copy is known by its shards and its config, which stay."""
+    directory = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    for ends in ([2], [2, 7]):
+        own = f"class OwnForCausalLM(LlamaForCausalLM):\n    ends = {ends}\n"
+        (directory / "own.py").write_text(f"from transformers import LlamaForCausalLM\n\n\n{own}")
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        model = load_base(section(directory, trust_remote_code=True), CPU).model
+        assert (type(model).ends, model.generation_config.eos_token_id) == (ends, ends)
+        assert sum(isinstance(m, quantize.Linear4bit) for m in model.modules()) == len(SHAPES)
+
+
 # What is wrong with a model directory.
 
 
