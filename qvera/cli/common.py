@@ -31,12 +31,20 @@ _ENDINGS = frozenset({".csv", ".html", ".json", ".jsonl", ".md", ".parquet", ".p
 """Of files that other tools open by their names."""
 
 
+# Typer has no public name for what a mistyped command, option or value raises; BadParameter is the public kind of it.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
 class Command(TyperCommand):
     """A command whose options of one value are not given twice: the first would be lost without a word."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raise a usage error that names the option."""
-        _, _, given = self.make_parser(ctx).parse_args(list(args))
+        """Raise a usage error that names the option, and knows the command."""
+        try:
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+        except UsageError as error:
+            error.ctx = ctx  # an option without its value has none
+            raise
         for param in given:
             if isinstance(param, TyperOption) and not (param.multiple or param.is_flag) and given.count(param) > 1:
                 raise typer.BadParameter("is given twice, and takes one value.", ctx, param)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from qvera.cli import cache, doctor, eval, export, generate, info, quickstart, recipes, serve, train
-from qvera.cli.common import Command, command_streams, flag, help_of, report, with_exit_code
+from qvera.cli.common import Command, UsageError, command_streams, flag, help_of, report, with_exit_code
 from qvera.config import plugins
 from qvera.utils.cores import fitting_threads
 from qvera.utils.errors import EXIT_DONE
@@ -97,9 +97,6 @@ _INSTEAD = {
 }
 """A command that other tools have → what to do here."""
 
-# Typer has no public name for what a mistyped command, option or value raises; BadParameter is the public kind of it.
-_UsageError: Any = typer.BadParameter.__mro__[1]
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed, 2 wrong input, 75 interrupted and saved."""
@@ -119,14 +116,15 @@ def _run(arguments: list[str] | None) -> int:
         code = build_app()(args=arguments, prog_name="qvera", standalone_mode=False) or EXIT_DONE
         if code == EXIT_DONE:
             sys.stdout.flush()
-    except _UsageError as error:
+    except UsageError as error:
         at = getattr(error, "ctx", None)
         command = at.command_path if at is not None else "qvera"
         text = error.format_message().replace("Value error, ", "")  # pydantic's
         for name, instead in _INSTEAD.items() if command == "qvera" else ():
             if f"No such command {name!r}" in text:
                 text = f"No such command {name!r}. {instead}"
-        if "No such option" in text and command in ("qvera train", "qvera launch"):
+        takes_keys = at is not None and any("--set" in param.opts for param in at.command.params)
+        if "No such option" in text and takes_keys:
             text += ". A key of the recipe goes to --set, as in --set training.num_train_epochs=3"
         if "unexpected extra argument" in text and "--set" in (arguments or sys.argv):
             text += ". Each key takes its own --set, and a value with spaces quotes: --set 'a.b={c: d}'"

@@ -128,6 +128,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         columns = {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output", **columns}
     known = sorted({name for kind in FORMATS.values() for name in kind.fields})
     header = " in the header, line 1" if row.file is not None and row.file.suffix.lower() in (".csv", ".tsv") else ""
+    no_header = " If line 1 is a row already, write a line of names above it." if header else ""
     found = f"Columns found{header}: {', '.join(map(str, row.fields)) or 'none'}."
     for ours, theirs in columns.items():
         if ours not in known:
@@ -136,7 +137,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
         if theirs not in row.fields and theirs:
             hint = f"{did_you_mean(theirs, row.fields)} {found} Rename the one that is meant, or change data.columns."
-            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint}")
+            raise InputError(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint}{no_header}")
     # Our names of the fields that the row has, called so in the file or in data.columns.
     present = {name for name in known if name in columns or name in row.fields}
     detected = [name for name, kind in FORMATS.items() if kind.trains in ("answers", "texts")]
@@ -154,7 +155,7 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             raise UnknownFormat(
                 f"{row.source}: the columns match no known format. {found} Known: {shapes}. "
                 "Rename yours, or name them in a recipe: data.columns: {prompt: question, completion: answer}."
-                + (" If line 1 is a row already, write a line of names above it." if header else "")
+                f"{no_header}"
             )
         format = matches[0]
     if missing := [name for name in FORMATS[format].required if name not in present]:

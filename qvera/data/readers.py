@@ -169,6 +169,8 @@ def local_files(path: str) -> list[Path] | None:
         raise InputError(f"{path}: no such file, and no directory {local.parent} either. {advice}")
     near = difflib.get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
     hint = f"Did you mean {local.parent / near[0]}?" if near else f"Expected a {_ACCEPTED} file or a directory of them."
+    if not near and not local.is_absolute():
+        hint += f" A relative path begins where the command runs, here {Path.cwd()}."
     if "*" in path:
         hint = "Patterns are not filled in: name a directory of these files."
     raise InputError(f"{path}: no such file or directory. {hint}")

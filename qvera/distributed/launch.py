@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ FORWARDED = (
 """Environment variables with these prefixes are sent to remote processes. ssh forwards none by itself."""
 EXIT_CODES = "QVERA_EXIT_CODES"
 """The folder for the workers' exit codes. torchrun itself ends with 1, whatever its workers ended with."""
+TORCHRUN = ["-m", "torch.distributed.run"]
 _SSH_SECONDS = 10
 """The limit for ssh to connect. The answer may take twice as long."""
 
@@ -68,7 +70,7 @@ def launch_command(
         print(f"--gpus {gpus}: this machine shows no GPU, so {gpus} processes share its CPU.", file=sys.stderr)
     if gpus is None:
         gpus = max(here, 1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node", str(gpus)]
     if max_restarts:
         command += ["--max-restarts", str(max_restarts)]
     if not several:
@@ -126,14 +128,18 @@ def _ssh_problem(host: str) -> str | None:
 def run(command: list[str]) -> int:
     """Run the launcher, pass SIGINT and SIGTERM on to it, and return the exit code of the run.
 
-    That is 75 if every process was interrupted and has saved, 2 if the input was wrong, else the launcher's own.
+    That is 75 if every process was interrupted and has saved, or was stopped before it could answer; 2 if the input was
+    wrong; else the launcher's own.
     """
+    of_torch = command[1:3] == TORCHRUN
+    if of_torch:
+        command = [command[0], "-m", __name__, *command[3:]]
     with tempfile.TemporaryDirectory(prefix="qvera-launch-") as scratch:
         codes = Path(scratch) / "codes"
         codes.mkdir()
         environment = os.environ | {EXIT_CODES: str(codes)}
         threads = 1
-        if "--nproc-per-node" in command:  # torchrun would give each worker one thread, whatever the cores
+        if of_torch:  # it would give each worker one thread, whatever the cores
             workers = int(command[command.index("--nproc-per-node") + 1])
             threads = max(measure().free_threads // workers, 1)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -146,8 +152,13 @@ def run(command: list[str]) -> int:
         # In a session of its own, so that Ctrl-C reaches this process alone. A worker that got it from the terminal and
         # from torchrun would take the second one for "at once".
         child = subprocess.Popen(command, env=environment, start_new_session=True)
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        previous = {number: signal.signal(number, lambda *_: child.send_signal(signal.SIGTERM)) for number in signals}
+        signals, stopped = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), threading.Event()
+
+        def stop(*_: object) -> None:
+            stopped.set()
+            child.send_signal(signal.SIGTERM)
+
+        previous = {number: signal.signal(number, stop) for number in signals}
         try:
             code = child.wait()
         finally:
@@ -160,7 +171,25 @@ def run(command: list[str]) -> int:
     for known in (EXIT_INPUT, EXIT_INTERRUPTED):
         if {known} <= set(found) <= {0, known}:
             return known
+    if of_torch and stopped.is_set() and not found:
+        print(
+            "interrupted before its processes could answer. The same command begins again, or goes on with --resume "
+            "where steps were saved.",
+            file=sys.stderr,
+        )
+        return EXIT_INTERRUPTED
     return code if code > 0 else EXIT_FAILED
+
+
+def _torchrun() -> None:
+    """torchrun, which would end in a traceback where a signal stops it."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    try:
+        run.main()
+    except SignalException:
+        sys.exit(EXIT_FAILED)
 
 
 def leave_exit_code(code: int) -> None:
@@ -168,3 +197,7 @@ def leave_exit_code(code: int) -> None:
     directory = os.environ.get(EXIT_CODES)
     if directory is not None and Path(directory).is_dir():
         (Path(directory) / os.environ.get("RANK", "0")).write_text(str(code))
+
+
+if __name__ == "__main__":
+    _torchrun()

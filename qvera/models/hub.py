@@ -20,7 +20,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub ha
 from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, did_you_mean, first_line
-from qvera.utils.files import ADAPTER_CONFIG, RECIPE_FILE, resolve_path, try_read_json
+from qvera.utils.files import ADAPTER_CONFIG, resolve_path, try_read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.hub import hub_hint
 from qvera.utils.safetensors_io import INDEX, weight_map
@@ -165,10 +165,11 @@ def require_model_files(name: str) -> None:
         hint = f" It holds {first_of(sorted(other.name for other in path.iterdir()), 4) or 'nothing'}."
         if snapshots := sorted(path.glob("snapshots/*/config.json")):  # a model's directory in the hub's cache
             hint = f" Name the directory in it: {snapshots[-1].parent}."
-        if (path / RECIPE_FILE).is_file() and (adapter := path / "adapter").is_dir():
-            # the adapter's: a path in the recipe may be relative to where the run was started
+        for adapter, what in ((path, "an adapter"), (path / "adapter", "a run")):
+            # not the recipe's, which may be relative to where the run was started
             base = (try_read_json(adapter / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
-            hint = f" It is a run: name its base, {base}. To go on from its adapter: adapter.init_from: {adapter}."
+            if base is not None:
+                hint = f" It is {what}: name its base, {base}. To go on from its adapter: adapter.init_from: {adapter}."
         raise InputError(f"model.path: {name!r} has no config.json, so it is not a model directory.{hint}")
     if (path / INDEX).is_file():
         weight_map(path / INDEX)  # transformers would follow its names anywhere

@@ -295,7 +295,8 @@ def empty_model(
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise InputError(
                 f"model.path: {name!r} is no directory here. Nor can it be read from the hub "
-                f"({first_line(error).rstrip('.')}). {hub_hint()}"
+                f"({first_line(error).rstrip('.')}). {'' if '/' in name else 'An id on the hub is OWNER/NAME. '}"
+                f"{hub_hint()}"
             ) from None
         fix = " Take another model, or a transformers that knows this one." if isinstance(error, ValueError) else ""
         reason = first_line(error)

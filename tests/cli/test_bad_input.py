@@ -247,6 +247,20 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "train run",
         "whose recipe is run/recipe.yaml. `qvera train run/recipe.yaml --res",
     ),
+    "a base without its owner": (
+        "plan recipe.yaml --set model.path=smollm --no-timing",
+        "An id on the hub is OWNER/NAME. HF_HUB_OFFLINE is set",
+    ),
+    "rows of another directory": (
+        f"{TRAIN} --set data.path=nowhere-at-all.csv",
+        "A relative path begins where the command runs, here /",
+    ),
+    "an option without its value": (f"{TRAIN} --set", "requires an argument. `qvera train --help`"),
+    "a key as an option of plan": ("plan recipe.yaml --adapter.rank=64", "A key of the recipe goes to --set"),
+    "an adapter as a base": (
+        "plan recipe.yaml --set model.path=run/adapter --no-timing",
+        "It is an adapter: name its base, /",
+    ),
     "a run as a base": ("plan recipe.yaml --set model.path=run --no-timing", "It is a run: name its base, /"),
     "a run without its recipe": ("eval run", "it has no recipe.yaml", lambda: Path("run/recipe.yaml").unlink()),
     "an empty prompt": ("generate run --prompt=", "--prompt: is empty, so there is nothing to answer"),

@@ -232,3 +232,10 @@ def test_pairs_of_openai_are_read_as_they_are() -> None:
         parse(row)
     with pytest.raises(InputError, match="input"):
         parse({**row, "input": asked | {"tools": [{"type": "function"}]}}, format="preference")
+
+
+def test_a_file_without_a_header_is_told_to_get_one() -> None:
+    row = RawRow({"the mouse is broken": "hardware", "no": "1"}, "t.csv:2", file=Path("t.csv"))
+    for columns in ({}, {"prompt": "message", "completion": "category"}):
+        with pytest.raises(InputError, match=r"If line 1 is a row already, write a line of names above it\.$"):
+            detect_format(row, columns=columns)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -158,9 +159,22 @@ def test_a_launched_run_saves_on_sigterm_and_ends_with_75(write_recipe: Any, tmp
     assert "torch.distributed.run --nproc-per-node 2 --standalone -m qvera train" in text
     assert "2 processes on 1 node" in text and "an all-reduce takes" in text
     assert text.count("Stopped by SIGTERM") == 1, "one process says it for all"
+    assert "Traceback" not in text
     run = facts(out)
     assert run["status"] == "interrupted" and run["result"]["steps"] >= 3
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{run['result']['steps']:08d}"]
+
+
+def test_a_launch_that_is_stopped_while_it_starts_says_so(write_recipe: Any, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qvera", "launch", str(write_recipe()), "--gpus", "2"]
+    process = subprocess.Popen(command, env=clean_environment(), cwd=tmp_path, stderr=subprocess.PIPE)
+    wait_until(
+        lambda: any("qvera.distributed.launch" in one.cmdline() for one in psutil.Process(process.pid).children())
+    )
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 75, said
+    assert "Traceback" not in said and "interrupted before its processes could answer." in said
 
 
 @pytest.mark.slow
