@@ -22,7 +22,7 @@ from qvera.data.cache import tokenized
 from qvera.data.chat_template import NAMED_TEMPLATES, OWN, ChatTemplate
 from qvera.data.conversations import LABELLED, UNRENDERED
 from qvera.data.images import ImageProcessor, images_of
-from qvera.data.labelled import Labels, few_of_each_label, labels_of, rows_by_label
+from qvera.data.labelled import Labels, few_of_each_label, labels_of, new_labels, rows_by_label
 from qvera.data.rows import Example, Rows, concatenated
 from qvera.data.sampler import Batches, random_order
 from qvera.data.source import encoder_of, members_of, template_of, with_label_names
@@ -181,6 +181,7 @@ class DataStats(RowCounts):
     histogram_counts: list[int] = field(default_factory=list)  # [i] has edges[i] <= tokens < edges[i + 1]
     adapters: Adapters | None = None  # of a run that trains many
     unused_label_names: list[str] = field(default_factory=list)  # of answers, names that no row has
+    new_labels: list[str] = field(default_factory=list)  # `qvera.data.labelled.new_labels`
     verdicts: set[bool] = field(default_factory=set)  # of judged answers: good ones, bad ones or both
     labels: Labels | None = None
     label_rows: list[int] = field(default_factory=list)  # training rows of each class
@@ -390,9 +391,11 @@ def build_datasets(
         known, others = sections[0].label_names, set_aside.values()
         stats.labels = labels or labels_of(section, train, held_out, *others, known=known)
         stats.label_rows, stats.eval_label_rows = stats.labels.counts(train), stats.labels.counts(held_out)
-    elif section.label_names:
-        found = rows_by_label(train)
-        stats.unused_label_names = [name for name in section.label_names if name not in found]
+    else:
+        stats.new_labels = new_labels(train, held_out)
+        if section.label_names:
+            found = rows_by_label(train)
+            stats.unused_label_names = [name for name in section.label_names if name not in found]
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = template_of(section, encoder, sources[0].format)
     return Datasets(train, held_out, stats, template, encoder.pad_id, part_names, set_aside)
@@ -554,6 +557,11 @@ def data_warnings(stats: DataStats) -> list[str]:
     if stats.unused_label_names:
         lines.append(
             f"No row has {first_of(stats.unused_label_names)} of data.label_names. Its first name is that of 0."
+        )
+    if stats.new_labels:
+        lines.append(
+            f"No training row has the answer {first_of([*map(repr, stats.new_labels)])}, which a held-out row has. Is it "
+            "misspelt?"
         )
     if stats.own_system_rows:
         total = stats.train_rows + stats.eval_rows

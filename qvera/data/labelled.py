@@ -191,6 +191,18 @@ def rows_by_label(rows: Rows) -> dict[str, int]:
     return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(_reference(rows))}
 
 
+_ROWS_OF_A_LABEL = 10
+"""Answers are taken for labels where each is that of as many training rows, in the mean."""
+
+
+def new_labels(train: Rows, held_out: Rows) -> list[str]:
+    """The answers of held-out rows that no training row has; none where answers are no labels."""
+    known, found = _reference(train).unique(), _reference(held_out).unique()
+    if len(known) * _ROWS_OF_A_LABEL > len(train):
+        return []
+    return [str(answer) for answer in found.filter(pc.invert(pc.is_in(found, value_set=known))).to_pylist()]
+
+
 def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequence[str] = ()) -> Labels:
     """Find the labels of the training rows, and check those of the held-out rows against them.
 

@@ -350,6 +350,15 @@ def test_a_system_prompt_that_rows_do_not_take_and_labels_that_none_has_are_told
     assert "No row has urgent of data.label_names. Its first name is that of 0." in said
 
 
+def test_a_misspelt_label_among_held_out_answers_is_told(write: Write, base_tokenizer: Any) -> None:
+    rows = [{"prompt": f"ticket {i}", "completion": ("access", "network")[i % 2]} for i in range(24)]
+    held_out = [{"prompt": "a", "completion": "acces"}, {"prompt": "b", "completion": "network"}]
+    told = "No training row has the answer 'acces', which a held-out row has. Is it misspelt?"
+    for train, is_told in ((rows, True), ([*rows, *held_out], False), (rows[:10], False)):
+        section = DataSection(path=str(write(train, "a.jsonl")), eval_path=str(write(held_out, "b.jsonl")))
+        assert (told in data_warnings(build_datasets(section, base_tokenizer).stats)) == is_told
+
+
 def test_judged_rows_of_one_kind_are_told(read: Read) -> None:
     good, bad = ({"prompt": "x", "completion": "a", "label": label} for label in (True, False))
     one_kind = data_warnings(read([good, good], format="unpaired-preference").stats)
