@@ -151,14 +151,10 @@ class SourceStats:
     template: str
 
     @property
-    def template_text(self) -> str:
-        """The template's name for messages."""
-        return "the tokenizer's own" if self.template == OWN else self.template
-
-    @property
     def layout(self) -> str:
         """Format and template, for messages."""
-        return self.format + ("" if self.format in UNRENDERED else f", template: {self.template_text}")
+        template = "the tokenizer's own" if self.template == OWN else self.template
+        return self.format + ("" if self.format in UNRENDERED else f", template: {template}")
 
 
 @dataclass(slots=True)
@@ -393,9 +389,8 @@ def build_datasets(
         stats.label_rows, stats.eval_label_rows = stats.labels.counts(train), stats.labels.counts(held_out)
     else:
         stats.new_labels = new_labels(train, held_out)
-        if section.label_names:
-            found = rows_by_label(train)
-            stats.unused_label_names = [name for name in section.label_names if name not in found]
+        found = rows_by_label(train) if section.label_names else ()
+        stats.unused_label_names = [name for name in section.label_names if name not in found]
     stats.histogram_edges, stats.histogram_counts = length_histogram(train.lengths)
     template = template_of(section, encoder, sources[0].format)
     return Datasets(train, held_out, stats, template, encoder.pad_id, part_names, set_aside)
@@ -407,9 +402,7 @@ def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
     At least one row is chosen. ``number``, the source's place in the mixture, gives each source a draw of its own.
     """
     passes = int(weight)
-    more = round((weight - passes) * count)
-    if passes == 0:
-        more = max(more, 1)
+    more = max(round((weight - passes) * count), 0 if passes else 1)
     chosen = np.sort(random_order(count, seed, 2**63 + number)[:more])
     return np.concatenate([np.tile(np.arange(count), passes), chosen])
 
@@ -559,10 +552,8 @@ def data_warnings(stats: DataStats) -> list[str]:
             f"No row has {first_of(stats.unused_label_names)} of data.label_names. Its first name is that of 0."
         )
     if stats.new_labels:
-        lines.append(
-            f"No training row has the answer {first_of([*map(repr, stats.new_labels)])}, which a held-out row has. Is it "
-            "misspelt?"
-        )
+        answers = first_of([*map(repr, stats.new_labels)])
+        lines.append(f"No training row has the answer {answers}, which a held-out row has. Is it misspelt?")
     if stats.own_system_rows:
         total = stats.train_rows + stats.eval_rows
         lines.append(
