@@ -151,10 +151,14 @@ class SourceStats:
     template: str
 
     @property
+    def template_text(self) -> str:
+        """The template's name for messages."""
+        return "the tokenizer's own" if self.template == OWN else self.template
+
+    @property
     def layout(self) -> str:
         """Format and template, for messages."""
-        template = "the tokenizer's own" if self.template == OWN else self.template
-        return self.format + ("" if self.format in UNRENDERED else f", template: {template}")
+        return self.format + ("" if self.format in UNRENDERED else f", template: {self.template_text}")
 
 
 @dataclass(slots=True)
@@ -485,8 +489,7 @@ def _summary(stats: DataStats) -> Table:
             table.add_row("  of these", Text(text))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
     if stats.labels is None:
-        share = stats.trained_tokens / stats.tokens
-        table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {share:.1%}")
+        table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {stats.trained_tokens / stats.tokens:.1%}")
     else:
         table.add_row("Labels", Text(stats.targets_text))
     table.add_row("Truncated", f"{stats.truncated_rows:,} rows, {stats.truncated_tokens:,} tokens cut off")
@@ -583,8 +586,7 @@ def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     changes = np.flatnonzero(np.diff(example.trained)) + 1
     runs = np.split(example.input_ids, changes)
     budget = max(_SHOWN_TOKENS // len(runs), 8)
-    out = Text()
-    trained = bool(example.trained[0])
+    out, trained = Text(), bool(example.trained[0])
     for run in runs:
         if len(run) > budget:
             half = budget // 2
