@@ -157,12 +157,12 @@ def best_of(trial: Trial, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     return min(same, key=lambda line: line["held_out_loss"], default=None)
 
 
-def plan(lines: list[dict[str, Any]], bases: dict[str, str]) -> Iterator[Trial]:
-    """All trials in the order of `STAGES`; as `search`, asked anew after each."""
+def plan(lines: list[dict[str, Any]], bases: dict[str, str], wanted: list[str]) -> Iterator[Trial]:
+    """All trials of the methods ``wanted`` in the order of `STAGES`; as `search`, asked anew after each."""
     for base, tasks, steps, methods, axes in STAGES:
         for task in tasks if base in bases else ():
             firsts = []
-            for method in methods:
+            for method in (one for one in methods if one in wanted):
                 start = METHODS[method][1][("alpaca", "e2e").index(task) if task not in HEADS else 2]
                 first = Trial(base, task, steps, method, start, FIRST_HEAD if task in HEADS else 0)
                 if task == "alpaca" and (known := best_of(dataclasses.replace(first, steps=50), lines)) is not None:
@@ -392,13 +392,14 @@ def main() -> None:
     parser.add_argument("--minilm", help="directory of all-MiniLM-L6-v2; without it SmolLM2 alone")
     parser.add_argument("--lines", type=Path, default=RESULTS / "quality.jsonl", help="the trials' lines")
     parser.add_argument("--trials", type=int, help="stop after as many")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="train these alone")
     args = parser.parse_args()
     if args.table:
         print(table(read_lines(args.lines)))
         return
     bases = {"smollm2": smollm2()} | ({} if args.minilm is None else {"minilm": args.minilm})
     do_one = functools.partial(do, data=args.data, bases=bases)
-    do_missing(args.lines, Trial, lambda: plan(read_lines(args.lines), bases), do_one, args.trials)
+    do_missing(args.lines, Trial, lambda: plan(read_lines(args.lines), bases, args.methods), do_one, args.trials)
 
 
 if __name__ == "__main__":
