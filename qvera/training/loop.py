@@ -170,15 +170,15 @@ class AloneStep(Step[int]):
 
     Attributes:
         source: the training rows, or what the task makes of some of them (`qvera.tasks.Task.step_rows`).
-        targets: the number that the loss is divided by.
-        trained_tokens: those of all rows.
+        targets: the number that the loss is divided by; 0 until the first pass.
+        trained_tokens: those of all rows; as ``targets``.
         sums: the summed loss of each pass of this process, as numbers.
         total: the summed loss of all passes of all processes.
     """
 
     source: Sequence[Example]
-    targets: int
-    trained_tokens: int
+    targets: int = 0
+    trained_tokens: int = 0
     input_tokens: int = 0
     sums: list[float] = dataclasses.field(default_factory=list)
     total: float = 0.0
@@ -274,13 +274,14 @@ class AloneLoop(Loop[AloneStep]):
         self.task.forget_metrics()
         if (made := self.task.step_rows(self.model, rows, number, group)) is not None:
             source, rows = made, list(range(len(made)))
-        passes, examples = self.batches.passes(rows, group.rank, group.world_size), [source[i] for i in rows]
-        trained_tokens = sum(row.trained_tokens for row in examples)
-        return AloneStep(number, rows, passes, source, self.task.targets(examples), trained_tokens)
+        return AloneStep(number, rows, self.batches.passes(rows, group.rank, group.world_size), source)
 
     def do_pass(self, step: AloneStep) -> None:
         """Take a pass; a process that has no rows in it runs a dummy one, so that collectives stay in sync."""
         train, engine = step.source, self.engine
+        if not step.targets:  # here, where too little memory for the rows is a shortage too
+            rows = [train[i] for i in step.rows]
+            step.targets, step.trained_tokens = self.task.targets(rows), sum(row.trained_tokens for row in rows)
         rows_here = step.passes[0]
         step.examples = [self.task.training_row(train[i], i, step.number) for i in rows_here or step.rows[:1]]
         # in float16 small gradients vanish, unless backward's factors are multiplied in before rounding
