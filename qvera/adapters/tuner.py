@@ -34,7 +34,7 @@ from qvera.adapters.projection import OwnProjection, SharedProjection
 from qvera.config.sections import ModelSection
 from qvera.models import lean_layers, linear
 from qvera.models.experts import ExpertStack, Routing, misread_by_peft, require_experts, stack_experts, stacks
-from qvera.models.loader import fingerprint_of
+from qvera.models.hub import fingerprint_of
 from qvera.models.structure import beside_the_layers, head_size, share_tied_modules
 from qvera.models.tokenizer import PLACED
 from qvera.utils.errors import InputError

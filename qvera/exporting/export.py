@@ -21,7 +21,7 @@ from qvera.exporting.compare import compare_lora, compare_merged, difference_tex
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.gguf import export_gguf, export_gguf_lora
 from qvera.exporting.merged import export_merged, export_quantized
-from qvera.models.loader import fingerprint_of
+from qvera.models.hub import fingerprint_of
 from qvera.models.model_class import CAUSAL_LM, empty_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
@@ -23,7 +24,7 @@ from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import ADAPTER_CONFIG, resolve_path, try_read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.hub import hub_hint
-from qvera.utils.safetensors_io import INDEX, weight_map
+from qvera.utils.safetensors_io import INDEX, base_fingerprint, weight_map
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")
 """The files that are read of a repository: nothing that Python would run or unpickle."""
@@ -143,6 +144,21 @@ def _bar_for(progress: StageProgress) -> type:
             return shown
 
     return Bar
+
+
+def fingerprint_of(section: ModelSection) -> str | None:
+    """`base_fingerprint` of a base in a directory or in the hub's cache; None if it is not here."""
+    name = resolve_path(section.path)
+    if Path(name).is_dir():
+        return base_fingerprint(Path(name))
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=section.revision)
+    except HFValidationError:
+        return None
+    snapshot = Path(found).parent if isinstance(found, str) else None
+    if snapshot is None or not any(snapshot.glob("*.safetensors")):
+        return None
+    return base_fingerprint(snapshot)
 
 
 def require_model_files(name: str) -> None:

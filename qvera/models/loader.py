@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch.nn.modules.conv import _ConvNd
@@ -23,7 +22,7 @@ from qvera.distributed.zero import whole_numel
 from qvera.models import attention, linear, quantization, quantize_checkpoint, stream
 from qvera.models.conversion import as_named
 from qvera.models.experts import stacks
-from qvera.models.hub import base_directory
+from qvera.models.hub import base_directory, fingerprint_of
 from qvera.models.loss import require_own_logits
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
 from qvera.models.stored_weights import NotMappable, load_mapped
@@ -34,7 +33,7 @@ from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import read_json, resolve_path
 from qvera.utils.formatting import first_of, size
-from qvera.utils.safetensors_io import base_fingerprint, checkpoint_tensors
+from qvera.utils.safetensors_io import checkpoint_tensors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -218,21 +217,6 @@ def _load_by_transformers(
         )
     model_class.start_head(model, keeps_head, device)
     return model
-
-
-def fingerprint_of(section: ModelSection) -> str | None:
-    """`base_fingerprint` of a base in a directory or in the hub's cache; None if it is not here."""
-    name = resolve_path(section.path)
-    if Path(name).is_dir():
-        return base_fingerprint(Path(name))
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=section.revision)
-    except HFValidationError:
-        return None
-    snapshot = Path(found).parent if isinstance(found, str) else None
-    if snapshot is None or not any(snapshot.glob("*.safetensors")):
-        return None
-    return base_fingerprint(snapshot)
 
 
 def _read_back(model: PreTrainedModel, section: ModelSection, dtype: torch.dtype, prequantized: bool) -> dict[str, Any]:

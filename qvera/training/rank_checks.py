@@ -12,7 +12,7 @@ from qvera.config.schema import Recipe
 from qvera.data import Datasets, data_sha256
 from qvera.distributed.group import Group, for_all
 from qvera.distributed.processes import Processes
-from qvera.models.loader import fingerprint_of
+from qvera.models.hub import fingerprint_of
 from qvera.training.plan import Plan
 from qvera.training.plan.plan import REFUSED_ABOVE, change_lines
 from qvera.utils import memory

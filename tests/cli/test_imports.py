@@ -153,6 +153,13 @@ def qvera_is_imported_first() -> None:
     peft_knows_qvera()
 
 
+def the_loader_is_imported_first() -> None:
+    """As `qvera doctor` does. PEFT comes in the middle of it, and with PEFT the tuner."""
+    import qvera.models.loader  # noqa: F401
+
+    peft_knows_qvera()
+
+
 def forked(check: Callable[..., None], *arguments: str) -> None:
     process = multiprocessing.get_context("fork").Process(target=check, args=arguments)
     process.start()
@@ -195,3 +202,4 @@ elif __name__ == "__main__":
     assert not {"qvera", "peft", "bitsandbytes"} & set(sys.modules)
     forked(peft_is_imported_first)
     forked(qvera_is_imported_first)
+    forked(the_loader_is_imported_first)

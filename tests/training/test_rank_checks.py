@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qvera.distributed.group import Group
 from qvera.distributed.processes import Processes
-from qvera.models.loader import fingerprint_of
+from qvera.models.hub import fingerprint_of
 from qvera.training import rank_checks
 from qvera.training.plan import Machine, Sharing, make_plan
 from qvera.utils.errors import InputError

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qvera.config.sections import ModelSection
-from qvera.models.loader import fingerprint_of
+from qvera.models.hub import fingerprint_of
 from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import (
     SOURCE_FILE,
