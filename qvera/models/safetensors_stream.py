@@ -65,7 +65,8 @@ class CheckpointReader:
             if known and all(entry.name in skip for entry in entries):
                 continue
             with open(file, "rb", buffering=0) as handle:
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
                 # a file is hashed as its tensors come by, in the order of its bytes, header first
                 digest = None if known else hashlib.sha256(handle.read(entries[0].start))
                 for entry in entries:
