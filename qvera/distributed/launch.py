@@ -149,17 +149,22 @@ def run(command: list[str]) -> int:
                 "".join(f"{k}={v}\n" for k, v in environment.items() if k.startswith(FORWARDED) and "\n" not in v)
             )
             environment["DS_ENV_FILE"] = str(file)
-        # In a session of its own, so that Ctrl-C reaches this process alone. A worker that got it from the terminal and
-        # from torchrun would take the second one for "at once".
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
         signals, stopped = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), threading.Event()
+        child: subprocess.Popen[bytes] | None = None
 
         def stop(*_: object) -> None:
             stopped.set()
-            child.send_signal(signal.SIGTERM)
+            if child is not None:
+                child.send_signal(signal.SIGTERM)
 
+        # before the launcher starts, so that no signal between the two leaves it behind
         previous = {number: signal.signal(number, stop) for number in signals}
         try:
+            # In a session of its own, so that Ctrl-C reaches this process alone. A worker that got it from the terminal
+            # and from torchrun would take the second one for "at once".
+            child = subprocess.Popen(command, env=environment, start_new_session=True)
+            if stopped.is_set():
+                child.send_signal(signal.SIGTERM)
             code = child.wait()
         finally:
             for number, handler in previous.items():
