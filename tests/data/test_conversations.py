@@ -222,9 +222,9 @@ def test_pairs_of_llama_factory_are_read_as_they_are() -> None:
 
 
 def test_pairs_of_openai_are_read_as_they_are() -> None:
-    said = lambda text: [{"role": "assistant", "content": text}]  # noqa: E731
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("5 x tea", "Tea, I think."))
     asked = {"messages": [{"role": "user", "content": "Order 5 tea"}], "tools": [], "parallel_tool_calls": True}
-    row = {"input": asked, "preferred_output": said("5 x tea"), "non_preferred_output": said("Tea, I think.")}
+    row = {"input": asked, "preferred_output": good, "non_preferred_output": bad}
     found = parse(row, format="preference")
     assert isinstance(found, Conversation) and found.rejected is not None
     assert [turn.content for turn in (*found.turns, found.rejected)] == ["Order 5 tea", "5 x tea", "Tea, I think."]
