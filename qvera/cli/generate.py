@@ -153,7 +153,7 @@ def generate(
             {
                 "source": row.source,
                 **({"adapter": name} if name else {}),
-                "prompt": _as_row(row.turns),
+                **_as_row(row),
                 "answer": answers.found[number],
             }
             for number, (row, name) in enumerate(questions)
@@ -166,15 +166,16 @@ def generate(
         # each after its adapter's name, if it has one; prompts too where there are several
         if several and row.source != last:
             last = row.source
-            print(f"> {row.turns[-1].content}")
+            print(f"> {row.turns[-1].text}")
         print(f"{shown_name(name)}: {answers.found[place]}" if name else answers.found[place])
 
 
-def _as_row(turns: Sequence[Turn]) -> str | list[dict[str, Any]]:
-    """A prompt as a row's ``prompt``: its text, or a list of messages where there are turns before it."""
-    if len(turns) == 1:
-        return turns[0].content
-    return [{"role": turn.role, "content": turn.content, **turn.extra} for turn in turns]
+def _as_row(row: Conversation) -> dict[str, Any]:
+    """A prompt as a row's ``prompt``: its text, or a list of messages where there are turns before it or images."""
+    first, *more = row.turns
+    messages = [{"role": turn.role, "content": _content(turn, _in_row), **turn.extra} for turn in row.turns]
+    prompt = messages if more or first.images else first.text
+    return {"prompt": prompt, "tools": row.tools} if row.tools else {"prompt": prompt}
 
 
 def _with_images(text: str, files: Sequence[Path]) -> Turn:
@@ -186,17 +187,19 @@ def _with_images(text: str, files: Sequence[Path]) -> Turn:
     return turn
 
 
-def _for_openai(turn: Turn) -> str | list[dict[str, Any]]:
-    """The content of a turn, with images as data: URLs."""
+def _content(turn: Turn, part_of: Callable[[str | bytes], dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The content of a turn for messages; ``part_of`` makes the part of an image."""
     images = iter(turn.images)
+    return [each if each["type"] == "text" else part_of(next(images)) for each in turn.parts] or turn.text
 
-    def part(each: dict[str, str]) -> dict[str, Any]:
-        if each["type"] == "text":
-            return each
-        content = Path(image).read_bytes() if isinstance(image := next(images), str) else image
-        return {"type": "image_url", "image_url": {"url": f"data:image;base64,{base64.b64encode(content).decode()}"}}
 
-    return [part(each) for each in turn.parts] or turn.content
+def _in_row(image: str | bytes) -> dict[str, Any]:
+    return {"type": "image", "image": image} if isinstance(image, str) else _as_url(image)
+
+
+def _as_url(image: str | bytes) -> dict[str, Any]:
+    content = Path(image).read_bytes() if isinstance(image, str) else image
+    return {"type": "image_url", "image_url": {"url": f"data:image;base64,{base64.b64encode(content).decode()}"}}
 
 
 def _ask_server(
@@ -212,7 +215,7 @@ def _ask_server(
         row, model = question
         if row.tools or any("tool_calls" in turn.extra or turn.role == "tool" for turn in row.turns):
             raise InputError(f"{row.source}: has tools or calls of tools, which a server does not take.")
-        messages = [{"role": turn.role, "content": _for_openai(turn)} for turn in row.turns]
+        messages = [{"role": turn.role, "content": _content(turn, _as_url)} for turn in row.turns]
         return client.chat(model, messages, **settings)
 
     with progress("answering", len(asked)) as show, ThreadPoolExecutor(at_a_time) as threads:

@@ -167,11 +167,9 @@ class ChatTemplate:
         """Return turns as the messages that ``apply_chat_template`` takes."""
         out = []
         for turn in turns:
-            message = {"role": turn.role, "content": list(turn.parts) or turn.content, **turn.extra}
+            message = {"role": turn.role, "content": list(turn.parts) or turn.text, **turn.extra}
             if turn.context is not None and self.name == "alpaca":
-                message["context"] = turn.context
-            elif turn.context is not None:
-                message["content"] = f"{turn.content}\n\n{turn.context}"
+                message |= {"content": turn.content, "context": turn.context}
             out.append(message)
         return out
 

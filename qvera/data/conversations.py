@@ -73,6 +73,11 @@ class Turn:
     images: tuple[str | bytes, ...] = ()  # paths of files, or bytes, in the order of ``parts``
     parts: tuple[dict[str, str], ...] = ()  # texts and places of images as templates take them; empty without images
 
+    @property
+    def text(self) -> str:
+        """The content, and its context behind it."""
+        return self.content if self.context is None else f"{self.content}\n\n{self.context}"
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

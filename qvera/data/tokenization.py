@@ -285,7 +285,7 @@ class RowTokenizer:
                 texts = [row.text]
                 rendered.append((row.text, []))
             else:
-                texts = [turn.content + (turn.context or "") for turn in row.turns]
+                texts = [turn.text for turn in row.turns]
                 self._counts.own_system_rows += self.section.system not in (None, "", row.turns[0].content)
                 self._counts.unanswered_rows += (
                     row.turns[-1].role in ("user", "system") and self.section.train_on != "all"

@@ -18,11 +18,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from qvera.cli.generate import _as_row
 from qvera.cli.main import PANELS, main
 from qvera.config import plugins
 from qvera.config.schema import load_recipe
 from qvera.data import build_datasets, decode
-from qvera.data.conversations import Conversation, detect_format, parse_row
+from qvera.data.conversations import Conversation, detect_format, parse_row, read_messages
 from qvera.data.readers import RawRow
 from qvera.evaluation import generate as generation
 from qvera.models.tokenizer import load_tokenizer
@@ -167,11 +168,27 @@ def test_generate_from_rows_and_lines(trained_run: Path, tiny_rows: Path, tmp_pa
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
     (line,) = written("chat.jsonl")
     assert line["prompt"] == asked
+    expected = [*(tuple(turn.values()) for turn in asked), ("assistant", line["answer"])]
+    assert [(turn.role, turn.content) for turn in _trained(line).turns] == expected
+
+
+def _trained(line: dict[str, Any]) -> Conversation:
+    """An output line as a row to train on."""
     row = RawRow(line, "next.jsonl:1")
     parsed = parse_row(row, detect_format(row, columns={"completion": "answer"}))
     assert isinstance(parsed, Conversation)
-    expected = [*(tuple(turn.values()) for turn in asked), ("assistant", line["answer"])]
-    assert [(turn.role, turn.content) for turn in parsed.turns] == expected
+    return parsed
+
+
+def test_an_answered_prompt_keeps_its_images_and_tools(tmp_path: Path) -> None:
+    """As a row to train on, else it would be learnt without what it is about."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": str(tmp_path / "a.png")}]
+    parts += [{"type": "text", "text": "which, "}, {"type": "image", "bytes": b"not read before it is trained"}]
+    turns, tools = read_messages([{"role": "user", "content": parts}], "a test"), [{"name": "look"}]
+    line = json.loads(json.dumps(_as_row(Conversation(turns, "a test", tools)) | {"answer": "a"}))
+    found = _trained(line)
+    assert found.tools == tools
+    assert (found.turns[0].images, found.turns[0].parts) == (turns[0].images, turns[0].parts)
 
 
 def test_answers_are_kept_and_the_same_command_goes_on_from_them(

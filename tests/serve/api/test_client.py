@@ -71,6 +71,11 @@ def test_generate_asks_each_adapter_that_rows_name_or_options_and_a_busy_server_
         assert found == [(name, served.said[name]) for name in order]
     base = {"source": "--prompt 1", "prompt": "say it", "answer": served.said["tiny"]}
     assert answers("--base", "--prompt", "say it") == [base]
+    rows.write_text(json.dumps({"instruction": "say it", "input": "twice", "output": "it"}) + "\n")
+    (answer,) = answers(str(rows), "--adapter", "ben", "--batch-size", "1")
+    assert answer["prompt"] == "say it\n\ntwice"
+    without, with_input = (len(served.engine.requests[i].prompt) for i in (-2, -1))
+    assert without < with_input, "the server reads an instruction's input too"
 
 
 def test_what_a_server_refuses_is_said(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
