@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qvera.cli.common import Json, argument, flag, option, progress
+from qvera.cli.common import Json, argument, flag, option, print_json, progress
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import cache_root
@@ -52,7 +51,7 @@ def ls(as_json: Json = False) -> None:
                 row["rows"] = record.get("rows")
         rows.append(row)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return
     for row in rows:
         print(f"{row['name']:<32}{formatting.size(row['size_bytes']):>10}  {row['source'] or 'unfinished'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import os
 import re
 import sys
@@ -18,7 +19,15 @@ from typer.core import TyperCommand, TyperOption
 
 from qvera.config.sections import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError
-from qvera.utils.files import ADAPTER_CONFIG, NO_SPACE, RECIPE_FILE, no_directory, refuse_runs, try_read_json
+from qvera.utils.files import (
+    ADAPTER_CONFIG,
+    NO_SPACE,
+    RECIPE_FILE,
+    no_directory,
+    plain_json,
+    refuse_runs,
+    try_read_json,
+)
 from qvera.utils.progress import Phase
 
 
@@ -125,6 +134,11 @@ def print_table(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
     for name, cells in rows:
         table.add_row(name, *cells)
     Console(width=None if sys.stdout.isatty() else 250, highlight=False, markup=False).print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, with null for what is not finite."""
+    print(json.dumps(plain_json(value), indent=1))
 
 
 def check_target(target: str | Path, *adapters: str | None) -> None:

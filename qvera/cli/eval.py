@@ -145,6 +145,9 @@ def _write_and_print(
     from qvera.evaluation.judge import summary_text
     from qvera.evaluation.report.pages import answers_page
 
+    _print_scores(document)  # before a full disk may end the command
+    if document["judge"] is not None:
+        print("\n".join(summary_text(document["judge"], document["subject"]["column"].lower())))
     if predictions is not None:
         lines = (json.dumps(plain_json(answer), ensure_ascii=False) + "\n" for answer in document["answers"])
         replace_text(predictions, "".join(lines))
@@ -152,9 +155,6 @@ def _write_and_print(
         replace_text(json_file, json.dumps(plain_json(document), indent=1, ensure_ascii=False))
     if html is not None:
         replace_text(html, answers_page(document))
-    _print_scores(document)
-    if document["judge"] is not None:
-        print("\n".join(summary_text(document["judge"], document["subject"]["column"].lower())))
     for file, content in ((predictions, what), (json_file, "scores and answers"), (html, "the page")):
         if file is not None:
             print(f"{file}: {content}")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from qvera.cli.common import AdapterName, AdapterNames, HtmlFile, Json, argument, print_table, require_new_file
+from qvera.cli.common import (
+    AdapterName,
+    AdapterNames,
+    HtmlFile,
+    Json,
+    argument,
+    print_json,
+    print_table,
+    require_new_file,
+)
 from qvera.utils import formatting
 from qvera.utils.adapter_names import shown_name
 
@@ -34,7 +42,7 @@ def info(
 
     facts = directory_facts(path, adapter)
     if as_json:
-        print(json.dumps(facts, indent=1))
+        print_json(facts)
         return
     adapters = facts.pop("adapters", None)
     for name, value in facts.items():
@@ -109,7 +117,7 @@ def compare(
 
         replace_text(html, compare_page(found))
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
+        print_json(found.to_dict())
         return
     _print_runs(found)
     if html is not None:

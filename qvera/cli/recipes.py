@@ -22,6 +22,7 @@ from qvera.cli.common import (
     flag,
     number,
     option,
+    print_json,
     progress,
     require_new_file,
 )
@@ -442,7 +443,7 @@ def plan(
     counts = adapter_rows or ([] if rows is None else [len(rows)])
     steps = sum(planned_steps(loaded, count) for count in counts) or None
     if as_json:
-        print(json.dumps({**made.to_dict(), "planned_steps": steps}, indent=1))
+        print_json({**made.to_dict(), "planned_steps": steps})
         return
     print_plan(made, Console())
     if steps is not None:

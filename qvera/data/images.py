@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from qvera.utils.cores import core_ids
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import describe
 
@@ -336,7 +337,7 @@ def pixel_batch(images: Sequence[StoredImage]) -> np.ndarray:
 
 def in_threads(function: Callable[[StoredImage], T], images: Sequence[StoredImage]) -> list[T]:
     """Apply a function to each image, in several threads; the results keep the order of the images."""
-    threads = min(len(images), len(os.sched_getaffinity(0)))
+    threads = min(len(images), len(core_ids()))
     if threads < 2:
         return [function(image) for image in images]
     with ThreadPoolExecutor(threads) as pool:

@@ -47,6 +47,7 @@ from qvera.data.rows import Rows, write_table
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import Encoder, RowCounts, RowTokenizer, TokenizedChunk
 from qvera.utils.adapter_names import escape_name
+from qvera.utils.cores import core_ids
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.formatting import describe
 
@@ -407,7 +408,7 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, show: Phase)
 def _chunks(part: Part, console: Console) -> Generator[TokenizedChunk]:
     """All chunks in order, from several processes if the recipe asks for them or it is worth it."""
     asked, total = part.tokenizer.section.tokenize_processes, -(-part.rows // CHUNK_ROWS)
-    processes = min(asked or len(os.sched_getaffinity(0)), total)
+    processes = min(asked or len(core_ids()), total)
     done, begun = 0, time.perf_counter()
     # Begin with one process and measure: others are started only if the rest would take long.
     for chunk in part.chunks(0) if asked is None else ():

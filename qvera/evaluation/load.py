@@ -158,10 +158,8 @@ def find_target(
         given = given if run is None else with_base_found(given, run / "adapter")
     # A directory is tried as: several adapters, a run, an adapter, an export, any other checkpoint.
     if (root := adapters_root(path)) is not None:
-        if name is None and not needs_name:
-            known = named_directories(root).values()  # among which may be what is none
-            if found := next((one for one in known if (one / ADAPTER_CONFIG).is_file()), None):
-                return dataclasses.replace(_adapter_target(found, given, run), path=path, name=None)
+        if name is None and not needs_name and (found := next(iter(named_directories(root).values()), None)):
+            return dataclasses.replace(_adapter_target(found, given, run), path=path, name=None)
         return dataclasses.replace(_adapter_target(require_named(path, name), given, run, name), path=path)
     refuse_name(path, name)
     if (path / RECIPE_FILE).is_file():

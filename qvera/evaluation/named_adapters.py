@@ -45,6 +45,11 @@ def adapters_root(path: Path) -> Path | None:
 
 def named_directories(root: Path) -> dict[str, Path]:
     """Map the name of every adapter under ``root`` to its directory, sorted by name."""
+    return {name: path for name, path in listed_directories(root).items() if (path / ADAPTER_CONFIG).is_file()}
+
+
+def listed_directories(root: Path) -> dict[str, Path]:
+    """Map the name of every directory under ``root`` to it, sorted by name, whatever is in it."""
     with os.scandir(root) as entries:
         # a save that was cut off has a hidden name
         found = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from qvera.models.safetensors_stream import Block, CheckpointReader, read_bytes,
 from qvera.models.stored_weights import PackedWeight, packed_weights, without_statistics
 from qvera.models.structure import left_whole
 from qvera.utils import accelerator
+from qvera.utils.cores import core_ids
 from qvera.utils.errors import InputError
 from qvera.utils.files import try_read_json
 from qvera.utils.formatting import first_of
@@ -167,7 +167,7 @@ def one_thread_each() -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+        yield min(len(core_ids()), 16)
     finally:
         torch.set_num_threads(before)
 

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qvera.evaluation.named_adapters import name_of, named_directories, run_of
+from qvera.evaluation.named_adapters import listed_directories, name_of, run_of
 from qvera.evaluation.report.read import is_replaced
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
 from qvera.utils.adapter_names import directory_names, shown_name, unescape_name
@@ -195,7 +195,7 @@ class AdapterStore:
                     stamp = file_stamp(self.root.stat())
                     if self._listed_at is None or self._listed_at[0] != stamp or not _settled(*self._listed_at):
                         now = time.time_ns()  # before it is listed, so that a change meanwhile is seen the next time
-                        self._listed = named_directories(self.root)
+                        self._listed = listed_directories(self.root)
                         self._listed_at, self._visible = (stamp, now), None
                 except OSError:
                     self._listed, self._listed_at, self._visible = {}, None, None  # it may come, or come back

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,9 +40,14 @@ class Cores(NamedTuple):
         return text + (f", {self.others:.1f} of them used by others" if self.are_shared else "")
 
 
+def core_ids() -> Sequence[int]:
+    """The cores that this process may run on; all of them where the system does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
 def measure(seconds: float = _WINDOW_SECONDS) -> Cores:
     """Watch for ``seconds`` what runs beside this process, which sleeps meanwhile."""
-    ids = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    ids = core_ids()
     quotas = dict(_quotas())
 
     def readings() -> tuple[float, float, dict[Path, float]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from qvera import load
 from qvera.adapters.adapter_file import read_adapter
 from qvera.cli.main import main
 from qvera.evaluation.load import find_target, open_run
@@ -125,7 +126,9 @@ def test_a_name_opens_its_own_adapter_and_reads_no_other(run: Path, tmp_path: Pa
 def test_one_of_five_thousand_is_found_at_once(run: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     for number in range(5_000):
-        (tmp_path / "adapters" / f"customer{number}").mkdir()
+        config = tmp_path / "adapters" / f"customer{number}" / "adapter_config.json"
+        config.parent.mkdir()
+        config.touch()
     shutil.copy(run / "recipe.yaml", tmp_path)
     shutil.copytree(require_named(run, "dan"), tmp_path / "adapters" / "dan")
     seconds = []
@@ -261,7 +264,11 @@ def test_export_merge_and_chat_take_one_by_name(run: Path, tmp_path: Path, monke
 
 
 def test_info_shows_a_table_and_one_of_them(run: Path, capsys: Any) -> None:
+    other = run / "adapters" / "notes"  # which is no adapter
+    other.mkdir()
     assert main(["info", str(run)]) == 0
+    assert len(load(run).names) == 5
+    other.rmdir()
     said = capsys.readouterr().out
     assert "saved_adapters        5" in said
     (row,) = (line for line in said.splitlines() if line.startswith("Ben & Söhne"))

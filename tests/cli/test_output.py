@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shlex
 import subprocess
@@ -15,7 +16,7 @@ from unittest.mock import Mock
 import pytest
 import typer
 
-from qvera.cli.common import LossyStream
+from qvera.cli.common import LossyStream, print_json
 from qvera.cli.main import main
 from qvera.cli.train import loss_line, print_result
 from tests.disk import fill, small_disk
@@ -196,10 +197,19 @@ def test_a_command_whose_streams_are_closed_ends_as_any_other(trained_run: Path)
     assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0
 
 
+def test_json_for_other_programs_has_null_for_nan(capsys: Capture) -> None:
+    print_json({"loss": [float("nan"), 1.5]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": [None, 1.5]}
+
+
 def test_a_full_disk_under_a_file_is_told_with_its_name(trained_run: Path, tmp_path: Path, capsys: Capture) -> None:
     with small_disk(tmp_path / "disk", 64 << 10) as disk:
         fill(disk)
         page = disk / "page.html"
         assert main(["preview", str(trained_run / "recipe.yaml"), "--html", str(page)]) == 1
-    said = f"qvera preview: {page}: No space left on device. Make room there, and run the same command again.\n"
-    assert capsys.readouterr().err.endswith(said)
+        scores = disk / "scores.json"
+        said = capsys.readouterr().err
+        assert main(["eval", str(trained_run), "--rows", "1", "--max-new-tokens", "1", "--json", str(scores)]) == 1
+        assert "perplexity" in capsys.readouterr().out, "the scores are shown, though their file can't be written"
+    told = f"qvera preview: {page}: No space left on device. Make room there, and run the same command again.\n"
+    assert said.endswith(told)
