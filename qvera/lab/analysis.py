@@ -106,7 +106,7 @@ def analyze_adapter(
     keep: float | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Analysis:
-    """Analyze every linear that an adapter changes; ``section`` is the base that it was trained on.
+    """Analyze every linear that an adapter changes, but no experts; ``section`` is the base that it was trained on.
 
     ``top_k`` singular vectors of each W + ΔW are looked at; an intruder's cosines are below ``epsilon``. ``keep`` is λ,
     the share of an intruder that mitigation keeps; None: no mitigation is computed. ``progress`` is called with
@@ -127,7 +127,16 @@ def analyze_adapter(
             f"--reduce: {adapter_dir} is of adapter.method {base.adapter.method}, whose change is of no low rank, so "
             "no LoRA is that change with smaller intruders. Leave out --reduce, or analyze another adapter."
         )
-    reader, layers = base.reader(section, {}), base.adapter.layers
+    layers = base.adapter.layers
+    if any(delta.experts for delta in layers.values()):
+        if keep is not None:
+            raise InputError(
+                f"--reduce: {adapter_dir} changes experts (adapter.experts), which qvera analyze does not read, so the "
+                "LoRA would be without them. Leave out --reduce."
+            )
+        if all(delta.experts for delta in layers.values()):
+            raise InputError(f"{adapter_dir}: changes experts only (adapter.experts); qvera analyze reads linears.")
+    reader = base.reader(section, {})
     entries = {entry.name: entry for entry in base.entries}
     names = [name for name, _ in base.model.named_modules() if name in layers]
     found, roles = Analysis(base.adapter, [], {}), roles_of(names)

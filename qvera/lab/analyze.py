@@ -20,6 +20,7 @@ from qvera.cli.common import (
     print_table,
     progress,
     require_new_file,
+    say,
 )
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
@@ -103,6 +104,8 @@ def analyze(
             keep=reduce,
             progress=lambda done, total, name: show(done, total, facts=name),
         )
+    if left := sum(delta.experts > 0 for delta in analysis.adapter.layers.values()):
+        say(f"Left out: {left} projections of experts (adapter.experts); only linears are analyzed.")
     document: dict[str, Any] = {
         "subject": {
             "path": str(run),

@@ -116,7 +116,7 @@ def frozen_input_grad(module: nn.Linear, g: torch.Tensor) -> torch.Tensor:
         return g @ quantization.dequantized_weight(module, g.dtype)
     grad = g.new_empty(*g.shape[:-1], n)
     blocks = WeightBlocks(module, g.dtype, BLOCK_WEIGHTS)
-    blocked_input_grad(g.reshape(tokens, -1), blocks, out=grad.view(tokens, n))
+    blocked_input_grad(g.reshape(tokens, g.shape[-1]), blocks, out=grad.view(tokens, n))
     return grad
 
 

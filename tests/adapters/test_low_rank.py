@@ -140,6 +140,17 @@ def test_x_is_kept_only_for_a_trained_a_and_z_only_for_a_trained_b(trained: str,
     assert [t.grad is not None for t in (x, A, B)] == [True, "A" in trained, "B" in trained]
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+def test_no_tokens_give_gradients_of_zeros(shape: tuple[int, ...]) -> None:
+    """As an expert gets them that no token was routed to."""
+    for base in (None, base_layer("linear"), base_layer("nf4-uint8")):
+        leaves = as_leaves(numbers(*shape, IN, seed=0), numbers(4, IN, seed=1), numbers(OUT, 4, seed=2), torch.float32)
+        y = trained_path(torch.zeros(*shape, OUT), *leaves, 0.5) if base is None else trained_linear(base, *leaves, 0.5)
+        y.sum().backward()
+        assert y.shape == (*shape, OUT)
+        assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves)
+
+
 def test_an_input_without_a_gradient_needs_no_product_with_the_weight() -> None:
     base = base_layer("nf4-uint8")
     A, B = numbers(4, IN, seed=1).float().requires_grad_(), numbers(OUT, 4, seed=2).float().requires_grad_()

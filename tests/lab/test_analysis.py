@@ -36,6 +36,7 @@ from qvera.utils.errors import InputError, RunFailed
 from tests.adapters.helpers import dense_weight, perturb
 from tests.conftest import small_llama, small_tokenizer
 from tests.exporting.helpers import stock_base
+from tests.families import FAMILIES
 from tests.lab.authors import numbers_of
 from tests.live_bytes import PeakBytes
 
@@ -115,6 +116,27 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
     if keep is None:
         with pytest.raises(InputError, match="--reduce: .* spiel"):
             analyze_adapter(tmp_path / "adapter", section, top_k=6, epsilon=0.5, keep=0.25)
+
+
+def test_experts_are_left_out_by_name_and_never_from_a_reduced_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = FAMILIES["qwen3_moe"]
+    base.write(tmp_path / "base")
+    section = ModelSection(path=str(tmp_path / "base"), compute_dtype="float32")
+    for name, targets in (("both", "all-linear"), ("experts", ["down_proj"])):
+        model = attach(load_base(section).model, AdapterSection(rank=4, experts="each", targets=targets), section.path)
+        save_adapter(perturb(model), tmp_path / name)
+    line = ["analyze", str(tmp_path / "both"), "--top-k", "2"]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert "q_proj" in said.out and "down_proj" not in said.out
+    assert "Left out: 4 projections of experts (adapter.experts)" in said.err
+    assert main([*line, "--reduce", "0.5", "--out", str(tmp_path / "reduced")]) == 2
+    refusal = capsys.readouterr().err
+    assert "--reduce: " in refusal and "changes experts" in refusal
+    assert main(["analyze", str(tmp_path / "experts")]) == 2
+    assert "changes experts only" in capsys.readouterr().err
 
 
 def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class _TrainedPair(torch.autograd.Function):
                 own = h if tokens is None else h[tokens] * weight.unsqueeze(1).to(h.dtype)
                 grad_A = _parameter_gradient(own, x.reshape(-1, x.shape[-1]), after, parameter_dtypes[0])
             if needs_x and ctx.module is None:
-                grad_x = times(h, A, after).view(*g.shape[:-1], -1)
+                grad_x = times(h, A, after).view(*g.shape[:-1], A.shape[1])
             elif needs_x:
                 # the second product adds to the first: two nodes would leave a sum of [T, n] to autograd
                 grad_x = linear.frozen_input_grad(ctx.module, cast)
