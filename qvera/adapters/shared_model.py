@@ -20,6 +20,7 @@ from qvera.adapters.layer import QveraLinear, adapted_layers, linear_specs
 from qvera.adapters.methods import method_of
 from qvera.adapters.products.slots import PATHS
 from qvera.adapters.save_load import load_vectors, put_on
+from qvera.adapters.tuner import warn_of_other_base
 from qvera.models.loader import Base
 from qvera.utils.errors import InputError
 
@@ -42,17 +43,19 @@ def load_adapters(
     if not directories:
         raise InputError("load_adapters: takes at least one adapter directory.")
     # adapters of one shape share a bank; those of methods without a path by slots are ordinary adapters of the model
-    specs, alone = linear_specs(model), dict[str, QveraConfig]()
+    specs, alone, together = linear_specs(model), dict[str, QveraConfig](), dict[str, QveraConfig]()
     banked: dict[AdapterShape, dict[str, Mapping[str, Tensor]]] = {}
     for number, (name, given) in enumerate(directories.items(), 1):
         config = require_shareable(read_config(Path(given)), Path(given))
         if method_of(config).peft_type in PATHS:
             shape, vectors = fit_to_bank(config, read_adapter(Path(given))[1], specs, Path(given))
             banked.setdefault(shape, {})[name] = vectors
+            together[name] = config
         else:
             alone[name] = config
         if progress is not None:
             progress(number)
+    warn_of_other_base(model, together)
     base, users = Base(cast("PreTrainedModel", model), None, {}), dict[str, User]()
     for number, (shape, members) in enumerate(banked.items()):
         adapted = add_adapter(base, f"__shape_{number}__", shape.config)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +131,7 @@ class QveraModel(BaseTuner):
         """Check an adapter's targets, projections and tokens (InputError), draw its pair, then let PEFT put it in."""
         # not in `_pre_injection_hook`, which PEFT calls for a model's first adapter only
         config = self.peft_config[adapter_name]
-        if config.base_fingerprint is not None:  # a saved adapter's; a fresh one reads no file
-            loaded_from = Path(getattr(getattr(model, "config", None), "_name_or_path", ""))  # PEFT takes any module
-            export = try_read_json(loaded_from / CERTIFICATE)
-            if export is not None and export.get("base", {}).get("fingerprint") == config.base_fingerprint:
-                warnings.warn(
-                    f"{loaded_from} is an export that an adapter of the same base was merged into, and "
-                    f"{adapter_name!r} is added to it: the same adapter would act twice. Load it on its base.",
-                    stacklevel=2,
-                )
-            elif not same_base(config.base_fingerprint, here := _fingerprint_of(model)):
-                warnings.warn(
-                    f"{adapter_name!r} was trained on other weights than those of {loaded_from}: its base is "
-                    f"{config.base_model_name_or_path} with fingerprint {config.base_fingerprint[:16]}, and this one "
-                    f"has {str(here)[:16]}. It will not answer as it was trained to. Load it on its base.",
-                    stacklevel=2,
-                )
+        warn_of_other_base(model, {adapter_name: config})
         tokens = getattr(config, "added_tokens", None)
         if tokens and getattr(model, PLACED, None) != tokens:
             raise InputError(
@@ -319,14 +304,31 @@ def _short_names(targets: str | set[str] | list[str], matched: list[str], model:
     return sorted(last_names if same == set(matched) else set(targets))
 
 
-def _fingerprint_of(model: nn.Module) -> str | None:
-    """`base_fingerprint` of the files that a model was loaded from; None where they are not here or can't be read."""
-    config = getattr(model, "config", None)  # PEFT takes any module
-    if not (name := getattr(config, "_name_or_path", "")):
-        return None
-    with contextlib.suppress(InputError):
-        return fingerprint_of(ModelSection(path=name, revision=getattr(config, "_commit_hash", None)))
-    return None
+def warn_of_other_base(model: nn.Module, configs: Mapping[str, QveraConfig]) -> None:
+    """Warn of adapters (by name) of other weights than the model's, and of ones that may be merged into it already."""
+    saved = {name: config for name, config in configs.items() if config.base_fingerprint is not None}
+    if not saved:  # for fresh ones no file is read
+        return
+    about = getattr(model, "config", None)  # PEFT takes any module
+    loaded_from, here = getattr(about, "_name_or_path", ""), None
+    export = try_read_json(Path(loaded_from) / CERTIFICATE) or {}
+    with contextlib.suppress(InputError):  # its files are not here, or can't be read
+        if loaded_from:
+            here = fingerprint_of(ModelSection(path=loaded_from, revision=getattr(about, "_commit_hash", None)))
+    for name, config in saved.items():
+        if export.get("base", {}).get("fingerprint") == config.base_fingerprint:
+            warnings.warn(
+                f"{loaded_from} is an export that an adapter of the same base was merged into, and {name!r} is added "
+                "to it: the same adapter would act twice. Load it on its base.",
+                stacklevel=2,
+            )
+        elif not same_base(config.base_fingerprint, here):
+            warnings.warn(
+                f"{name!r} was trained on other weights than those of {loaded_from}: its base is "
+                f"{config.base_model_name_or_path} with fingerprint {str(config.base_fingerprint)[:16]}, and this one "
+                f"has {str(here)[:16]}. It will not answer as it was trained to. Load it on its base.",
+                stacklevel=2,
+            )
 
 
 def _home(base: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:

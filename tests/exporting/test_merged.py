@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import warnings
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.adapters.save_load import attach, named_vectors, save_adapter
+from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
 from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.merged import export_merged
@@ -158,11 +160,14 @@ def test_peft_warns_of_an_adapter_that_is_not_put_on_its_base(tiny_model_dir: Pa
     other.lm_head.weight.data[0, 0] += 1
     other.save_pretrained(tmp_path / "other")
     expected = {tmp_path / "out": "would act twice", tmp_path / "other": "trained on other weights than those of"}
-    for directory in (*expected, tiny_model_dir):
+    for directory, is_alone in itertools.product((*expected, tiny_model_dir), (True, False)):
         base = AutoModelForCausalLM.from_pretrained(directory)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            PeftModel.from_pretrained(base, adapter)
+            if is_alone:
+                PeftModel.from_pretrained(base, adapter)
+            else:
+                load_adapters(base, {"it": adapter})
         said = [str(one.message) for one in seen if "adapter" in str(one.message) or "trained" in str(one.message)]
         assert len(said) == (directory in expected) and expected.get(directory, "") in "".join(said)
 
