@@ -47,14 +47,25 @@ def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dt
 
 
 def vector_gradients(
-    M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, need_d: bool, need_b: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """∂d [r] and ∂b, in b's shape, from M = gᵀ z [m, r], in the vectors' dtype.
+    M: torch.Tensor,
+    B: torch.Tensor,
+    d: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    need_d: bool,
+    need_b: bool,
+    c_scale: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """∂d [r] and ∂b, in b's shape, from M = gᵀ z [m, r], in the vectors' dtype; and `combined` of c_scale and dtype.
 
-    Plain code gives None for one that is not needed; the kernel makes both anyway.
+    That is None where no kernel, which reads B once for all, has made it, or ``dtype`` is None. Plain code gives None
+    for a gradient that is not needed; the kernel makes both anyway.
     """
     if use_kernels(M, B, d, b):
-        return _by_kernel(M, B, d, b, scale, 0.0, None)[:2]
+        vectors = d.contiguous(), b.contiguous()
+        grad_d, grad_b, C = _gradients(M.contiguous(), _with_dense_rows(B), *vectors, scale, c_scale, dtype)
+        return grad_d.to(d.dtype), grad_b.to(b.dtype), None if dtype is None else C
     b_groups = as_groups(b)
     d_groups = d.view(len(b_groups), -1)
     grad_d = torch.zeros_like(d_groups) if need_d else None
@@ -69,16 +80,8 @@ def vector_gradients(
     return (
         None if grad_d is None else grad_d.mul_(scale).view_as(d),
         None if grad_b is None else grad_b.mul_(scale).view_as(b),
+        None,
     )
-
-
-def gradients_and_combined(
-    M: torch.Tensor, B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, c_scale: float, dtype: torch.dtype
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """∂d and ∂b of `vector_gradients`, and C of `combined` with ``c_scale``. A kernel reads B once for all."""
-    if use_kernels(M, B, d, b) and dtype.itemsize < 8:
-        return _by_kernel(M, B, d, b, scale, c_scale, dtype)
-    return *vector_gradients(M, B, d, b, scale, True, True), combined(B, d, b, c_scale, dtype)
 
 
 def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -101,20 +104,6 @@ def narrow_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _with_dense_rows(B: torch.Tensor) -> torch.Tensor:
     return B if B.stride(1) == 1 else B.contiguous()
-
-
-def _by_kernel(
-    M: torch.Tensor,
-    B: torch.Tensor,
-    d: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-    c_scale: float,
-    dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    vectors = d.contiguous(), b.contiguous()
-    grad_d, grad_b, C = _gradients(M.contiguous(), _with_dense_rows(B), *vectors, scale, c_scale, dtype)
-    return grad_d.to(d.dtype), grad_b.to(b.dtype), C
 
 
 def _empty_combined(

@@ -114,7 +114,7 @@ def test_vectors_that_are_every_second_element_of_another(as_on_an_accelerator: 
     sparse_d, sparse_b = (torch.stack((v, -v), -1)[..., 0] for v in (d, b))
 
     def found(d: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor | None]:
-        gradients = low_rank.gradients_and_combined(M, B, d, b, 0.5, 1.0, torch.float32)
+        gradients = low_rank.vector_gradients(M, B, d, b, 0.5, True, True, 1.0, torch.float32)
         return [
             *gradients,
             low_rank.combined(B, d, b, 0.5, torch.float32),

@@ -29,11 +29,9 @@ import torch
 from torch import Tensor
 
 from qvera.kernels import once_differentiable
-from qvera.kernels.choice import use_kernels
 from qvera.kernels.low_rank import (
     as_groups,
     combined,
-    gradients_and_combined,
     scaled_columns,
     scaled_columns_backward,
     vector_gradients,
@@ -170,22 +168,15 @@ def add_product(base: Tensor, inner: Tensor, B: Tensor, scale: float, overwrite:
     return as_output(add(flat, B.to(inner.dtype).t(), alpha=scale), base.shape)
 
 
-def outward(inner: Tensor, B: Tensor, b: Tensor, base: Tensor) -> Tensor:
-    """base + b ⊙ (inner Bᵀ), group by group, without C: [T, r] to [T, m] in base's dtype."""
-    each, B = as_groups(b), B.to(inner.dtype)
-    if len(each) == 1:
-        return scaled_columns(inner @ B.t(), each[0], base=base)
-    total: Tensor | None = None
-    for z, columns, own in zip(inner.chunk(len(each), dim=1), B.chunk(len(each), dim=1), each, strict=True):
-        total = scaled_columns(z @ columns.t(), own, base=total)
-    assert total is not None
-    return base + total.to(base.dtype)
+def outward(inner: Tensor, B: Tensor, b: Tensor, base: Tensor, index: Tensor | None = None) -> Tensor:
+    """base + b ⊙ (inner Bᵀ), group by group, without C: [..., r] to [..., m] in base's dtype.
 
-
-def inward(g: Tensor, B: Tensor, b: Tensor) -> Tensor:
-    """(g ⊙ b) B, group by group: the transpose of `outward`, [T, m] to [T, r]."""
-    each, B = as_groups(b).to(g.dtype), B.to(g.dtype)
-    return torch.cat([(g * own) @ columns for own, columns in zip(each, B.chunk(len(each), dim=1), strict=True)], dim=1)
+    b is [G, m], or with an ``index`` [R, G, m], and token t has b[index[t]].
+    """
+    groups, total = b.shape[-2], base
+    for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.to(inner.dtype).chunk(groups, 1), strict=True)):
+        total = scaled_columns(part @ columns.t(), b[..., i, :], 1.0, total, index, overwrite=True)
+    return total
 
 
 def few_tokens(tokens: int, B: Tensor, groups: int = 1) -> bool:
@@ -205,7 +196,7 @@ def _expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: flo
     flat = z.reshape(-1, z.shape[-1])
     if few_tokens(flat.shape[0], B, b.numel() // B.shape[0]):  # a decoding step: C would cost more
         rows = base.reshape(-1, base.shape[-1])
-        return as_output(outward(scaled_columns(flat, d, scale), B, b, rows), base.shape)
+        return as_output(outward(scaled_columns(flat, d, scale), B, as_groups(b), rows), base.shape)
     in_c, after = split_scale(scale, z.dtype)
     return add_product(base, z, combined(B, d, b, in_c, z.dtype), after, overwrite)
 
@@ -237,15 +228,15 @@ class _Expand(torch.autograd.Function):
         grad_z = grad_d = grad_b = C = None
         if need_d or need_b:
             M = wide_product(g_flat.t(), z_flat)
-            if need_z and use_kernels(M, B, d, b):  # the pass over M and B writes C on its way
-                grad_d, grad_b, C = gradients_and_combined(M, B, d, b, ctx.scale, in_c, z.dtype)
-            else:
-                grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b)
+            dtype = z.dtype if need_z else None
+            grad_d, grad_b, C = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b, in_c, dtype)
         if need_z:
             # in fp16 g ⊙ b would lose what C does not
             few = z.dtype != torch.float16 and few_tokens(z_flat.shape[0], B, b.numel() // B.shape[0])
             if C is None and few:
-                grad_z = scaled_columns(inward(g_flat, B, b), d, ctx.scale)
+                each = zip(as_groups(b).to(z.dtype), B.to(z.dtype).chunk(b.numel() // B.shape[0], 1), strict=True)
+                inward = torch.cat([(g_flat * own) @ columns for own, columns in each], 1)
+                grad_z = scaled_columns(inward, d, ctx.scale)
             else:
                 grad_z = times(g_flat, combined(B, d, b, in_c, z.dtype) if C is None else C, after)
             grad_z = grad_z.view(z.shape)

@@ -164,7 +164,7 @@ class _Summed(torch.autograd.Function):
                 M = wide_product(whole, scaled.to(g.dtype).t())
             else:
                 M = wide_product(rows.t(), kept @ scaled.t() if ctx.keeps_input else kept)
-            grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, *ctx.needs_input_grad[2:4])
+            grad_d, grad_b, _ = vector_gradients(M, B, d, b, ctx.scale, *ctx.needs_input_grad[2:4])
         if a is not None and ctx.needs_input_grad[8]:
             in_c, after = split_scale(ctx.scale, g.dtype)
             C = combined(B, d, b, in_c, g.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from qvera.adapters.factors import Factors
 from qvera.adapters.products import functional
 from qvera.kernels import once_differentiable
-from qvera.kernels.low_rank import combined, gradients_and_combined, scaled_columns, vector_gradients, wide_product
+from qvera.kernels.low_rank import as_groups, combined, scaled_columns, vector_gradients, wide_product
 from qvera.models import linear, quantization
 
 
@@ -31,7 +31,8 @@ class _Joined(torch.autograd.Function):
         y = linear.frozen_product(module, x.contiguous())  # else of three dimensions it may be a product for each row
         rows = y.view(-1, y.shape[-1])
         if functional.few_tokens(z.shape[0], B, b.numel() // B.shape[0]):  # as in `functional.expand`
-            return functional.as_output(functional.outward(scaled_columns(z, d, scale), B, b, rows), y.shape)
+            inner = scaled_columns(z, d, scale)
+            return functional.as_output(functional.outward(inner, B, as_groups(b), rows), y.shape)
         in_c, after = functional.split_scale(scale, z.dtype)
         rows.addmm_(z, combined(B, d, b, in_c, z.dtype).t(), alpha=after)
         return y
@@ -47,10 +48,8 @@ class _Joined(torch.autograd.Function):
         grad_d = grad_b = C = None
         if need_d or need_b:
             M = wide_product(g.t(), z)
-            if need_z:
-                grad_d, grad_b, C = gradients_and_combined(M, B, d, b, ctx.scale, in_c, z.dtype)
-            else:
-                grad_d, grad_b = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b)
+            dtype = z.dtype if need_z else None
+            grad_d, grad_b, C = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b, in_c, dtype)
         if need_z:
             C = combined(B, d, b, in_c, z.dtype) if C is None else C
             # the node of z has these sums, and turns them into ∂x once all layers over x have added theirs: so no

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvera.adapters.products.functional import add_product
+from qvera.adapters.products.functional import add_product, outward
 from qvera.adapters.projection import vera_scale
 from qvera.kernels import once_differentiable
 from qvera.kernels.low_rank import narrow_product, scaled_columns, wide_product
@@ -91,12 +91,13 @@ class TokenSlots:
         return rows if self.places is None else rows[self.places]
 
 
-def _scaled(
-    x: Tensor, vectors: Tensor, tokens: TokenSlots | None, scale: float = 1.0, base: Tensor | None = None
-) -> Tensor:
-    """scale v_i ⊙ x_i with the vectors [R, k]; with a base, base + that, which may take x's memory."""
-    index = None if tokens is None else tokens.index
-    return scaled_columns(x, vectors if index is not None else vectors[0], scale, base, index, base is not None)
+def _scaled(x: Tensor, vectors: Tensor, tokens: TokenSlots | None, scale: float = 1.0) -> Tensor:
+    """scale v_i ⊙ x_i with the vectors [R, k]."""
+    return (
+        scaled_columns(x, vectors[0], scale)
+        if tokens is None
+        else scaled_columns(x, vectors, scale, None, tokens.index)
+    )
 
 
 def _sum(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> Tensor:
@@ -109,15 +110,6 @@ def _sum(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | N
     return F.embedding_bag(order, product.view(-1, product.shape[-1]), begins, mode="sum")
 
 
-def _outward(inner: Tensor, B: Tensor, b: Tensor, base: Tensor, tokens: TokenSlots | None) -> Tensor:
-    """base + b_i ⊙ (inner_i Bᵀ), group by group, in the memory of the product."""
-    groups, B = b.shape[1], B.to(inner.dtype)
-    total = base
-    for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
-        total = _scaled(part @ columns.t(), b[:, i], tokens, base=total)
-    return total
-
-
 class _ExpandSlots(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,7 +117,8 @@ class _ExpandSlots(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale, ctx.tokens = scale, tokens
-        return _outward(_scaled(z, d, tokens, scale), B, b, base, tokens)
+        index = None if tokens is None else tokens.index
+        return outward(_scaled(z, d, tokens, scale), B, b[0] if index is None else b, base, index)
 
     @staticmethod
     @once_differentiable
