@@ -53,19 +53,19 @@ class ActiveRequest(CachedTokens):
     """A request that has not ended."""
 
     def __init__(
-        self, request: GenerationRequest, on_event: Callable[[Event], None], vectors: HostVectors | None
+        self,
+        request: GenerationRequest,
+        on_event: Callable[[Event], None],
+        vectors: HostVectors | None,
+        device: torch.device,
     ) -> None:
         super().__init__(request.prompt, "" if vectors is None else vectors.identity, request.images)
         self.request, self.on_event, self.vectors = request, on_event, vectors
-        self.slot = 0
-        self.chooser: TokenChooser | None = None
+        self.slot = 0  # of its adapter, once it has a place in the batch
+        self.chooser = TokenChooser(request.sampling, device, request.prompt)
         self.scored: ScoredPrompt | None = None
-
-    def begin(self, slot: int, device: torch.device) -> None:
-        """Take a place in the batch."""
-        self.slot, self.chooser = slot, TokenChooser(self.request.sampling, device, self.request.prompt)
-        if self.request.scoring is not None:
-            self.scored = ScoredPrompt(self.request.scoring, self.request.prompt, device)
+        if request.scoring is not None:
+            self.scored = ScoredPrompt(request.scoring, request.prompt, device)
             self.unscored = self.scored.places
 
 
@@ -149,9 +149,10 @@ class Engine:
         with self._wake:
             self._require_room()
         vectors = None if request.adapter is None else self.bank.read(request.adapter)
+        active = ActiveRequest(request, on_event, vectors, self.bank.device)
         with self._wake:
             self._require_room()
-            self._waiting.append(ActiveRequest(request, on_event, vectors))
+            self._waiting.append(active)
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -327,7 +328,7 @@ class Engine:
                 continue
             if slot is None:
                 return
-            active.begin(slot, self.bank.device)
+            active.slot = slot
             # together, so that other threads always find it in exactly one of the two
             with self._wake:
                 self._waiting.popleft()
@@ -348,7 +349,8 @@ class Engine:
         """Compute one step. Returns the requests that got a token; the event is None where none could be drawn."""
         got, apart = list[tuple[ActiveRequest, TokenEvent | None]](), self.settings.batch_invariant
         for batch in self._batches.passes(self._batches.schedule(self.running.values())):
-            users = [(request.vectors, request.slot, tokens) for request, tokens in batch]
+            # the row of one that has ended stays in a static batch, and its adapter may be gone
+            users = [(None if one.ended else one.vectors, one.slot, tokens) for one, tokens in batch]
             filled_tokens = self._batches.filled_tokens(batch)
             found = self._batches.run(batch, self.bank.use(users, self._batches.by_rows, filled_tokens))
             if found.hidden is not None:
@@ -356,8 +358,7 @@ class Engine:
                 # as many logits at a time as a step of answers may have
                 most_rows = filled_tokens if apart and filled_tokens else self.settings.max_running
                 add_scores(Head.of(self.model), prompts, found.hidden, most_rows, apart)
-            # each running request has a chooser; the condition tells the type checker
-            choosers = [chooser for request in found.drawing if (chooser := request.chooser) is not None]
+            choosers = [request.chooser for request in found.drawing]
             got += zip(found.drawing, choose_tokens(found.logits, choosers, apart), strict=True)
         return got
 
@@ -379,8 +380,7 @@ class Engine:
         self._failures = 0
         self.background.answered()
         for active, event in got:
-            sampling = active.request.sampling
-            grammar = None if active.chooser is None else active.chooser.grammar
+            sampling, grammar = active.request.sampling, active.chooser.grammar
             if event is None:
                 why = "" if grammar is None else grammar.error
                 self._end(active, EndEvent("error", f"its grammar can't go on: {why}" if why else NOT_FINITE))

@@ -104,7 +104,8 @@ def choose_tokens(
         for row, chooser in zip(noise, choosers, strict=True):
             if chooser.generator is not None:
                 row.exponential_(generator=chooser.generator)
-        scores = scores - noise.log_()
+        # without MKL a CPU draws 0 once in 2^24, which would take its token however unlikely that is, even a cut one
+        scores = scores - noise.clamp_(min=2**-25).log_()
     tokens = torch.stack([scores.argmax(-1), finite.long()]).tolist()  # one copy from the device for both
     for i in changing:
         if tokens[1][i]:
@@ -170,18 +171,19 @@ class ScoredPrompt:
         self.places = range(len(prompt) - 1 - scoring.last, len(prompt) - 1)
         own = np.array(prompt, np.int64)[self.places.start + 1 :, None]
         targets = own if scoring.targets is None else np.concatenate([own, scoring.targets], 1)
-        self._targets = torch.from_numpy(targets).to(device)
+        self._targets = torch.from_numpy(targets)  # on the CPU, as the request may wait for long
         self._generator = generator_of(scoring.seed, device)
         self._found: list[list[torch.Tensor]] = []
 
     def add(self, logprobs: torch.Tensor) -> None:
         """Take the log-probabilities [n, vocabulary] of the next places."""
-        scoring, targets = self._scoring, self._targets[self._added :][: len(logprobs)]
+        scoring, targets = self._scoring, self._targets[self._added :][: len(logprobs)].to(logprobs.device)
         self._added += len(logprobs)
         top, top_tokens = logprobs.topk(min(scoring.top, logprobs.shape[1]))
         drawn = top_tokens[:, :0]  # none
         if scoring.draws:
             likely = (logprobs / max(scoring.temperature, SMALLEST_TEMPERATURE)).softmax(-1)
+            likely = likely.nan_to_num(1.0)  # multinomial raises on nan, which would end the others' requests too
             drawn = torch.multinomial(likely, scoring.draws, replacement=True, generator=self._generator)
         self._found.append([logprobs.gather(1, targets), top_tokens, top, drawn, logprobs.gather(1, drawn)])
 

@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qvera.serve.engine import NOT_FINITE
-from qvera.serve.requests import Busy, EndEvent, EngineDead
+from qvera.serve.requests import Busy, EndEvent, EngineDead, PromptScoring
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_WEIGHTS
@@ -193,6 +194,22 @@ def test_loading_makes_an_adapter_resident_and_unloading_lets_those_that_run_fin
         wait_until(lambda: engine.stats().adapters_resident == 0)
 
 
+def test_an_adapter_that_goes_while_its_static_batch_runs_on_takes_no_other_answer_with_it(
+    engine_with: Any, store: AdapterStore, expected: Any
+) -> None:
+    short, long = request([3, 9], store.resolve("a3"), 1), request([5], max_tokens=100)
+    assert short.adapter is not None
+    [alone] = expected([long])
+    with engine_with("static") as engine:
+        first = submit(engine, request([4], max_tokens=60))  # the other two wait for its end, and begin together
+        first.wait_for_token()
+        answers = [submit(engine, short), submit(engine, long)]
+        assert answers[0].end() == LENGTH
+        engine.unload(short.adapter.identity)
+        wait_until(lambda: engine.stats().adapters_resident == 0)
+        assert_same(answers[1], alone)
+
+
 # Faults
 
 
@@ -273,6 +290,7 @@ def test_an_adapter_of_numbers_beyond_all_bounds_ends_its_own_requests_alone(
         answers[0].wait_for_token()
         answers.append(submit(engine, asked[3]))
         bad = [submit(engine, request([3] * 40, huge, 30)), submit(engine, request([3], huge, 30))]
-        assert [one.end() for one in bad] == [EndEvent("error", NOT_FINITE)] * 2
+        bad.append(submit(engine, replace(request([3] * 9, huge, 30), scoring=PromptScoring(4, draws=2))))
+        assert [one.end() for one in bad] == [EndEvent("error", NOT_FINITE)] * 3
         for answer, events in zip(answers, alone, strict=True):
             assert_same(answer, events)

@@ -119,6 +119,13 @@ def test_a_row_that_is_not_finite_gives_no_token_and_leaves_the_others(bad: floa
     assert found == [first, None, last]
 
 
+def test_noise_of_zero_draws_no_token_that_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without MKL draws it once in 2^24 numbers, and a token of a large vocabulary takes 2^18."""
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda row, **_: row.fill_(1).index_fill_(0, torch.tensor([2]), 0))
+    logits = torch.tensor([[5.0, 4.0, -30.0]])
+    assert _tokens(logits, _chooser(top_k=2)) == _tokens(logits, _chooser()) == [0]
+
+
 def test_penalties_and_biases_change_the_draw_as_their_formulas_say_and_leave_logprobs_alone() -> None:
     torch.manual_seed(0)
     asked: list[dict[str, Any]] = [
@@ -244,6 +251,13 @@ def test_the_head_never_sees_more_places_at_a_time_than_requests_may_run(engine_
 def test_targets_beyond_the_vocabulary_are_refused(engine_with: Any) -> None:
     with engine_with() as engine, pytest.raises(InputError, match="scoring.targets: token ids of this model are 0 to"):
         submit(engine, _scored([3, 4], None, PromptScoring(1, targets=np.array([[304]]))))
+
+
+def test_scoring_that_does_not_fit_its_prompt_is_told_to_its_caller_alone(engine_with: Any) -> None:
+    with engine_with() as engine:
+        with pytest.raises(ValueError, match="dimension"):
+            submit(engine, _scored([3, 4], None, PromptScoring(1, targets=np.zeros((2, 1), np.int64))))
+        assert submit(engine, request([3], max_tokens=1)).end().reason == "length"
 
 
 def test_drawn_tokens_come_as_often_as_their_temperature_says_and_again_with_their_seed() -> None:
