@@ -149,7 +149,9 @@ def run(command: list[str]) -> int:
                 "".join(f"{k}={v}\n" for k, v in environment.items() if k.startswith(FORWARDED) and "\n" not in v)
             )
             environment["DS_ENV_FILE"] = str(file)
-        signals, stopped = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), threading.Event()
+        # a SIGHUP that is ignored, as under nohup, stays ignored
+        is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signals, stopped = [signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (not is_ignored)], threading.Event()
         child: subprocess.Popen[bytes] | None = None
 
         def stop(*_: object) -> None:

@@ -165,6 +165,15 @@ def test_a_launched_run_saves_on_sigterm_and_ends_with_75(write_recipe: Any, tmp
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{run['result']['steps']:08d}"]
 
 
+def test_a_launch_under_nohup_outlives_its_terminal() -> None:
+    child = "import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(1)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch.run([sys.executable, "-c", child]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_launch_that_is_stopped_while_it_starts_says_so(write_recipe: Any, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qvera", "launch", str(write_recipe()), "--gpus", "2"]
     process = subprocess.Popen(command, env=clean_environment(), cwd=tmp_path, stderr=subprocess.PIPE)
