@@ -19,15 +19,7 @@ from typer.core import TyperCommand, TyperOption
 
 from qvera.config.sections import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError
-from qvera.utils.files import (
-    ADAPTER_CONFIG,
-    NO_SPACE,
-    RECIPE_FILE,
-    no_directory,
-    plain_json,
-    refuse_runs,
-    try_read_json,
-)
+from qvera.utils.files import NO_SPACE, no_directory, plain_json, refuse_runs
 from qvera.utils.progress import Phase
 
 
@@ -142,13 +134,11 @@ def print_json(value: Any) -> None:
 
 
 def check_target(target: str | Path, *adapters: str | None) -> None:
-    """What is found before torch is imported: an adapter that a run of many has not (InputError), and a silent hub.
+    """Raise InputError for what is found before torch is imported, as for an adapter that a run of many has not.
 
     ``target``: a run, an adapter directory, an export, or a base.
     """
-    from qvera.config.schema import load_recipe
     from qvera.evaluation.named_adapters import adapters_root, require_all_named
-    from qvera.utils.hub import leave_silent_hub
 
     run = Path(target)
     if re.match(r"\w+:/|[\w.-]+:\d+(/|$)", str(target)) and not run.exists():
@@ -161,11 +151,6 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
     refuse_runs(run)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)
-    if (run / RECIPE_FILE).is_file():
-        target = load_recipe(run / RECIPE_FILE, of_a_run=True).model.path
-    elif (config := try_read_json(run / ADAPTER_CONFIG)) is not None:
-        target = config.get("base_model_name_or_path") or target
-    leave_silent_hub(str(target))
 
 
 def require_packages(extra: str, *names: str) -> None:

@@ -90,16 +90,13 @@ def init(
     data = data or _ask("--data", "Training rows (a file, a directory or a hub id)")
 
     from qvera.config.schema import json_schema, parse_recipe, read_yaml
-    from qvera.data.source import hub_datasets
     from qvera.training.trainer import check_early
-    from qvera.utils.hub import leave_silent_hub
 
     about_rows = _given(eval_path=eval_data, system=system, adapter_column=adapter_column)
     tree = {"model": model, "data": {"path": data, **about_rows}, "training": _given(objective=objective)}
     tree |= _given(task=task)
     recipe = parse_recipe(tree, "the options")
     # Rows come before the base: most mistakes are in them, and to read them takes no library of the hub.
-    leave_silent_hub(recipe.model.path, *hub_datasets(recipe.data))
     recipe = _with_found_columns(_with_columns(recipe, prompt_column, answer_column))
     check_early(recipe)
 
@@ -406,10 +403,8 @@ def plan(
     from rich.console import Console
 
     from qvera.config.schema import load_recipe
-    from qvera.utils.hub import leave_silent_hub
 
     loaded = load_recipe(recipe, overrides)
-    leave_silent_hub(loaded.model.path)
 
     from qvera.adapters.save_load import check_start
     from qvera.data import build_datasets, planned_steps

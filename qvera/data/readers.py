@@ -21,7 +21,7 @@ from qvera.data.images import IMAGE_EXTENSIONS, OTHER_IMAGES
 from qvera.utils.errors import InputError, one_line
 from qvera.utils.files import not_utf8
 from qvera.utils.formatting import describe, shortened
-from qvera.utils.hub import hub_hint
+from qvera.utils.hub import hub_hint, leave_silent_hub
 
 if TYPE_CHECKING:
     import datasets
@@ -508,6 +508,7 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
 
     Raises InputError: there is none of that name, or the hub can't be reached.
     """
+    leave_silent_hub(path)
     import datasets
 
     try:

@@ -23,7 +23,7 @@ from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import ADAPTER_CONFIG, resolve_path, try_read_json
 from qvera.utils.formatting import first_of
-from qvera.utils.hub import hub_hint
+from qvera.utils.hub import hub_hint, leave_silent_hub
 from qvera.utils.safetensors_io import INDEX, base_fingerprint, weight_map
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")
@@ -45,6 +45,7 @@ def local_directory(path: Path) -> Path:
     """The directory ``path``, or the hub's snapshot of an id. Raises InputError if that can't be downloaded."""
     if (found := _hub_id(path)) is None:
         return path
+    leave_silent_hub(found[1])
     try:
         return Path(snapshot_download(found[1], revision=found[2], allow_patterns=list(FILES), ignore_patterns="*/*"))
     except Exception as error:  # huggingface_hub raises httpx's, OSError's and its own
@@ -56,6 +57,7 @@ def is_adapter_of_hub(name: str) -> bool:
     """Whether a repository of the hub has an adapter. False for any other name, or if the hub does not answer."""
     if (found := _hub_id(name)) is None:
         return False
+    leave_silent_hub(found[1])
     try:
         hf_hub_download(found[1], ADAPTER_CONFIG, revision=found[2])
     except Exception:  # no such file or repository, or no network: whoever loads it next gets the error
@@ -176,6 +178,7 @@ def require_model_files(name: str) -> None:
             raise InputError(
                 f"model.path: {name!r} is not a directory{near} Expected one with config.json and *.safetensors.{fetch}"
             )
+        leave_silent_hub(name)
         return
     if not (path / "config.json").is_file():
         hint = f" It holds {first_of(sorted(other.name for other in path.iterdir()), 4) or 'nothing'}."

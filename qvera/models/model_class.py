@@ -28,7 +28,7 @@ from qvera.models.structure import share_tied_modules
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import resolve_path
 from qvera.utils.formatting import first_of
-from qvera.utils.hub import hub_hint
+from qvera.utils.hub import hub_hint, leave_silent_hub
 from qvera.utils.safetensors_io import TensorEntry
 
 if TYPE_CHECKING:
@@ -231,6 +231,7 @@ def load_config(section: ModelSection, source: Path | str | None = None) -> Pret
     """
     name = str(source or resolve_path(section.path))
     revision = None if source else section.revision
+    leave_silent_hub(name)
     # impossible sizes are found before transformers' classes see them, which answer with tracebacks
     raw, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     for part in (raw, raw.get("text_config")):

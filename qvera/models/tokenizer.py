@@ -31,7 +31,7 @@ from qvera.models.hub import base_directory, require_model_files
 from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
 from qvera.utils.errors import InputError, did_you_mean, first_line
 from qvera.utils.files import resolve_path
-from qvera.utils.hub import hub_hint
+from qvera.utils.hub import hub_hint, leave_silent_hub
 from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         "model.tokenizer" if section.tokenizer else "model.path",
     )
     revision = None if section.tokenizer else section.revision
+    leave_silent_hub(name)
     try:
         if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in _TOKENIZER_FILES):
             raise OSError("it has no tokenizer file")  # transformers 5.0 would make an empty tokenizer

@@ -20,7 +20,6 @@ from qvera.distributed.group import for_all, in_group
 from qvera.training.run_dir import check_run_dir, mark_ended, require_writable, run_lock
 from qvera.utils.errors import InputError
 from qvera.utils.files import RECIPE_FILE, cache_root, resolve_path
-from qvera.utils.hub import leave_silent_hub
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -176,8 +175,8 @@ def check_early(recipe: Recipe) -> None:
         )
     if recipe.data.system is not None and os.path.isfile(recipe.data.system):  # not Path's: a text may be long
         raise InputError(f"data.system: {recipe.data.system!r} is a file here. Write its text into the recipe.")
-    leave_silent_hub(recipe.model.path, *hub_datasets(recipe.data))
+    hub_datasets(recipe.data)  # raises where rows are in no file here, and not on the hub by their name
 
-    from qvera.models.hub import require_model_files  # by now its client may have been told to be offline
+    from qvera.models.hub import require_model_files
 
     require_model_files(resolve_path(recipe.model.path))

@@ -104,12 +104,10 @@ def a_silent_hub_is_left(command: str, words: str) -> None:
     from qvera.cli.main import main
 
     began, said = time.monotonic(), io.StringIO()
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
     with contextlib.redirect_stderr(said):
-        os.environ["HF_ENDPOINT"] = "127.0.0.1:9"
-        assert main(command.split()) == 2 and "HF_ENDPOINT: '127.0.0.1:9' is no address" in said.getvalue()
-        os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
         assert main(command.split()) == 2
-    assert os.environ["HF_HUB_OFFLINE"] == "1" and words in said.getvalue(), said.getvalue()
+    assert words in said.getvalue() and "Retrying" not in said.getvalue(), said.getvalue()
     assert time.monotonic() - began < 120, "imports, and no retries"
 
 
@@ -190,7 +188,7 @@ def test_an_unknown_attribute_is_an_attribute_error() -> None:
 if __name__ == "__main__" and len(sys.argv) == 2:
     forked(wrong_starts_import_no_torch, sys.argv[1])
     hub = "--set data.path=nobody/nothing --set model.path=nobody/no-model"
-    forked(a_silent_hub_is_left, f"train {sys.argv[1]} {hub}", "or the hub did not answer at the start")
+    forked(a_silent_hub_is_left, f"train {sys.argv[1]} {hub}", "or the hub did not answer")
     config = Path(sys.argv[1]).with_name("of_the_hub") / "adapter_config.json"
     config.parent.mkdir()
     config.write_text('{"base_model_name_or_path": "nobody/no-model"}')

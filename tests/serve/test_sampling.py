@@ -121,7 +121,9 @@ def test_a_row_that_is_not_finite_gives_no_token_and_leaves_the_others(bad: floa
 
 def test_noise_of_zero_draws_no_token_that_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without MKL draws it once in 2^24 numbers, and a token of a large vocabulary takes 2^18."""
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda row, **_: row.fill_(1).index_fill_(0, torch.tensor([2]), 0))
+    monkeypatch.setattr(
+        torch.Tensor, "exponential_", lambda row, **_: row.fill_(1).index_fill_(0, torch.tensor([2]), 0)
+    )
     logits = torch.tensor([[5.0, 4.0, -30.0]])
     assert _tokens(logits, _chooser(top_k=2)) == _tokens(logits, _chooser()) == [0]
 
