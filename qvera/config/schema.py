@@ -1,7 +1,7 @@
 """The recipe: its sections together, the keys beside them, and how it is read from YAML and ``--set``.
 
-YAML is read as by PyYAML's safe loader, with fewer surprises: ``010`` is no number (YAML 1.1 reads 8). Repeated keys,
-and aliases that expand to more than a recipe can hold, are errors.
+YAML is read as by PyYAML's safe loader, with fewer surprises: ``010`` is no number (YAML 1.1 reads 8), and 2026-12-01 a
+text. Repeated keys, and aliases that expand to more than a recipe can hold, are errors.
 """
 
 import copy
@@ -318,12 +318,13 @@ _REPLACED = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Octal and base-60 numbers become texts, which no key that takes a number accepts."""
+    """Dates are texts, and so are octal and base-60 numbers, which no key that takes a number accepts."""
 
     def resolve(self, kind: type[yaml.Node], value: str, implicit: tuple[bool, bool]) -> str:
         tag = super().resolve(kind, value, implicit)
         number = tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-        return "tag:yaml.org,2002:str" if number and re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+:.*)", value) else tag
+        is_odd = number and re.fullmatch(r"[-+]?(0[0-9_]+|0[bx]_+|[0-9_]+:.*)", value)
+        return "tag:yaml.org,2002:str" if is_odd or tag == "tag:yaml.org,2002:timestamp" else tag
 
 
 def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int]]:

@@ -67,24 +67,24 @@ def measure(seconds: float = _WINDOW_SECONDS) -> Cores:
     return min(found, key=lambda cores: cores.allowed - cores.others)
 
 
-def _quotas() -> Iterator[tuple[Path, float]]:
-    """Yield the cgroups of this process that limit its CPU time (v1 or v2), each with its limit in cores."""
+def cgroups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the cgroups of this process for ``cpu`` or ``memory`` and those above, and whether each is of version 1."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers and "cpu" not in controllers.split(","):
-                continue
-            root = Path("/sys/fs/cgroup/cpu" if controllers else "/sys/fs/cgroup")
-            group = root / path.lstrip("/")
-            for directory in (group, *group.parents):
-                with contextlib.suppress(OSError, ValueError):  # "max" and -1: no limit here
-                    if controllers:
-                        files = [directory / f"cpu.cfs_{name}_us" for name in ("quota", "period")]
-                        quota, period = (int(file.read_text()) for file in files)
-                    else:
-                        quota, period = map(int, (directory / "cpu.max").read_text().split())
-                    if quota > 0:
-                        yield directory, quota / period
+            if not controllers or controller in controllers.split(","):
+                group = Path("/sys/fs/cgroup", controller if controllers else "", path.lstrip("/"))
+                yield from ((directory, bool(controllers)) for directory in (group, *group.parents))
+
+
+def _quotas() -> Iterator[tuple[Path, float]]:
+    """Yield the cgroups of this process that limit its CPU time, each with its limit in cores."""
+    for directory, is_first in cgroups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max" and -1: no limit here
+            names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_first else ("cpu.max",)
+            quota, period = map(int, " ".join((directory / name).read_text() for name in names).split())
+            if quota > 0:
+                yield directory, quota / period
 
 
 def _used_seconds(group: Path) -> float:

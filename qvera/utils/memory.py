@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 import psutil
 
 from qvera.utils import accelerator
+from qvera.utils.cores import cgroups
 from qvera.utils.errors import OutOfMemory
 from qvera.utils.formatting import counted, size
 
@@ -138,27 +139,14 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _cgroup_available() -> Iterator[int]:
-    """Yield the free bytes of each memory cgroup above this process (v1 or v2); file pages count as free."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            root, cache = "/sys/fs/cgroup/memory", "total_cache"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        elif controllers == "":
-            root, limit, usage, cache = "/sys/fs/cgroup", "memory.max", "memory.current", "file"
-        else:
-            continue
-        group = Path(root) / path.lstrip("/")
-        for directory in (group, *group.parents):
-            try:
-                most, held = int((directory / limit).read_text()), int((directory / usage).read_text())
-                stat = dict(row.split() for row in (directory / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # "max": no limit here
-                continue
+    """Yield the free bytes of each memory cgroup above this process; file pages count as free."""
+    for directory, is_first in cgroups("memory"):
+        limit, usage, cache = "memory.max", "memory.current", "file"
+        if is_first:
+            limit, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit here
+            most, held = int((directory / limit).read_text()), int((directory / usage).read_text())
+            stat = dict(row.split() for row in (directory / "memory.stat").read_text().splitlines())
             yield most - held + int(stat.get(cache, 0))
 
 

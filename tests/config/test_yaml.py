@@ -92,3 +92,9 @@ def test_other_numbers_are_read_as_written_and_are_no_keys(tmp_path: Path) -> No
     assert (data.limit, data.max_source_length, data.seed, data.system) == (1000, 16, 0, "010")
     with pytest.raises(InputError, match="line 4, 7: unknown key"):
         load(tmp_path, f"{BODY}7: 8\n")
+
+
+def test_dates_are_texts_and_what_only_looks_like_one_is_no_error(tmp_path: Path) -> None:
+    for written in ("2026-12-01", "2026-13-45", "2026-12-01 10:00:00", "0b_"):
+        data = load(tmp_path, f"{BODY}  system: {written}\n", f"data.adapter_column={written}").data
+        assert (data.system, data.adapter_column) == (written, written)
