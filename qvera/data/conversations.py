@@ -479,6 +479,7 @@ def _parse_prompt(cells: _Cells) -> Conversation:
     if any(turn.images for turn in turns):
         raise InputError(f"{cells.where('prompt')} holds an image; rewards are of answers to text only. Remove it.")
     about = json.dumps([turns[-1].content, cells.row.fields], ensure_ascii=False, default=str)
+    _require_whole_characters(about, cells.row.source)
     # The placeholder makes the template write the prompt up to where an answer begins.
     turns = [*cells.with_system(turns), Turn("assistant", "-")]
     return Conversation(turns, cells.row.source, cells.tools(), cells.row.owner, about=about)
@@ -509,6 +510,7 @@ def _label(cells: _Cells) -> str:
         raise InputError(f"{where} must be a label (a name or a number), got {describe(value)}. Fix the row.")
     # A file may hold whole numbers as floats: 1.0 is the label 1.
     label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    _require_whole_characters(label, where)
     if not names or label in names:
         return label
     is_count = re.compile(r"[0-9]+").fullmatch

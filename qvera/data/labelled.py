@@ -197,7 +197,7 @@ _ROWS_OF_A_LABEL = 10
 
 def new_labels(train: Rows, held_out: Rows) -> list[str]:
     """The answers of held-out rows that no training row has; none where answers are no labels."""
-    known, found = _reference(train).unique(), _reference(held_out).unique()
+    known, found = _reference(train).unique(), _reference(held_out).unique().drop_null()
     if len(known) * _ROWS_OF_A_LABEL > len(train):
         return []
     return [str(answer) for answer in found.filter(pc.invert(pc.is_in(found, value_set=known))).to_pylist()]

@@ -239,3 +239,12 @@ def test_a_file_without_a_header_is_told_to_get_one() -> None:
     for columns in ({}, {"prompt": "message", "completion": "category"}):
         with pytest.raises(InputError, match=r"If line 1 is a row already, write a line of names above it\.$"):
             detect_format(row, columns=columns)
+
+
+def test_half_a_character_is_named_wherever_it_stands() -> None:
+    for fields, format in (
+        ({"text": "a", "label": "\ud83d"}, "classification"),
+        ({"prompt": "a", "for the reward": ["\ud83d"]}, "prompt"),
+    ):
+        with pytest.raises(InputError, match=r"f\.jsonl:7.* holds half a character, '\\ud83d'"):
+            parse(fields, format=format)

@@ -357,6 +357,14 @@ def test_a_misspelt_label_among_held_out_answers_is_told(write: Write, base_toke
     for train, is_told in ((rows, True), ([*rows, *held_out], False), (rows[:10], False)):
         section = DataSection(path=str(write(train, "a.jsonl")), eval_path=str(write(held_out, "b.jsonl")))
         assert (told in data_warnings(build_datasets(section, base_tokenizer).stats)) == is_told
+    unanswered = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    chats = write([{"messages": unanswered}], "c.jsonl")  # whose last turn is no answer
+    section = DataSection(path=str(write(rows, "a.jsonl")), eval_path=str(chats))
+    assert "No training row has" not in " ".join(data_warnings(build_datasets(section, base_tokenizer).stats))
 
 
 def test_judged_rows_of_one_kind_are_told(read: Read) -> None:
