@@ -93,7 +93,7 @@ class AdaptedForward:
 
     @abstractmethod
     def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """z = A x in ``dtype``, shared with the layers that read the same x; None where the adapter has A itself."""
+        """z = A x in ``dtype``, shared with the layers that read the same x; None where A is this layer's own."""
 
     @abstractmethod
     def int8_dtype(self) -> torch.dtype:
@@ -181,13 +181,12 @@ class AdaptedForward:
             # the low-rank path in one node, for accelerators only: there the host's time for a node shows
             if not grad or scaled or x.dtype != dtype or not accelerator.is_accelerator(device_type):
                 return None
-            z = self.shared_z(adapter, x, dtype)
-            return None if z is None else joined_linear(base, x, z, factors)
+            return joined_linear(base, x, self.project(x, adapter, factors.A), factors)
         z = None
         if grad and not fused.keeps_input(*sizes, scaled):
             # z only helps backward to the vectors' gradients: the gradient of x goes through W + ΔW
             with torch.no_grad():
-                z = self.shared_z(adapter, x, dtype)
+                z = self.project(x, adapter, factors.A)
         return fused.summed_linear(base, x.to(dtype), z, factors, self._training_weight).to(x.dtype)
 
     def delta_weight_fp32(self, adapter: str) -> Tensor:
@@ -262,6 +261,15 @@ class VectorDict(nn.ParameterDict):
             return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved
 
         return super()._apply(keep_precision, recurse)
+
+
+def start_on(
+    device: torch.device, method: Method, name: str, shape: tuple[int, ...], config: QveraConfig, spec: LinearSpec
+) -> Tensor:
+    """The start value of one of a method's tensors; on the meta device it is not drawn."""
+    if device.type == "meta":
+        return torch.empty(shape, device=device, dtype=method.traits(name, config).dtype)
+    return method.start(name, shape, config, spec).to(device)
 
 
 class SharedTensors(nn.ModuleDict):
@@ -342,10 +350,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
                 else:
                     self.adapter_layer_names = (*self.adapter_layer_names, name)
                 self.tensor_names = (*self.tensor_names, name)
-            if device.type == "meta":
-                start = torch.empty(shape, device=device, dtype=dtype)
-            else:
-                start = method.start(name, shape, config, self.spec).to(device)
+            start = start_on(device, method, name, shape, config, self.spec)
             getattr(self, name)[adapter_name] = nn.Parameter(start, requires_grad=not holds_places)
         if method.change is Change.SCALED:  # the magnitude starts at the weight's row norms
             pair, A = self.qvera_projection[adapter_name], self.parts(adapter_name).A
@@ -428,7 +433,7 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
     def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         """See `AdaptedForward.shared_z`."""
         projections: Any = self._modules["qvera_projection"]
-        if (projection := projections._modules.get(adapter)) is None:
+        if not isinstance(projection := projections._modules.get(adapter), SharedProjection):
             return None
         method, config = self.qvera_settings[adapter]
         return projection.project(x, method.rank_at(config, self.spec), dtype)

@@ -223,10 +223,6 @@ class OwnProjection(nn.Module):
         """A [rank, in_features] and B [out_features, rank]."""
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
-    def project(self, x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
-        """z = x Aᵀ [..., rank] in ``dtype``."""
-        return functional.project(x.to(dtype), self.A[:rank].to(dtype))
-
 
 def pair_number(B: Tensor) -> float:
     """p·B q with fixed random p and q, which identifies a linear's own pair. Rounding changes it by less than 0.01."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qvera.adapters.bank import MixedForward, User
 from qvera.adapters.config import PEFT_TYPE, QveraConfig
-from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers, layer_shape, spec_of
+from qvera.adapters.layer import QveraLinear, SharedTensors, VectorDict, adapted_layers, layer_shape, spec_of, start_on
 from qvera.adapters.methods import LinearSpec, Source, method_of
 from qvera.adapters.products.slots import PATHS, TokenSlots
 from qvera.adapters.projection import OwnProjection, SharedProjection
@@ -205,10 +205,7 @@ class QveraModel(BaseTuner):
         device, tensors = linears[0][1].weight.device, VectorDict()
         # held by the tuner and not by the layers, so that the model has them once
         for name, shape in shapes.items():
-            if device.type == "meta":
-                start = torch.empty(shape, device=device, dtype=method.traits(name, config).dtype)
-            else:
-                start = method.start(name, shape, config, LinearSpec("", 0, 0)).to(device)  # type: ignore[arg-type]
+            start = start_on(device, method, name, shape, config, LinearSpec("", 0, 0))  # type: ignore[arg-type]
             tensors[name] = nn.Parameter(start, requires_grad=adapter_name in self.active_adapters)
         self.shared[adapter_name] = tensors
 

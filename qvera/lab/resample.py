@@ -18,7 +18,6 @@ from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.layer import QveraLinear, adapted_layers
 from qvera.adapters.methods.base import LinearSpec, Method, Tensors
 from qvera.adapters.methods.vera import Vera
-from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair, vera_scale
 from qvera.config.plugins import Schedule
 from qvera.config.sections import MOST_RANK
@@ -39,7 +38,7 @@ class Resample(Schedule):
     keys = ("training.resample_every",)
 
     def check(self, recipe: Any, method: Method) -> None:
-        if not isinstance(method, Vera) or recipe.adapter.magnitude:
+        if recipe.adapter.method != Vera.name or recipe.adapter.magnitude:
             raise InputError(
                 "training.resample_every: phases are those of VeRA's b and d without adapter.magnitude, and "
                 f"adapter.method is {recipe.adapter.method}. Remove one of the two."
@@ -99,14 +98,15 @@ class VeraPhases(Vera):
         return adapter.rank // phases * (current + 1)
 
     def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
-        assert pair is not None
-        phases, current = _phases(adapter)
-        rank = adapter.rank // phases
-        d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
+        (phases, current), d, b = _phases(adapter), tensors["qvera_d"], tensors["qvera_b"]
         if getattr(adapter, "current_phase", None) is not None:
+            rank = adapter.rank // phases
             d = torch.cat([d[: current * rank].detach(), d[current * rank : (current + 1) * rank]])
             b = torch.cat([b[:current].detach(), b[current : current + 1]])
-        return Factors(*pair, d, b, vera_scale(rank, spec.in_features))
+        return super().factors(adapter, spec, {"qvera_d": d, "qvera_b": b}, pair)
+
+    def scale(self, adapter: Settings, spec: LinearSpec) -> float:
+        return vera_scale(adapter.rank // len(adapter.seed_chain), spec.in_features)
 
 
 def _phases(adapter: Any) -> tuple[int, int]:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from qvera.adapters.factors import Factors
-from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors, Traits
+from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
+from qvera.adapters.methods.vera import Vera
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
-from qvera.adapters.projection import Pair, vera_scale
+from qvera.adapters.projection import Pair
 from qvera.distributed.zero import gathered
 from qvera.lab.keys import Settings
 from qvera.lab.lora_xs import FactorCache, svd_pair
@@ -32,13 +33,16 @@ if TYPE_CHECKING:
     from qvera.adapters.config import QveraConfig
 
 
-class Sara(Method):
-    """d [k] and b [out_features] for each linear, k its rank; they start as VeRA's."""
+class Sara(Vera):
+    """d [k] and b [out_features] for each linear, k its rank. The scale is VeRA's for the highest rank.
+
+    So the step of a linear does not depend on its own rank.
+    """
 
     name = "sara"
     title = "SARA"
     keys = {"singular_share": True, "frozen_pair": True, "mixed_vectors": True, "d_initial": False, "train_d": False}
-    usual = {"adapter.rank": 256, "training.learning_rate": 4e-3}
+    peft_type = None
 
     def variant(self, adapter: Settings) -> Method:
         return _VARIANTS[adapter.frozen_pair == "svd", adapter.mixed_vectors > 1]
@@ -65,22 +69,6 @@ class Sara(Method):
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
         return {"qvera_b": (spec.out_features,), "qvera_d": (self.rank_at(adapter, spec),)}
-
-    def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> Tensor:
-        is_d = name == "qvera_d" and getattr(adapter, "init_weights", True)
-        return torch.full(shape, adapter.d_initial) if is_d else super().start(name, shape, adapter, spec)
-
-    def traits(self, name: str, adapter: Settings) -> Traits:
-        return Traits(is_trained=name != "qvera_d" or adapter.train_d)
-
-    def scale(self, adapter: Settings, spec: LinearSpec) -> float:
-        """Return VeRA's scale for the highest rank, so that the step of a linear does not depend on its own rank."""
-        return vera_scale(adapter.rank, spec.in_features)
-
-    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
-        assert pair is not None
-        d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
-        return Factors(*pair, d, b, self.scale(adapter, spec))
 
 
 class _Svd(Sara):

@@ -65,7 +65,11 @@ class Vera(Method):
         assert pair is not None
         d, b = at_least_fp32(tensors["qvera_d"]), at_least_fp32(tensors["qvera_b"])
         a, m = (at_least_fp32(tensors[name]) if name in tensors else None for name in ("qvera_a", "qvera_m"))
-        return Factors(*pair, d, b, vera_scale(adapter.rank, spec.in_features), a, magnitude=m)
+        return Factors(*pair, d, b, self.scale(adapter, spec), a, magnitude=m)
+
+    def scale(self, adapter: AdapterSettings, spec: LinearSpec) -> float:
+        """s in ΔW."""
+        return vera_scale(adapter.rank, spec.in_features)
 
     def traits(self, name: str, adapter: AdapterSettings) -> Traits:
         return Traits(is_trained=name != "qvera_d" or adapter.train_d)
