@@ -350,7 +350,7 @@ class MixedForward:
     """The forward pass of layers when tokens use different adapters; `use` says which."""
 
     def __init__(self, device: torch.device, fixed: bool = False) -> None:
-        """``fixed``: see `TokenSlots.fixed`."""
+        """``fixed``: see `TokenSlots.fixed`; all passes are held then (`use`)."""
         self._device, self._fixed = device, fixed
         self._parts: list[_Part] = []
         self._ordinary: list[tuple[str, Tensor | None]] = []
@@ -381,7 +381,7 @@ class MixedForward:
                 slots, arrays["index"] = np.unique(index, return_inverse=True)
                 first, span = int(slots[0]), int(slots[-1] - slots[0]) + 1
                 # neighbours are a view; some slots in between that have no tokens cost less than copies
-                if not held and span <= len(slots) * (1 if bank.trained_numbers or self._fixed else 2):
+                if not held and span <= len(slots) * (1 if bank.trained_numbers else 2):
                     used, count, arrays["index"] = slice(first, first + span), span, index - first
                 else:
                     # a power of two, so that few shapes come up and a graph of one can be used again
@@ -390,7 +390,7 @@ class MixedForward:
             if tokens is not None:
                 arrays["index"] = np.repeat(arrays["index"], tokens)
             ends: list[int] = []
-            if not (held or self._fixed) and (np.diff(arrays["index"]) >= 0).all():
+            if not held and (np.diff(arrays["index"]) >= 0).all():
                 ends = np.searchsorted(arrays["index"], np.arange(count + 1)).tolist()
             if held:
                 keys.append((bank.adapter, count, len(arrays["index"])))

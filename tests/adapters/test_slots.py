@@ -24,11 +24,9 @@ ENDS = {"joined": (0, 3, 4, 9), "equal": (0, 2, 4, 6, 8)}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
-def _layout(name: str) -> tuple[TokenSlots | None, torch.Tensor, tuple[int, ...], int]:
+def _layout(name: str) -> tuple[TokenSlots, torch.Tensor, tuple[int, ...], int]:
     """The row of each token, as the product takes it and plain; the dimensions in front of the last one; the rows."""
     index = torch.tensor(LAYOUTS[name])
-    if name == "one row":
-        return None, index, (1, len(index)), 1
     return TokenSlots(index, ROWS), index, (ROWS, 5) if name == "padded" else (1, len(index)), ROWS
 
 
@@ -98,12 +96,11 @@ def test_every_token_is_scaled_with_the_vector_of_its_row(layout: str, dtype: to
     assert found.dtype == dtype and all(relative(one, other) < TOLERANCE[dtype] for one, other in pairs)
 
 
-def _present(name: str) -> tuple[TokenSlots | None, torch.Tensor, tuple[int, ...], int]:
+def _present(name: str) -> tuple[TokenSlots, torch.Tensor, tuple[int, ...], int]:
     """As `_layout`, with slots that all have tokens."""
-    tokens, index, front, _ = _layout(name)
+    _, index, front, _ = _layout(name)
     present, index = index.unique(return_inverse=True)
-    tokens = None if tokens is None else TokenSlots(index, len(present), ENDS.get(name, ()))
-    return tokens, index, front, len(present)
+    return TokenSlots(index, len(present), ENDS.get(name, ())), index, front, len(present)
 
 
 @pytest.mark.parametrize(
@@ -190,11 +187,10 @@ def test_a_pair_that_is_not_finite_leaves_the_other_rows_as_they_are_to_the_bit(
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_many_tokens_are_added_up_in_fp32(alone: bool) -> None:
+def test_many_tokens_are_added_up_in_fp32() -> None:
     """In bf16 a sum of ones would stop at 256."""
     count = 3001
-    tokens = None if alone else TokenSlots(torch.zeros(count, dtype=torch.int64), 1)
+    tokens = TokenSlots(torch.zeros(count, dtype=torch.int64), 1)
     z = torch.ones(1, count, 1, dtype=torch.bfloat16)
     d, b = torch.ones(1, 1, requires_grad=True), torch.ones(1, 1, requires_grad=True)
     y = expand_slots(torch.zeros_like(z), z, d, b, torch.ones(1, 1), 1.0, tokens)

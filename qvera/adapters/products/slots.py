@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvera.adapters.products.functional import add_product, outward
+from qvera.adapters.products.functional import expand, outward, scale_input
+from qvera.adapters.products.low_rank import trained_path
 from qvera.adapters.projection import vera_scale
 from qvera.kernels import once_differentiable
 from qvera.kernels.low_rank import narrow_product, scaled_columns, wide_product
@@ -79,7 +80,8 @@ class TokenSlots:
         return torch.empty_like(order).index_copy_(0, order, row)
 
     def to_rows(self, x: Tensor) -> Tensor:
-        """x [T, k] in the order of the slots: [T, k], or [R · `width`, k] with zeros where a slot has no token."""
+        """x [..., k] of T tokens as rows by slot: [T, k], or [R · `width`, k] with zeros where a slot has no token."""
+        x = x.reshape(-1, x.shape[-1])
         if self.places is None:
             return x
         if self.width is None:
@@ -91,19 +93,8 @@ class TokenSlots:
         return rows if self.places is None else rows[self.places]
 
 
-def _scaled(x: Tensor, vectors: Tensor, tokens: TokenSlots | None, scale: float = 1.0) -> Tensor:
-    """scale v_i ⊙ x_i with the vectors [R, k]."""
-    return (
-        scaled_columns(x, vectors[0], scale)
-        if tokens is None
-        else scaled_columns(x, vectors, scale, None, tokens.index)
-    )
-
-
-def _sum(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> Tensor:
+def _sum(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots) -> Tensor:
     """Σ left ⊙ right over each slot's tokens, [..., k] twice → [R, k], in ``dtype`` and in a fixed order."""
-    if tokens is None:
-        return (left * right).reshape(-1, left.shape[-1]).sum(0, keepdim=True, dtype=dtype)
     order, begins = tokens.sorted
     # embedding_bag adds each slot's rows in the order of the tokens; index_add has no fixed order on an accelerator
     product = torch.mul(left, right, out=torch.empty(left.shape, dtype=dtype, device=left.device))
@@ -113,47 +104,44 @@ def _sum(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | N
 class _ExpandSlots(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None
+        ctx: Any, base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, tokens: TokenSlots
     ) -> Tensor:
         ctx.save_for_backward(z, d, b, B)
         ctx.scale, ctx.tokens = scale, tokens
-        index = None if tokens is None else tokens.index
-        return outward(_scaled(z, d, tokens, scale), B, b[0] if index is None else b, base, index)
+        return outward(scaled_columns(z, d, scale, index=tokens.index), B, b, base, tokens.index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, d, b, B = ctx.saved_tensors
         need_base, need_z, need_d, need_b = ctx.needs_input_grad[:4]
-        tokens: TokenSlots | None = ctx.tokens
+        tokens: TokenSlots = ctx.tokens
         upstream, B, groups = g.to(z.dtype), B.to(z.dtype), b.shape[1]
         sums, parts = [], []
-        inner = _scaled(z, d, tokens, ctx.scale) if need_b else z
+        inner = scaled_columns(z, d, ctx.scale, index=tokens.index) if need_b else z
         for i, (part, columns) in enumerate(zip(inner.chunk(groups, -1), B.chunk(groups, 1), strict=True)):
             if need_b:
                 sums.append(_sum(part @ columns.t(), upstream, b.dtype, tokens).unsqueeze(1))
             if need_z or need_d:
-                parts.append(_scaled(upstream, b[:, i], tokens) @ columns)
+                parts.append(scaled_columns(upstream, b[:, i], index=tokens.index) @ columns)
         grad_z = grad_d = grad_b = None
         if sums:
             grad_b = sums[0] if groups == 1 else torch.cat(sums, 1)
         if parts:
             h = parts[0] if groups == 1 else torch.cat(parts, -1)
-            grad_z = _scaled(h, d, tokens, ctx.scale) if need_z else None
+            grad_z = scaled_columns(h, d, ctx.scale, index=tokens.index) if need_z else None
             grad_d = _sum(h, z, d.dtype, tokens).mul_(ctx.scale) if need_d else None
         return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
 
 
-def expand_slots(
-    base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None
-) -> Tensor:
+def expand_slots(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, tokens: TokenSlots) -> Tensor:
     """y_i = base_i + b_i ⊙ ((s d_i ⊙ z_i) Bᵀ) for each slot i of the batch, in base's shape and dtype.
 
     Differentiable once in base, z, d and b. NaN or Inf in a slot does not reach other slots, forward or backward.
 
     ``base`` [..., m] is the frozen layer's output of T tokens, z = x Aᵀ [..., r] is in the compute dtype. d [R, r] and
     b [R, m], or [R, G, m] for G groups, are fp32 or wider, like their gradients; B [m, r] is frozen, in any dtype.
-    ``scale`` is `projection.vera_scale`. ``tokens`` has each token's slot; None: there is one slot.
+    ``scale`` is `projection.vera_scale`. ``tokens`` has each token's slot.
     """
     grouped = b if b.dim() == 3 else b.unsqueeze(1)
     return _ExpandSlots.apply(base, z, d, grouped, B, scale, tokens)
@@ -161,22 +149,22 @@ def expand_slots(
 
 class _ScaleSlots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, tokens: TokenSlots | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, tokens: TokenSlots) -> Tensor:
         ctx.save_for_backward(x, a)
         ctx.tokens = tokens
-        return _scaled(x, a, tokens)
+        return scaled_columns(x, a, index=tokens.index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, h: Tensor) -> tuple[Tensor | None, ...]:
         x, a = ctx.saved_tensors
-        tokens: TokenSlots | None = ctx.tokens
+        tokens: TokenSlots = ctx.tokens
         need_x, need_a = ctx.needs_input_grad[:2]
         grad_a = _sum(h, x, a.dtype, tokens) if need_a else None
-        return _scaled(h, a, tokens) if need_x else None, grad_a, None
+        return scaled_columns(h, a, index=tokens.index) if need_x else None, grad_a, None
 
 
-def scale_slots(x: Tensor, a: Tensor, tokens: TokenSlots | None) -> Tensor:
+def scale_slots(x: Tensor, a: Tensor, tokens: TokenSlots) -> Tensor:
     """diag(a_i) x_i for each slot: [..., n] of T tokens and [R, n] give [..., n] in x's dtype; differentiable once."""
     return _ScaleSlots.apply(x, a, tokens)
 
@@ -191,10 +179,8 @@ def _takes_groups(x: Tensor, weights: Tensor) -> bool:
     return is_aligned and x.dtype == torch.bfloat16 and accelerator.multiplies_groups(x.device)
 
 
-def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots | None) -> Tensor:
+def _by_slot(x: Tensor, weights: Tensor, tokens: TokenSlots) -> Tensor:
     """Each slot's rows of x [S, k], as `to_rows` gives them, times its own matrix of ``weights`` [R, k, m]: [S, m]."""
-    if tokens is None:
-        return narrow_product(x, weights[0].to(x.dtype))
     if tokens.width is not None:
         return _batched(x.unflatten(0, (tokens.slots, tokens.width)), weights.to(x.dtype)).flatten(0, 1)
     if tokens.fixed:
@@ -219,25 +205,20 @@ def _batched(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right)
 
 
-def _sums_by_slot(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots | None) -> Tensor:
+def _sums_by_slot(left: Tensor, right: Tensor, dtype: torch.dtype, tokens: TokenSlots) -> Tensor:
     """Σ left_t right_tᵀ over each slot's rows: [S, a] and [S, b] of `to_rows` give [R, a, b] in ``dtype``."""
-    if tokens is not None and tokens.width is not None:
+    if tokens.width is not None:
         left, right = (rows.unflatten(0, (tokens.slots, tokens.width)) for rows in (left, right))
         return _batched(left.transpose(1, 2), right).to(dtype)
-    bounds = [(0, len(left))] if tokens is None else tokens.bounds
-    return torch.stack([wide_product(left[a:b].t(), right[a:b]).to(dtype) for a, b in bounds])
+    return torch.stack([wide_product(left[a:b].t(), right[a:b]).to(dtype) for a, b in tokens.bounds])
 
 
 class _PairSlots(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None
-    ) -> Tensor:
+    def forward(ctx: Any, base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots) -> Tensor:
         ctx.scale, ctx.tokens = scale, tokens
-        z = _by_slot(_rows(x, tokens), A.transpose(1, 2), tokens)
+        z = _by_slot(tokens.to_rows(x), A.transpose(1, 2), tokens)
         ctx.save_for_backward(x, z, A, B)
-        if tokens is None:
-            return add_product(base, z, B[0], scale)
         added = tokens.to_tokens(_by_slot(z, B.transpose(1, 2), tokens)).to(base.dtype)
         return base.add(added.view(base.shape), alpha=scale)
 
@@ -245,34 +226,28 @@ class _PairSlots(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, z, A, B = ctx.saved_tensors
-        tokens: TokenSlots | None = ctx.tokens
+        tokens: TokenSlots = ctx.tokens
         need_base, need_x, need_A, need_B = ctx.needs_input_grad[:4]
-        upstream = _rows(g.to(z.dtype), tokens)
+        upstream = tokens.to_rows(g.to(z.dtype))
         grad_x = grad_A = grad_B = None
         if need_B:
             grad_B = _sums_by_slot(upstream, z, B.dtype, tokens).mul_(ctx.scale)
         if need_x or need_A:
             h = _by_slot(upstream, B, tokens).mul_(ctx.scale)
             if need_A:
-                grad_A = _sums_by_slot(h, _rows(x, tokens), A.dtype, tokens)
+                grad_A = _sums_by_slot(h, tokens.to_rows(x), A.dtype, tokens)
             if need_x:
-                grad_x = _by_slot(h, A, tokens)
-                grad_x = (grad_x if tokens is None else tokens.to_tokens(grad_x)).view(x.shape)
+                grad_x = tokens.to_tokens(_by_slot(h, A, tokens)).view(x.shape)
         return (g if need_base else None), grad_x, grad_A, grad_B, None, None
 
 
-def _rows(x: Tensor, tokens: TokenSlots | None) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if tokens is None else tokens.to_rows(flat)
-
-
-def pair_slots(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots | None) -> Tensor:
+def pair_slots(base: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, tokens: TokenSlots) -> Tensor:
     """y_i = base_i + s B_i A_i x_i for each slot i of the batch, in base's shape and dtype.
 
     Differentiable once in base, x, A and B. NaN or Inf in a slot does not reach other slots, forward or backward.
 
     ``base`` [..., m] is the frozen layer's output of T tokens, x [..., n] its input in the compute dtype. A [R, r, n]
-    and B [R, m, r] are fp32 or wider, like their gradients. ``tokens`` has each token's slot; None: there is one slot.
+    and B [R, m, r] are fp32 or wider, like their gradients. ``tokens`` has each token's slot.
     """
     return _PairSlots.apply(base, x, A, B, scale, tokens)
 
@@ -288,18 +263,20 @@ def vera_slots(
 ) -> Tensor:
     """y + b_i ⊙ B (s d_i ⊙ A (a_i ⊙ x_i)) for each token's slot i, with the pair of a layer's ``adapter``.
 
-    ``tensors`` has d, b and a of the slots [R, ...] by kind. ``gather``: the row of x that each row of y is of; None:
-    they are the same.
+    ``tensors`` has d, b and a of the slots [R, ...] by kind. ``tokens`` None: there is one slot, which takes the path
+    of an adapter by itself. ``gather``: the row of x that each row of y is of; None: they are the same.
     """
     pair, dtype = layer.qvera_projection[adapter], linear.compute_dtype(layer.base_layer, x)
     rank, inner = tensors["qvera_d"].shape[-1], layer.dropout_of(adapter)(x)
     if "qvera_a" in tensors:
         inner, gather = inner if gather is None else inner[gather], None
-        inner = scale_slots(inner.to(dtype), tensors["qvera_a"], tokens)
+        inner, a = inner.to(dtype), tensors["qvera_a"]
+        inner = scale_input(inner, a[0]) if tokens is None else scale_slots(inner, a, tokens)
     z = pair.project(inner, rank, dtype)  # once a token, and shared by layers that read the same x, where there is no a
     z = z if gather is None else z[gather]
     scale, B = vera_scale(rank, layer.in_features), pair.B[: layer.out_features, :rank]
-    return expand_slots(y, z, tensors["qvera_d"], tensors["qvera_b"], B, scale, tokens)
+    d, b = tensors["qvera_d"], tensors["qvera_b"]
+    return expand(y, z, d[0], b[0], B, scale) if tokens is None else expand_slots(y, z, d, b, B, scale, tokens)
 
 
 def lora_slots(
@@ -313,11 +290,12 @@ def lora_slots(
 ) -> Tensor:
     """y + s B_i A_i x_i for each token's slot i, with the scale of the layer's ``adapter``.
 
-    ``tensors`` has A and B of the slots by kind, [R, r, n] and [R, m, r]; ``gather`` is that of `vera_slots`.
+    ``tensors`` has A and B of the slots by kind, [R, r, n] and [R, m, r]; the others are as those of `vera_slots`.
     """
     inner = layer.dropout_of(adapter)(x).to(linear.compute_dtype(layer.base_layer, x))
     inner = inner if gather is None else inner[gather]
-    return pair_slots(y, inner, tensors["qvera_A"], tensors["qvera_B"], layer.parts(adapter).scale, tokens)
+    A, B, scale = tensors["qvera_A"], tensors["qvera_B"], layer.parts(adapter).scale
+    return trained_path(y, inner, A[0], B[0], scale) if tokens is None else pair_slots(y, inner, A, B, scale, tokens)
 
 
 PATHS: dict[str | None, Callable[..., Tensor]] = {"VERA": vera_slots, "LORA": lora_slots}
