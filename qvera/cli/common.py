@@ -133,10 +133,10 @@ def print_json(value: Any) -> None:
     print(json.dumps(plain_json(value), indent=1))
 
 
-def check_target(target: str | Path, *adapters: str | None) -> None:
+def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = False) -> None:
     """Raise InputError for what is found before torch is imported, as for an adapter that a run of many has not.
 
-    ``target``: a run, an adapter directory, an export, or a base.
+    ``target``: a run, an adapter directory or its hub id, an export, or with ``takes_bases`` a base too.
     """
     from qvera.evaluation.named_adapters import adapters_root, require_all_named
 
@@ -146,7 +146,8 @@ def check_target(target: str | Path, *adapters: str | None) -> None:
             f"{target}: is no directory here. A run is named by its directory, or as USER/NAME on the hub; a server, "
             "for chat and generate, as http://HOST:PORT."
         )
-    if run.is_file():
+    is_nowhere = not run.exists() and run.parent.exists() and not takes_bases  # and no id of the hub
+    if run.is_file() or is_nowhere:
         raise InputError(f"{no_directory(run)}. Expected a run, an adapter directory or an exported checkpoint.")
     refuse_runs(run)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:

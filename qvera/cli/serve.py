@@ -145,7 +145,7 @@ def serve(
     for_training = ["python_multipart"] * (training_dir is not None) + ["zstandard"] * tinker  # of uploads, of bodies
     require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
 
-    check_target(model)
+    check_target(model, takes_bases=True)
     if adapters is not None and (runs := runs_in(adapters)):
         raise InputError(
             f"--adapters {adapters}: is a directory of runs. Expected one with an adapter in each of its directories. "

@@ -92,8 +92,13 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
         with contextlib.redirect_stderr(said := io.StringIO()):
             assert main([*line.replace("RUN", str(adapter.parents[1])).split(), "--adapter", "ana"]) == 2
         assert "did you mean 'anna'?" in said.getvalue()
+    for line in ("chat RUN", "eval RUN", "export RUN out", "generate RUN --prompt x"):
+        for name in ("misspelt", f"{adapter.parents[2]}/misspelt"):
+            with contextlib.redirect_stderr(said := io.StringIO()):
+                assert main(line.replace("RUN", name).split()) == 2
+            assert f"{name}: no such directory. Expected a run" in " ".join(said.getvalue().split())
     assert not {"torch", "transformers", "peft"} & set(sys.modules)
-    assert time.process_time() - began < 8, "twenty starts"
+    assert time.process_time() - began < 8, "thirty starts"
 
 
 def a_silent_hub_is_left(command: str, words: str) -> None:
