@@ -250,7 +250,7 @@ class PagedBatches:
                     )
                     self._layers[layer] = keys, values
                 self.longest_tokens = min(count * block_tokens, self.longest_tokens)  # the longest request fits
-                self._blocks = Blocks(count, settings.share_prefixes, block_tokens)
+                self._blocks = Blocks(count, block_tokens)
                 self._filler = CachedTokens([0])
                 self._filler.blocks = [count]
                 # a streamed weight is copied to the device at each use
@@ -330,8 +330,9 @@ class PagedBatches:
         """
         if self.pass_tokens:
             return self.pass_tokens
-        is_repeated = self._graphs and all(count == 1 and not request.unscored for request, count in batch)
-        return power_of_two(len(batch)) if is_repeated else None
+        # each draws a token: one token of a longer prompt draws none, and a recording is of so many logits
+        are_drawn = (count == 1 == len(one.tokens) - one.computed and not one.unscored for one, count in batch)
+        return power_of_two(len(batch)) if self._graphs and all(are_drawn) else None
 
     def run(self, batch: Sequence[tuple[T, int]], adapters: AdaptersInUse | None = None) -> StepOutput:
         """Run one pass. ``adapters`` is what `ServingBank.use` returned: not None where there are `filled_tokens`."""

@@ -57,11 +57,10 @@ class Blocks:
     cache holds the longest request, so every step advances some request.
     """
 
-    def __init__(self, count: int, share: bool, tokens: int = BLOCK_TOKENS) -> None:
-        """Make ``count`` blocks of ``tokens`` tokens each. ``share``: whether requests share equal beginnings."""
+    def __init__(self, count: int, tokens: int = BLOCK_TOKENS) -> None:
+        """Make ``count`` blocks of ``tokens`` tokens each."""
         self.count, self.tokens = count, tokens
         self.fresh: list[int] = []  # blocks that changed owner since the last `take_fresh`
-        self._share = share
         self._content = itertools.count()
         self.clear()
 
@@ -105,20 +104,17 @@ class Blocks:
                     break  # none passes one that waits for memory
             count = min(step_tokens, len(request.tokens) - request.computed)
             batch.append((request, count))
-            if self._share:
-                coming.add(self._key(request, request.computed // self.tokens))
+            coming.add(self._key(request, request.computed // self.tokens))
             step_tokens -= count
         return batch
 
     def note_computed(self, request: CachedTokens, count: int) -> None:
         """Note that ``count`` more tokens are in the cache. Blocks that are full now can be shared."""
         before, request.computed = request.computed, request.computed + count
-        if not self._share:
-            return
         for number in range(before // self.tokens, request.computed // self.tokens):
             block, key = request.blocks[number], self._key(request, number)
             # another request may have filled a block with the same tokens first; then that one is found from now on
-            if self._block_of.setdefault(key, block) == block and block not in self._known:
+            if self._block_of.setdefault(key, block) == block:
                 self._known[block] = key, next(self._content)
             request.parent = self._known[self._block_of[key]][1]
 
@@ -136,7 +132,7 @@ class Blocks:
         """Return the blocks that a request need not compute, and set its parent to the content of the last one."""
         shared: list[int] = []
         request.parent = request.identity
-        while self._share and (len(shared) + 1) * self.tokens <= request.unneeded:
+        while (len(shared) + 1) * self.tokens <= request.unneeded:
             block = self._block_of.get(self._key(request, len(shared)))
             if block is None:
                 break

@@ -156,8 +156,6 @@ class EngineSettings:
     """Continuous: requests join at any step. Static: batches begin and end together. Auto: as the model allows."""
     batch_invariant: bool = False
     """Whether an answer is the same to the bit whoever shares the batch (`qvera.serve.invariance`)."""
-    share_prefixes: bool = True
-    """Whether requests of one adapter share the keys and values of equal beginnings of their prompts."""
     training_share: float = 0.1
     """Background work's share of the time while requests run or wait, and a moment longer. Otherwise it takes all."""
     answering_seconds: float = 1.0  # that moment, after the last step of an answer

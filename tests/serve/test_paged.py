@@ -159,6 +159,22 @@ def test_a_step_is_recorded_once_for_its_shape_and_anew_when_the_layers_change(
     assert graphs.replays == 6 * 8 - 4  # all steps but the first of each
 
 
+def test_a_single_token_of_a_longer_prompt_is_in_no_graph_of_answers(
+    engine_with: Any, alone: Any, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three answers leave the prompt one of a step's four tokens at a time, and it draws none before its last."""
+    asked = [
+        request([5 + i] * length, max_tokens=tokens) for i, (length, tokens) in enumerate([(1, 30)] * 3 + [(9, 8)])
+    ]
+    expected = expected_of(alone, adapters_dir, asked)
+    graphs = put_on_a_card(monkeypatch, "Hopper")
+    with engine_with(step_tokens=4) as engine:
+        answers = [submit(engine, one) for one in asked]
+        for answer, events in zip(answers, expected, strict=True):
+            assert_same(answer, events)
+    assert (4, 304) in graphs.shapes
+
+
 def test_loras_in_16_bits_are_in_the_graph(
     engine_with: Any, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
