@@ -15,7 +15,14 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from qvera.config.fields import NonEmpty, OnlyWith, Section, key_problems, take_old_keys
 from qvera.config.plugins import extensible
-from qvera.config.sections import AdapterSection, DataSection, ExportSection, ModelSection, TrainingSection
+from qvera.config.sections import (
+    AdapterSection,
+    DataSection,
+    DataSource,
+    ExportSection,
+    ModelSection,
+    TrainingSection,
+)
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import RECIPE_FILE, not_utf8
 from qvera.utils.formatting import counted, describe
@@ -31,6 +38,12 @@ _FORMAT_OF_OBJECTIVE = {
     "dpo": "preference", "orpo": "preference", "kto": "unpaired-preference", "grpo": "prompt",
 }  # fmt: skip
 """``training.objective`` → likewise."""
+
+
+def _with_format(source: Any, wanted: str) -> Any:
+    """The keys of a source with this format, where they leave it open."""
+    keys = dict(source) if isinstance(source, DataSource) else source
+    return {**keys, "format": wanted} if isinstance(keys, dict) and keys.get("format", "auto") == "auto" else keys
 
 
 _NO_EFFECT = "has no effect without"
@@ -92,16 +105,9 @@ class Recipe(Section):
             return tree
         wanted = _FORMAT_OF.get(str(tree.get("task"))) or _FORMAT_OF_OBJECTIVE.get(str(keys.get("objective")))
         if wanted is not None:
-            mixture = data.get("mixture", [])
-            if isinstance(mixture, list):
-                mixture = [
-                    {**part, "format": wanted}
-                    if isinstance(part, dict) and part.get("format", "auto") == "auto"
-                    else part
-                    for part in mixture
-                ]
-            own = data.get("format", "auto")
-            data = {**data, "format": wanted if own == "auto" else own, "mixture": mixture}
+            mixture = data.get("mixture")
+            parts = [_with_format(part, wanted) for part in mixture] if isinstance(mixture, list) else mixture
+            data = _with_format(data if parts is None else {**data, "mixture": parts}, wanted)
         if isinstance(training, dict) and (data.get("adapter_column") or data.get("adapter_files")):
             training = {"per_device_train_batch_size": _SHARED_PASS_ROWS, **training}
         return {**tree, "data": data, **({"training": training} if training else {})}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.paper import TABLES
-from qvera.config.schema import load_recipe, read_yaml
+from qvera.config.schema import Recipe, load_recipe, read_yaml
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SCHEMA = RECIPES.parent / "docs" / "recipe.schema.json"
@@ -122,3 +122,13 @@ def test_vision_recipes_have_the_papers_settings(size: str, name: str) -> None:
     assert recipe.model.path == f"google/vit-{size}-patch16-224-in21k"
     assert (recipe.adapter.rank, recipe.data.rows_per_label, recipe.training.num_train_epochs) == (256, 10, 10)
     assert 2e-2 <= recipe.training.learning_rate <= 7e-2
+
+
+def test_every_source_of_a_mixture_takes_the_format_of_the_task_in_python_too() -> None:
+    recipe = Recipe(model="m", data={"path": "a", "mixture": [{"path": "b"}, {"path": "c"}]})
+    for changed, wanted in (
+        ({"task": "sequence-classification"}, "classification"),
+        ({"training": {"objective": "dpo"}}, "preference"),
+    ):
+        found = recipe.replace(**changed).data
+        assert {source.format for _, source in found.sources("data")} == {wanted}
