@@ -53,7 +53,9 @@ def measure(seconds: float = _WINDOW_SECONDS) -> Cores:
     def readings() -> tuple[float, float, dict[Path, float]]:
         """Seconds since an early moment, seconds that the cores were idle in all, and those that each cgroup used."""
         each = psutil.cpu_times(percpu=True)
-        idle = sum(each[i].idle + getattr(each[i], "iowait", 0.0) for i in ids)
+        # a system container (lxcfs) shows its own cores alone, numbered anew; so does a machine whose others are off
+        own = each if ids[-1] >= len(each) else [each[i] for i in ids]
+        idle = sum(one.idle + getattr(one, "iowait", 0.0) for one in own)
         return time.monotonic(), idle, {group: _used_seconds(group) for group in quotas}
 
     began, idle_before, used_before = readings()

@@ -73,3 +73,13 @@ def test_the_quota_of_a_cgroup_counts_and_what_else_runs_in_it(tmp_path: Path, c
     clean.setattr(cores.psutil, "cpu_times", lambda percpu: [Idle(next(clock))] * 4096)
     found = measure()
     assert (found.allowed, round(found.others, 6), found.free_threads) == (0.5, 0.3, 1)
+
+
+def test_a_system_container_shows_its_own_cores_numbered_anew(clean: pytest.MonkeyPatch) -> None:
+    idle = iter([[Idle(0.0), Idle(0.0)], [Idle(0.5), Idle(1.0)]])
+    clean.setattr(cores, "core_ids", lambda: [8, 9])
+    clean.setattr(cores, "_quotas", lambda: iter(()))
+    clean.setattr(cores.time, "sleep", lambda seconds: None)
+    clean.setattr(cores.time, "monotonic", iter([0.0, 1.0]).__next__)
+    clean.setattr(cores.psutil, "cpu_times", lambda percpu: next(idle))
+    assert measure() == (2, 0.5)
