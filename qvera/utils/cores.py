@@ -55,8 +55,10 @@ def measure(seconds: float = _WINDOW_SECONDS) -> Cores:
         each = psutil.cpu_times(percpu=True)
         # a system container (lxcfs) shows its own cores alone, numbered anew; so does a machine whose others are off
         own = each if ids[-1] >= len(each) else [each[i] for i in ids]
-        idle = sum(one.idle + getattr(one, "iowait", 0.0) for one in own)
-        return time.monotonic(), idle, {group: _used_seconds(group) for group in quotas}
+        idle, now = sum(one.idle + getattr(one, "iowait", 0.0) for one in own), time.monotonic()
+        if not any(map(sum, own)):  # gVisor counts nothing, and others may as well be idle
+            idle = now * len(ids)
+        return now, idle, {group: _used_seconds(group) for group in quotas}
 
     began, idle_before, used_before = readings()
     time.sleep(seconds)

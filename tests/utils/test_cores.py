@@ -83,3 +83,9 @@ def test_a_system_container_shows_its_own_cores_numbered_anew(clean: pytest.Monk
     clean.setattr(cores.time, "monotonic", iter([0.0, 1.0]).__next__)
     clean.setattr(cores.psutil, "cpu_times", lambda percpu: next(idle))
     assert measure() == (2, 0.5)
+
+
+def test_where_no_time_is_counted_all_cores_are_taken_to_be_free(clean: pytest.MonkeyPatch) -> None:
+    clean.setattr(cores, "_quotas", lambda: iter(()))
+    clean.setattr(cores.psutil, "cpu_times", lambda percpu: [Idle(0.0)] * 4096)
+    assert measure(0.01).others == pytest.approx(0, abs=1e-6)
