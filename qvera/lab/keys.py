@@ -249,6 +249,8 @@ class RecipeKeys(Section):
             yield "weight decay would go on to pull at the frozen phases; set training.weight_decay: 0."
         if adapter.b_groups > 1 or adapter.input_scale:
             yield "each phase has one b and one d; remove adapter.b_groups and adapter.input_scale."
+        if adapter.experts == "each":
+            yield "phases are not built for vectors of each expert; set adapter.experts: shared."
         if adapter.init_from is not None:
             yield "begins with fresh vectors; remove adapter.init_from."
         if training.resample_momentum == "move" and training.optim != "adamw":

@@ -17,6 +17,7 @@ BY_TASK = {"sampling": "task", "task_column": "kind"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"training": {**PHASES, "weight_decay": 0.1}}, "weight decay would go on to pull at the frozen phases"),
     ({"training": PHASES, "adapter": {"b_groups": 2}}, "training.resample_every: each phase has one b and one d"),
+    ({"training": PHASES, "adapter": {"experts": "each"}}, "phases are not built for vectors of each expert"),
     ({"training": {**PHASES, **LEVELS}}, "training.resample_every: .* two schedules for the same vectors"),
     ({"training": LEVELS, "deepspeed": "zero2"}, "training.bilevel: DeepSpeed expects a gradient of every vector"),
     ({"training": LEVELS, "data": {"group_by_length": True}}, "training.bilevel: has an order of rows of its own"),
