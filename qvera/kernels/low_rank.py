@@ -156,8 +156,8 @@ def scaled_columns(
 ) -> torch.Tensor:
     """scale x ⊙ vector, or base + scale x ⊙ vector, in x's dtype, or in base's if given; x and base are [..., k].
 
-    ``vector`` is [k], or one for each first index of x: [x.shape[0], 1, ..., 1, k]. With ``index``, int64 [T], it is
-    [V, k], and row t of x takes vector index[t]. ``overwrite``: plain code may take x's memory for the result.
+    ``vector`` is [k]. With ``index``, int64 [T], it is [V, k], and row t of x takes vector index[t]. ``overwrite``:
+    plain code may take x's memory for the result.
     """
     tensors = (x, vector) if base is None else (x, vector, base)
     if use_kernels(*tensors):

@@ -102,15 +102,15 @@ BACKWARD_ROWS = 64
 
 @jit
 def scaled_columns_kernel(
-    x, vectors, base, out, index, scale, columns, x_stride, base_stride, vector_stride, rows_a_vector,
-    ADD: tl.constexpr, INDEXED: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    x, vectors, base, out, index, scale, columns, x_stride, base_stride, vector_stride, ADD: tl.constexpr,
+    INDEXED: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """out [T, k] contiguous = scale x vectors, plus base if ADD; strides in elements, row to row."""
-    # row t takes vector t // rows_a_vector, or index[t] if INDEXED; a program has BLOCK_COLUMNS columns of one row
+    # row t takes the first vector, or index[t] if INDEXED; a program has BLOCK_COLUMNS columns of one row
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = at < columns
-    own = tl.load(index + row) if INDEXED else row // rows_a_vector
+    own = tl.load(index + row) if INDEXED else 0
     vector = tl.load(vectors + own * vector_stride + at, mask=mask).to(tl.float32) * scale
     result = tl.load(x + row * x_stride + at, mask=mask).to(tl.float32) * vector
     if ADD:
@@ -158,13 +158,12 @@ def launch_scaled_columns(
     x: torch.Tensor, vectors: torch.Tensor, base: torch.Tensor | None, index: torch.Tensor | None, scale: float,
     out: torch.Tensor,
 ) -> None:  # fmt: skip
-    """x, base and out [T, k] with dense rows, vectors [V, k]; V divides T where there is no index int64 [T]."""
+    """x, base and out [T, k] with dense rows, vectors [V, k], or [1, k] where there is no index int64 [T]."""
     rows, columns = x.shape
     added = x if base is None else base
     scaled_columns_kernel[(rows, -(-columns // BLOCK_COLUMNS))](
         x, vectors, added, out, out if index is None else index, scale, columns, x.stride(0), added.stride(0),
-        vectors.stride(0), 1 if index is not None else rows // vectors.shape[0],
-        ADD=base is not None, INDEXED=index is not None, BLOCK_COLUMNS=BLOCK_COLUMNS,
+        vectors.stride(0), ADD=base is not None, INDEXED=index is not None, BLOCK_COLUMNS=BLOCK_COLUMNS,
     )  # fmt: skip
 
 

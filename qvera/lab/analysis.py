@@ -13,7 +13,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +67,8 @@ class LinearAnalysis:
 
 
 @dataclasses.dataclass(frozen=True)
-class Analysis(Mapping[str, Factors]):
-    """All adapted ``linears`` in model order. With ``keep``, ``mitigations`` has factors to add to each.
-
-    As a mapping it has the adapter with reduced intruders, exact: name → A' [rank, n] and B' [m, rank].
-    """
+class Analysis:
+    """All adapted ``linears`` in model order. With ``keep``, ``mitigations`` has factors to add to each."""
 
     adapter: AdapterDeltas
     linears: list[LinearAnalysis]
@@ -82,19 +79,15 @@ class Analysis(Mapping[str, Factors]):
         """The rank of the reduced adapter. Zeros fill up where a linear needs less."""
         return max(each.rank + len(each.intruders) for each in self.linears)
 
-    def __getitem__(self, name: str) -> Factors:
-        (A, B), (more_A, more_B) = self.adapter.layers[name].lora(), self.mitigations[name]
-        zeros = self.reduced_rank - len(A) - len(more_A)
-        return (
-            torch.cat([A, more_A, A.new_zeros(zeros, A.shape[1])]),
-            torch.cat([B, more_B, B.new_zeros(len(B), zeros)], dim=1),
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.mitigations)
-
-    def __len__(self) -> int:
-        return len(self.mitigations)
+    def reduced(self) -> dict[str, Factors]:
+        """The adapter with reduced intruders, exact: name → A' [rank, n] and B' [m, rank]."""
+        found = {}
+        for name, (more_A, more_B) in self.mitigations.items():
+            A, B = self.adapter.layers[name].lora()
+            zeros = self.reduced_rank - len(A) - len(more_A)
+            A = torch.cat([A, more_A, A.new_zeros(zeros, A.shape[1])])
+            found[name] = A, torch.cat([B, more_B, B.new_zeros(len(B), zeros)], dim=1)
+        return found
 
 
 def analyze_adapter(

@@ -123,7 +123,7 @@ def analyze(
         "versions": memory.versions(),
     }
     if out is not None:
-        size = export_lora(analysis.adapter, out, torch.float32, analysis, template)
+        size = export_lora(analysis.adapter, out, torch.float32, analysis.reduced(), template)
         document["reduced"] = {"keep": reduce, "path": str(out), "rank": analysis.reduced_rank, "bytes": size}
     if text is not None:
         document["losses"] = _losses(target, texts, out)

@@ -15,7 +15,7 @@ from tests.kernels.conftest import Calls
 
 SETTINGS = [  # shape, shape of the vectors, dtype, the base's dtype: odd widths, several blocks of columns, mixed batches
     ((3, 7, 45), (45,), torch.bfloat16, torch.bfloat16), ((2, 1500), (1500,), torch.float16, None),
-    ((3, 4, 1030), (3, 1, 1030), torch.float16, torch.float32), ((5, 9), (5, 9), torch.float32, torch.bfloat16),
+    ((3, 4, 1030), (1030,), torch.float16, torch.float32), ((5, 9), (9,), torch.float32, torch.bfloat16),
     ((1, 1), (1,), torch.float32, None),
 ]  # fmt: skip
 

@@ -13,9 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.process]
 BLOCKS = {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128}
 SIZES = "out_features:i width:i row_stride:i"
 GRADIENTS = f"M:f B:T d:f b:f grad_b:f grad_d_parts:f C:T scale:x c_scale:x {SIZES}"
-COLUMNS = (
-    "x:T vectors:f base:T out:T index:l scale:x columns:i x_stride:i base_stride:i vector_stride:i rows_a_vector:i"
-)
+COLUMNS = "x:T vectors:f base:T out:T index:l scale:x columns:i x_stride:i base_stride:i vector_stride:i"
 STRIDES = [f"{name}_{axis}:i" for name in "qk" for axis in ("batch", "head", "token")]
 STRIDES += [f"{name}_{axis}:i" for name in "cs" for axis in ("batch", "token")]
 ROPE = f"q:T k:T cos:T sin:T q_out:T k_out:T tokens:i q_heads:i k_heads:i half:i {' '.join(STRIDES)}"

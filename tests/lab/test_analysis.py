@@ -108,7 +108,7 @@ def test_the_weights_of_the_trained_base_and_dense_decompositions_say_the_same(
             assert linear.rank == 0
             continue
         expected = delta - 0.75 * (U[:, mine] * S[mine]) @ Vh[mine]
-        A, B = found[linear.name]
+        A, B = found.reduced()[linear.name]
         assert len(A) == found.reduced_rank > linear.rank == 8
         torch.testing.assert_close(B.double() @ A.double(), expected, rtol=0, atol=2e-4 * expected.abs().max().item())
     assert total > 4 or keep is None, "the perturbed adapter has intruders, else this compares nothing"
@@ -144,7 +144,7 @@ def test_the_reduced_adapter_in_stock_peft_is_delta_less_its_intruders(tiny_mode
     section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
     pairs = saved_adapter(section, tmp_path / "adapter")
     found = analyze_adapter(tmp_path / "adapter", section, top_k=4, epsilon=0.5, keep=0.6)
-    export_lora(found.adapter, tmp_path / "reduced", torch.float32, found)
+    export_lora(found.adapter, tmp_path / "reduced", torch.float32, found.reduced())
     stock = PeftModel.from_pretrained(stock_base(tiny_model_dir, "nf4"), tmp_path / "reduced")
     assert stock.peft_config["default"].r == found.reduced_rank > 8
     layers = {n.removeprefix(PREFIX): m for n, m in stock.named_modules() if isinstance(m, LoraLayer)}
