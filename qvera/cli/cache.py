@@ -29,6 +29,14 @@ def _entries() -> list[CacheEntry]:
     return [entry for kind in _kinds() for entry in kind.listed()]
 
 
+def _require_known(names: list[str], entries: list[CacheEntry]) -> None:
+    for name in names:
+        if not name or not any(entry.name.startswith(name) for entry in entries):
+            raise InputError(
+                f"{name or 'a name'}: nothing of that name is in the cache; `qvera cache ls` lists what is."
+            )
+
+
 def ls(as_json: Json = False) -> None:
     """List what is in the cache, and how large it is.
 
@@ -76,9 +84,10 @@ def rm(
     chosen = names + [e.name for e in entries if everything or (unfinished and not e.finished)]
     if not (names or everything or unfinished):
         raise InputError("give a name that `qvera cache ls` shows, or use --unfinished or --all.")
+    _require_known(names, entries)
     for name in dict.fromkeys(chosen):
         try:
-            kind = next((e.kind for e in entries if name and e.name.startswith(name)), _kinds()[0])
+            kind = next(e.kind for e in entries if e.name.startswith(name))
             print(f"{name}  removed, {formatting.size(kind.remove(name))}")
         except InputError as error:
             if name in names:
@@ -93,9 +102,7 @@ def verify(names: Names = None) -> None:
         qvera cache verify
     """
     finished = [entry for entry in _entries() if entry.finished]
-    for name in names or ():
-        if not any(entry.name.startswith(name) for entry in finished):
-            raise InputError(f"{name}: nothing of that name is in the cache; `qvera cache ls` lists what is.")
+    _require_known(names or [], finished)
     chosen = [e for e in finished if not names or any(e.name.startswith(n) for n in names)]
     for entry in chosen:
         problem = entry.kind.problem_of(entry.directory)

@@ -206,6 +206,8 @@ def _print_scores(document: dict[str, Any]) -> None:
         cells = [scores.get(name, "") for scores in sides.values()]
         table.add_row(name, *(f"{c:.4f}" if isinstance(c, float) else f"{c:,}" if c != "" else c for c in cells))
     Console().print(table)
+    if any(scores.get(name) == 0 for name in ("bleu", "bleu-lowercase") for scores in sides.values()):
+        say("BLEU is 0 where no answer has four words, or none is right. chrf and exact compare short answers.")
 
 
 def harness(

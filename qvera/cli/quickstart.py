@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from qvera.cli.common import Overrides, console, flag, option, progress
 from qvera.cli.train import loss_line, print_result
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import cache_root, disk_errors, file_sha256, require_space, try_read_json
+from qvera.utils.files import cache_root, disk_errors, file_sha256, replace_text, require_space, try_read_json
 from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
@@ -107,10 +106,9 @@ def prepare(cache_dir: Path | None = None, report: Callable[[str], None] = print
     base = fetch_quickstart_base(root, report=report)
     rows = root / "quickstart" / "orders"
     rows.mkdir(parents=True, exist_ok=True)
-    train, heldout = (
-        Path(shutil.copyfile(recipe_path(f"quickstart/{name}"), rows / name))
-        for name in ("train.jsonl", "heldout.jsonl")
-    )
+    train, heldout = rows / "train.jsonl", rows / "heldout.jsonl"
+    for file in (train, heldout):  # replaced as a whole, since another quickstart may read it now
+        replace_text(file, recipe_path(f"quickstart/{file.name}").read_text(encoding="utf-8"))
     return QuickstartFiles(base, train, heldout, recipe_path())
 
 

@@ -507,7 +507,11 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
                 fields[answered] = "-"  # a row without its answer is read like a training row
         filled = replace(row, fields=fields)
         try:
-            parsed = parse_row(filled, detect_format(filled, format, named), section.system)
+            try:
+                found = detect_format(filled, format, named)
+            except MissingColumn:  # a prompt may be written otherwise than the rows that trained
+                found = detect_format(filled, "auto", named)
+            parsed = parse_row(filled, found, section.system)
         except (MissingColumn, UnknownFormat) as error:
             raise InputError(f"{error} Rows to answer need no answers: a column called prompt is enough.") from None
         if not isinstance(parsed, Conversation):

@@ -187,7 +187,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "card of a base": ("card model", "a checkpoint that no adapter was merged into"),
     "answers file exists": (ANSWER, "exists; nothing is overwritten", write("answers.jsonl")),
     "quantize a missing shard": ("quantize model q", "missing", SHARDS),
-    "no such quantized base": ("cache rm nf4-none", "no quantized base of that name"),
+    "no such quantized base": ("cache rm nf4-none", "nothing of that name is in the cache"),
     "unknown metric": ("eval run --metrics exact,bleurt", "no metric 'bleurt'; known: exact, bleu"),
     "eval of no run": ("eval empty", "nor an exported checkpoint (no config.json)", write("empty/notes.txt")),
     "eval of a directory of runs": (

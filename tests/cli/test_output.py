@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from qvera.cli.common import LossyStream, print_json
+from qvera.cli.eval import _print_scores
 from qvera.cli.main import main
 from qvera.cli.train import loss_line, print_result
 from tests.disk import fill, small_disk
@@ -200,6 +201,13 @@ def test_a_command_whose_streams_are_closed_ends_as_any_other(trained_run: Path)
 def test_json_for_other_programs_has_null_for_nan(capsys: Capture) -> None:
     print_json({"loss": [float("nan"), 1.5]})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": [None, 1.5]}
+
+
+def test_a_bleu_of_0_says_what_compares_short_answers(capsys: Capture) -> None:
+    scores = {"base_scores": None, "subject": {"column": "Adapter"}}
+    for bleu, is_told in ((0.0, True), (1.5, False)):
+        _print_scores({**scores, "scores": {"loss": 1.0, "bleu": bleu}})
+        assert ("BLEU is 0 where no answer has four words" in capsys.readouterr().err) == is_told
 
 
 def test_a_full_disk_under_a_file_is_told_with_its_name(trained_run: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -77,6 +78,9 @@ def test_a_checked_base_is_used_without_the_network_and_the_recipe_points_at_it(
     assert recipe.data.eval_path == str(files.heldout)
     assert files.train.read_bytes() == recipe_path("quickstart/train.jsonl").read_bytes()
     assert len(files.heldout.read_text(encoding="utf-8").splitlines()) == 256
+    with files.train.open("rb") as reader:  # of a quickstart that runs beside this one
+        prepare(cache, report=silent)
+        assert os.fstat(reader.fileno()).st_nlink == 0, "it is replaced, never half written"
 
 
 def test_a_damaged_base_is_noticed(tmp_path: Path) -> None:

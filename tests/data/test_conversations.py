@@ -198,6 +198,14 @@ def test_prompts_under_another_name_are_told_that_they_need_no_answers(tmp_path:
             read_prompts(file, DataSection(path="rows.jsonl", format=format))
 
 
+def test_prompts_may_have_another_format_than_the_rows_that_trained(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
+    for format in ("alpaca", "messages", "text", "prompt-completion"):
+        found = read_prompts(file, DataSection(path="rows.jsonl", format=format))
+        assert [row.turns[-1].content for row in found] == ["a", "b"]
+
+
 def test_prompts_need_the_recipes_column_of_prompts_and_no_other(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     section = DataSection(path="rows.jsonl", columns={"completion": "cuisine", "prompt": "dish"})

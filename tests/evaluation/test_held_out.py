@@ -113,6 +113,16 @@ def test_rows_that_changed_since_the_training_are_told(
     assert told in capsys.readouterr().err
 
 
+def test_rows_of_a_file_may_have_another_format_than_those_that_trained(run: Path, tmp_path: Path) -> None:
+    recipe, rows = yaml.safe_load((run / "recipe.yaml").read_text()), tmp_path / "chats.jsonl"
+    recipe["data"]["format"] = "prompt-completion"  # as `qvera init` writes it
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    turns = [{"role": "user", "content": "say red 1"}, {"role": "assistant", "content": "red red"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    line = (run / "adapter", "--recipe", tmp_path / "recipe.yaml", "--data", rows, "--no-generation")
+    assert evaluate(*line)["scores"]["rows"] == 1
+
+
 def test_rows_of_a_file_that_the_run_was_trained_on_are_told(
     run: Path, tiny_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
