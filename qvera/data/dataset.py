@@ -118,7 +118,7 @@ def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: 
     number_of = {name: number for number, name in enumerate(names)}
     owner_of = []  # int64 [n] each: the adapter's number of each row; a new name gets the next number
     for rows in (train, held_out):
-        owners, places = rows.distinct_owners()
+        owners, places = rows.owners()
         owner_of.append(np.array([number_of.setdefault(n, len(number_of)) for n in owners], dtype=np.int64)[places])
     repeated = np.zeros(len(number_of), dtype=np.int64)
     if len(held_out):
@@ -151,14 +151,10 @@ class SourceStats:
     template: str
 
     @property
-    def template_text(self) -> str:
-        """The template's name for messages."""
-        return "the tokenizer's own" if self.template == OWN else self.template
-
-    @property
     def layout(self) -> str:
         """Format and template, for messages."""
-        return self.format + ("" if self.format in UNRENDERED else f", template: {self.template_text}")
+        template = "the tokenizer's own" if self.template == OWN else self.template
+        return self.format if self.format in UNRENDERED else f"{self.format}, template: {template}"
 
 
 @dataclass(slots=True)

@@ -270,12 +270,7 @@ class Rows(Sequence[Example]):
             cut._max_tokens, cut.lengths = max_tokens, np.minimum(self.lengths, max_tokens)
         return cut
 
-    def owners(self) -> list[str]:
-        """The task or adapter of each row."""
-        values = self.table["owner"].to_pylist()
-        return values if self.chosen is None else [values[number] for number in self.chosen.tolist()]
-
-    def distinct_owners(self) -> tuple[list[str], np.ndarray]:
+    def owners(self) -> tuple[list[str], np.ndarray]:
         """The table's tasks or adapters, each once, and each row's place in that list, int64 [n]."""
         encoded = pc.dictionary_encode(self.table["owner"]).unify_dictionaries().combine_chunks()
         places = encoded.indices.to_numpy().astype(np.int64)

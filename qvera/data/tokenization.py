@@ -303,8 +303,7 @@ class RowTokenizer:
 
     def _preferences(self, rows: Sequence[Conversation]) -> list[Example]:
         """A pair is encoded as two rows. It is left out if either of them is."""
-        paired = [row for row in rows if row.rejected is not None]
-        others = [replace(row, turns=[*row.turns[:-1], row.rejected]) for row in paired if row.rejected is not None]
+        others = [replace(row, turns=[*row.turns[:-1], row.rejected]) for row in rows if row.rejected is not None]
         # One batch for both sides; the rejected ones come last, in the order of their pairs.
         encoded = self._encode([*rows, *others])
         own, rejected = list(itertools.islice(encoded, len(rows))), iter(list(encoded))

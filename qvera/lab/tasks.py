@@ -55,7 +55,8 @@ def take_tasks(section: Any, sections: Sequence[Any], sources: Sequence[Any]) ->
     own, by_column = source_names(sections), bool(section.task_column)
 
     def tasks_of(rows: Rows, source: str) -> np.ndarray:
-        return np.array(rows.owners() if by_column else [source] * len(rows), dtype=object)
+        names, places = rows.owners() if by_column else ([source], np.zeros(len(rows), np.int64))
+        return np.array(names, dtype=object)[places]
 
     of_train = [tasks_of(source.train, name) for source, name in zip(sources, own, strict=True)]
     names = (sorted({name for values in of_train for name in values}) if by_column else []) or own
