@@ -113,6 +113,10 @@ def _make_entry(
                     f"{section.path}: was changed while it was read. Run the same command again when nothing writes to "
                     "it."
                 )
+            # Parquet or a hub dataset may name images too. Were one changed, the entry would not be of it.
+            known = {str(Path(name).absolute()) for name, _ in key["content"]}
+            if not known.issuperset(source.train.image_files + source.eval.image_files):
+                return source  # what is mapped stays mapped
             files = {}
             for file in sorted(unfinished.glob("*.arrow")):
                 flush(file)

@@ -248,6 +248,12 @@ class Rows(Sequence[Example]):
         """Whether any row of the table holds an image."""
         return bool(pc.any(pc.greater(pc.list_value_length(self.table["images"]), 0)).as_py())
 
+    @property
+    def image_files(self) -> list[str]:
+        """The paths of the table's images that are not stored in it."""
+        chunks = (chunk.values.field("path").drop_null() for chunk in self.table["images"].chunks)
+        return [path for paths in chunks for path in paths.to_pylist()]
+
     def ask(self, answer_tokens: int) -> None:
         """Count an answer of ``answer_tokens`` tokens to each row, a prompt. The tokens are 0 until it is generated."""
         self.answer_tokens, prompts = answer_tokens, pc.list_value_length(self.table["prompt_ids"]).to_numpy()

@@ -160,18 +160,22 @@ def test_a_copy_of_the_images_in_another_place_is_read_from_there(
         shutil.rmtree(tmp_path / "one", ignore_errors=True)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_an_image_that_changed_or_went_is_seen_though_its_data_file_is_the_same(
-    tmp_path: Path, write: Write, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
+    suffix: str, tmp_path: Path, write: Write, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "WORTH_BYTES", 0)
     files = sorted(write_folders(tmp_path / "rows", 2).rglob("*.png"))
     lines = [{"image": str(f.relative_to(tmp_path)), "label": f.parent.name} for f in files]
-    section = section_of(write(lines, "paths.jsonl"))
+    data = write(lines, "paths.jsonl")
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(lines), data := str(tmp_path / "paths.parquet"))
+    section = section_of(data)
     before = data_sha256(build_datasets(section, images))
     shutil.copy(files[-1], files[0])
     assert data_sha256(build_datasets(section, images)) != before
     files[0].unlink()
-    with pytest.raises(InputError, match=r"paths.jsonl:1.*00.png"):
+    with pytest.raises(InputError, match=r"paths.*1.*00.png"):
         build_datasets(section, images)
 
 
