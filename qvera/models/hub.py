@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -179,6 +186,9 @@ def require_model_files(name: str) -> None:
                 f"model.path: {name!r} is not a directory{near} Expected one with config.json and *.safetensors.{fetch}"
             )
         leave_silent_hub(name)
+        cached = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+        if constants.HF_HUB_OFFLINE and not cached.is_dir():
+            raise not_on_hub("model.path", name, "nothing of it was fetched before")
         return
     if not (path / "config.json").is_file():
         hint = f" It holds {first_of(sorted(other.name for other in path.iterdir()), 4) or 'nothing'}."
@@ -198,3 +208,12 @@ def require_model_files(name: str) -> None:
         raise InputError(
             f"model.path: {name!r} has no *.safetensors weights{found}. Convert the weights to safetensors."
         )
+
+
+def not_on_hub(key: str, name: str, why: str) -> InputError:
+    """Make the error to raise for a model that is no directory here, and that the hub has not given."""
+    near = did_you_mean(name, map(str, Path(name).parent.glob("*/")))
+    owner = "" if "/" in name else " An id on the hub is OWNER/NAME."
+    return InputError(
+        f"{key}: {name!r} is no directory here{near} Nor can it be read from the hub ({why}).{owner} {hub_hint()}"
+    )

@@ -23,12 +23,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from qvera.config.sections import ModelSection
 from qvera.models.conversion import DECODED, is_decoded, made_of
-from qvera.models.hub import require_model_files
+from qvera.models.hub import not_on_hub, require_model_files
 from qvera.models.structure import share_tied_modules
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import resolve_path
 from qvera.utils.formatting import first_of
-from qvera.utils.hub import hub_hint, leave_silent_hub
+from qvera.utils.hub import leave_silent_hub
 from qvera.utils.safetensors_io import TensorEntry
 
 if TYPE_CHECKING:
@@ -294,11 +294,7 @@ def empty_model(
         if not (Path(name) / "config.json").is_file():
             require_model_files(name)  # it says what the directory is instead
         if isinstance(error, OSError) and not Path(name).is_dir():
-            raise InputError(
-                f"model.path: {name!r} is no directory here. Nor can it be read from the hub "
-                f"({first_line(error).rstrip('.')}). {'' if '/' in name else 'An id on the hub is OWNER/NAME. '}"
-                f"{hub_hint()}"
-            ) from None
+            raise not_on_hub("model.path", name, first_line(error).rstrip(".")) from None
         fix = " Take another model, or a transformers that knows this one." if isinstance(error, ValueError) else ""
         reason = first_line(error)
         if reason.startswith("Unrecognized configuration class"):

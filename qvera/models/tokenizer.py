@@ -27,11 +27,11 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, pr
 
 from qvera.config.sections import ModelSection
 from qvera.data.images import ImageProcessor, ImageTextProcessor, give_images, require_pillow
-from qvera.models.hub import base_directory, require_model_files
+from qvera.models.hub import base_directory, not_on_hub, require_model_files
 from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
-from qvera.utils.errors import InputError, did_you_mean, first_line
+from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import resolve_path
-from qvera.utils.hub import hub_hint, leave_silent_hub
+from qvera.utils.hub import leave_silent_hub
 from qvera.utils.safetensors_io import save_tensors
 
 if TYPE_CHECKING:
@@ -80,12 +80,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, HFValidationError, KeyError, ImportError) as error:
         if not Path(name).is_dir():
-            near = did_you_mean(name, (str(one) for one in Path(name).parent.glob("*/")))
-            raise InputError(
-                f"{key}: {name!r} is no directory here{near} "
-                f"Nor can it be read from the hub ({first_line(error).rstrip('.')}). Expected a directory with "
-                f"config.json, *.safetensors and tokenizer.json, or a hub id such as owner/name. {hub_hint()}"
-            ) from None
+            raise not_on_hub(key, name, first_line(error).rstrip(".")) from None
         fix = "there" if section.tokenizer else "beside the weights; or name another one with model.tokenizer"
         raise InputError(
             f"{key}: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "

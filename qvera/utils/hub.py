@@ -53,7 +53,8 @@ def leave_silent_hub(name: str) -> None:
     asking.join(_ANSWER_SECONDS)
     _asked_at[address] = now
     if not answered.is_set():
-        _logger.warning("%s does not answer, so only what was fetched before is used.", address)
+        if address not in _silent:
+            _logger.warning("%s does not answer, so only what was fetched before is used.", address)
         _silent.add(address)
         constants.HF_HUB_OFFLINE = True
     elif _silent:

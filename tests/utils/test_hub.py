@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from qvera.config.sections import ModelSection
-from qvera.models.hub import local_directory
+from qvera.models.hub import local_directory, require_model_files
 from qvera.models.loader import load_base
 from qvera.utils import hub
 from qvera.utils.errors import InputError
@@ -58,6 +58,10 @@ def test_a_hub_that_is_down_is_left_until_it_answers(
     for _ in range(2):
         hub.leave_silent_hub("nobody/nothing")
         assert constants.HF_HUB_OFFLINE and server.asked == 1, "once a minute"
+    with pytest.raises(
+        InputError, match=r"'nothing' is no directory here. Nor .* before\). An id on the hub is OWNER/NAME"
+    ):
+        require_model_files("nothing")
     assert hub.hub_hint().startswith("HF_HUB_OFFLINE is set, or the hub did not answer")
     monkeypatch.setattr(hub, "_AGAIN_SECONDS", 0)
     server.code = 404
