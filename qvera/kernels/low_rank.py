@@ -35,7 +35,7 @@ def times_b(B: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def combined(B: torch.Tensor, d: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """C = diag(b) B diag(scale d) [m, r], computed in the vectors' dtype and rounded once to ``dtype``."""
     if use_kernels(B, d, b) and dtype.itemsize < 8:
-        return _combined(_with_dense_rows(B), d.contiguous(), b.contiguous(), scale, dtype)
+        return _combined(_rows(B), d.contiguous(), b.contiguous(), scale, dtype)
     scaled = d * scale
     blocks = row_blocks(B)
     if len(blocks) == 1:
@@ -64,7 +64,7 @@ def vector_gradients(
     """
     if use_kernels(M, B, d, b):
         vectors = d.contiguous(), b.contiguous()
-        grad_d, grad_b, C = _gradients(M.contiguous(), _with_dense_rows(B), *vectors, scale, c_scale, dtype)
+        grad_d, grad_b, C = _gradients(M.contiguous(), _rows(B), *vectors, scale, c_scale, dtype)
         return grad_d.to(d.dtype), grad_b.to(b.dtype), None if dtype is None else C
     b_groups = as_groups(b)
     d_groups = d.view(len(b_groups), -1)
@@ -100,10 +100,6 @@ def narrow_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if left.device.type == "cpu" and 1 < right.shape[1] <= _FEW_COLUMNS:
         return (right.t() @ left.t()).t()
     return left @ right
-
-
-def _with_dense_rows(B: torch.Tensor) -> torch.Tensor:
-    return B if B.stride(1) == 1 else B.contiguous()
 
 
 def _empty_combined(

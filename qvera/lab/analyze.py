@@ -70,6 +70,8 @@ def analyze(
         raise InputError("--reduce: needs --out DIR, where the LoRA is written.")
     if out is not None and reduce is None:
         raise InputError("--out: goes with --reduce only.")
+    if rows is not None and text is None:
+        raise InputError("--rows: goes with --text only.")
     require_new_file(html, ".html")
     if text is not None and not text.is_file():
         raise InputError(f"--text: {text}: no such file. Expected rows (.jsonl, .json, .csv, .tsv, .parquet) or .txt.")

@@ -264,6 +264,7 @@ def test_wrong_options_of_the_command_are_refused_before_any_work(
     for options, said in (
         (["--reduce", "0.5"], "--reduce: needs --out DIR"),
         (["--out", str(tmp_path / "x")], "--out: goes with --reduce only"),
+        (["--rows", "2"], "--rows: goes with --text only"),
         (["--reduce", "0.5", "--out", run], "not an empty directory"),
         (["--reduce", "1.5", "--out", str(tmp_path / "x")], "Invalid value for '--reduce'"),
         (["--text", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
