@@ -30,9 +30,9 @@ class _Count:
 
     name: str
     total: int | None
-    done: int
-    began: float
-    next_line: float
+    done: int = 0
+    began: float = dataclasses.field(default_factory=lambda: time.monotonic())
+    line_after: float = 0.0  # seconds from its beginning to its next line, but for the first
     facts: str = ""
     first: tuple[float, int] | None = None
     last: tuple[float, int] = (0.0, 0)
@@ -67,14 +67,9 @@ class Phase:
         file: Path | None = None,
     ) -> None:
         self.console, self._text, self._file = console, text, file
-        self._now = self._count(name, total, done)
+        self._now = _Count(name, total, done)
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._bars: Progress | None = None
-
-    @staticmethod
-    def _count(name: str, total: int | None, done: int = 0) -> _Count:
-        now = time.monotonic()
-        return _Count(name, total, done, now, now + FIRST_SECONDS)
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -92,7 +87,7 @@ class Phase:
         """Say that ``done`` steps are done. Another ``name`` begins another phase; ``facts`` stand behind the count."""
         with self._lock:
             if name is not None and name != self._now.name:
-                self._now = self._count(name, total, done)
+                self._now = _Count(name, total, done)
             count, now = self._now, time.monotonic()
             count.total = count.total if total is None else total
             if done > count.done:
@@ -110,7 +105,7 @@ class Phase:
     def within(self, name: str, total: int | None = None) -> Iterator[None]:
         """Show another phase during the block, as an evaluation between two steps. Its time counts to no step."""
         with self._lock:
-            outer, self._now = self._now, self._count(name, total)
+            outer, self._now = self._now, _Count(name, total)
         try:
             yield
         finally:
@@ -145,12 +140,13 @@ class Phase:
 
     def _look(self) -> None:
         """Move the bar, or print a line if one is due."""
-        count, now = self._now, time.monotonic()
+        count = self._now
+        passed = time.monotonic() - count.began
         if self._bars is not None:
             self._bars.update(self._task, description=self._line(), completed=count.done, total=count.total)
-        elif now >= count.next_line:
-            count.next_line = now + min(LINE_SECONDS, max(FIRST_SECONDS, now - count.began))
-            so_far = f", {duration(now - count.began)} so far" if count.total is None else ""
+        elif passed >= max(FIRST_SECONDS, count.line_after):
+            count.line_after = passed + min(LINE_SECONDS, max(FIRST_SECONDS, passed))
+            so_far = f", {duration(passed)} so far" if count.total is None else ""
             self._print(f"{self._line()}{so_far}")
 
     def _watch(self) -> None:
