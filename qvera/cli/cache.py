@@ -32,9 +32,7 @@ def _entries() -> list[CacheEntry]:
 def _require_known(names: list[str], entries: list[CacheEntry]) -> None:
     for name in names:
         if not name or not any(entry.name.startswith(name) for entry in entries):
-            raise InputError(
-                f"{name or 'a name'}: nothing of that name is in the cache; `qvera cache ls` lists what is."
-            )
+            raise InputError(f"{name!r}: nothing of that name is in the cache; `qvera cache ls` lists what is.")
 
 
 def ls(as_json: Json = False) -> None:

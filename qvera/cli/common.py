@@ -196,6 +196,7 @@ def with_exit_code(
         logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about PEFT
         try:
+            _require_utf8(arguments)
             code = function(**arguments) or EXIT_DONE
             sys.stdout.flush()
         except (QveraError, KeyboardInterrupt, OSError) as error:
@@ -205,6 +206,16 @@ def with_exit_code(
         raise typer.Exit(code)
 
     return run
+
+
+def _require_utf8(arguments: dict[str, object]) -> None:
+    """Raise InputError where a text is none: recipes, tokenizers and JSON take no other bytes. Paths may be any."""
+    for value in arguments.values():
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                str("" if isinstance(text, Path) else text).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{text!a} is not UTF-8 text. Is the terminal set to UTF-8?") from None
 
 
 def report(command: str, error: QveraError | KeyboardInterrupt | OSError) -> int:
@@ -292,13 +303,13 @@ def for_who_still_reads() -> Iterator[None]:
 def command_streams() -> Iterator[None]:
     """Give a command streams that it can write to.
 
-    A closed one (`>&-`) becomes the null device. A terminal without UTF-8 shows ? for an arrow. Standard error, where
-    progress goes, is a `LossyStream`, so that hours of training don't end with their `tee`.
+    A closed one (`>&-`) becomes the null device. What a terminal without UTF-8 can't show, or sends, becomes a ? or its
+    like. Standard error, where progress goes, is a `LossyStream`, so that hours of training don't end with their `tee`.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for as long as the process lives
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     stderr = sys.stderr
