@@ -459,9 +459,10 @@ def round_up_length(tokens: int, per_octave: int = LENGTHS_PER_OCTAVE) -> int:
 def pad_batch(batch: dict[str, Any], tokens: int, pad_id: int) -> dict[str, Any]:
     """Pad a batch [B, T] on the right to ``tokens`` tokens a row. Padding is not trained, and no earlier token sees it.
 
-    Joined rows with offsets must have no common prefix; their padding becomes a row of its own. A mask [B, T] goes on
-    with ones: the causal order hides the padding, and rows of equal length still need no mask.
+    The padding of joined rows with offsets becomes a row of its own. A mask [B, T] goes on with ones: the causal order
+    hides the padding, and rows of equal length still need no mask.
     """
+    import torch
     import torch.nn.functional as F
 
     more = tokens - batch["input_ids"].shape[1]
@@ -472,10 +473,16 @@ def pad_batch(batch: dict[str, Any], tokens: int, pad_id: int) -> dict[str, Any]
     for name, tensor in batch.items():
         if name.startswith("max_length"):
             padded[name] = max(tensor, more)
-        elif name == "cu_seq_lens_q":
-            padded[name] = padded["cu_seq_lens_k"] = F.pad(tensor, (0, 1), value=tokens)
-        elif name == "cu_seq_lens_k":
-            continue  # of queries, since there is no prefix
+        elif name == "cu_seq_lens_k" and tensor is batch["cu_seq_lens_q"]:
+            padded[name] = padded["cu_seq_lens_q"]
+        elif name.startswith("cu_seq_lens"):
+            padded[name] = F.pad(tensor, (0, 1), value=int(tensor[-1]) + more)
+        elif name == "key_index":  # the padding's keys are its own tokens
+            padded[name] = torch.cat([tensor, torch.arange(tokens - more, tokens)])
+        elif name == "key_order":
+            padded[name] = torch.cat([tensor, torch.arange(len(tensor), len(tensor) + more)])
+        elif name == "prefix_length":
+            padded[name] = tensor
         elif name == "trained":
             padded[name] = tensor + tensor // (tokens - more) * more
         elif tensor.dim() == 2:

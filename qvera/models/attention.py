@@ -4,11 +4,11 @@
 sdpa takes its fastest kernel, transformers makes no mask [B, 1, T, T], and no layer waits for the device.
 
 **Rows in one sequence** (``data.packing``, ``data.prefix_once``) go through `torch.nn.attention.varlen` where it runs:
-in 16 bits on a card that has torch's flash kernel. Elsewhere a dense mask does it.
+in 16 bits on a card that has torch's flash kernel. A CPU takes rows of like length together (`attend_in_groups`).
+Elsewhere a dense mask does it.
 
-Both are registered as transformers' attention implementations (`choose_implementation`). Accelerators use them, and
-read no value of a batch on the host. A CPU keeps sdpa, except for passes of many adapters. This has run on CPUs and on
-the tests' fake accelerator, not on a GPU.
+Both are registered as transformers' attention implementations (`choose_implementation`). On accelerators they read no
+value of a batch on the host. This has run on CPUs and on the tests' fake accelerator, not on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import inspect
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,20 +114,18 @@ def require_packing(model: PreTrainedModel) -> None:
         )
 
 
-def implementation_on(
-    device: torch.device | None, config: PretrainedConfig, dtype: torch.dtype, whole_rows: bool = False
-) -> str:
+def implementation_on(device: torch.device | None, config: PretrainedConfig, dtype: torch.dtype) -> str:
     """Return the attention implementation that replaces sdpa on a device; ``sdpa``: nothing replaces it.
 
     ``device`` None stands for a card that is not here, and that runs all that the installed torch has.
-    ``whole_rows``: rows are joined without a common prefix. Then a CPU takes offsets too.
     """
     if not is_joinable(config):
         return "sdpa"
-    dropout = getattr(config, "attention_dropout", None)
+    if getattr(config, "attention_dropout", None):
+        return CAUSAL
     if device is not None and not accelerator.is_accelerator(device):
-        return VARLEN if whole_rows and not dropout else "sdpa"
-    if dtype.itemsize != 2 or dropout or varlen_kernel() is None:
+        return VARLEN  # `attend_in_groups`
+    if dtype.itemsize != 2 or varlen_kernel() is None:
         return CAUSAL
     heads = config.num_attention_heads
     grouped = getattr(config, "num_key_value_heads", None) or heads
@@ -135,12 +133,10 @@ def implementation_on(
     return VARLEN if device is None or varlen_runs(device, dtype, heads // grouped, head_dim) else CAUSAL
 
 
-def choose_implementation(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, whole_rows: bool = False
-) -> None:
+def choose_implementation(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Replace the sdpa of a loaded model by what its device runs (`implementation_on`)."""
     name = model.config._attn_implementation
-    if name == "sdpa" and (better := implementation_on(device, model.config, dtype, whole_rows)) != "sdpa":
+    if name == "sdpa" and (better := implementation_on(device, model.config, dtype)) != "sdpa":
         model.set_attn_implementation(better)
 
 
@@ -235,57 +231,79 @@ def varlen_attention(
         return kernel(
             query, key, value, ends_q, ends_k, longest_q, longest_k, scale=scale, window_size=(-1, 0), enable_gqa=True
         )
-    if torch.equal(ends_q, ends_k):
-        return attend_in_groups(query, key, value, ends_q, scale)
-    # rows behind a prefix, one by one: the reference of `varlen_runs` is made here
-    parts = []
-    rows_q, rows_k = (itertools.starmap(slice, itertools.pairwise(ends.tolist())) for ends in (ends_q, ends_k))
-    for row_q, row_k in zip(rows_q, rows_k, strict=True):
-        q, k, v = (x.transpose(0, 1) for x in (query[row_q], key[row_k], value[row_k]))
-        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
-        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True))
-    return torch.cat(parts, 1).transpose(0, 1)
+    return attend_in_groups(query, key, value, ends_q, ends_k, scale)
 
 
 def attend_in_groups(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends_q: torch.Tensor,
+    ends_k: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
-    """Compute `varlen_attention` on a CPU for rows with as many keys as queries: one sdpa for rows of like length."""
-    there, back, sizes = groups_of(tuple(ends.tolist()))
-    padded = [x.index_select(0, there).split([rows * length for rows, length in sizes]) for x in (query, key, value)]
+    """Compute `varlen_attention` on a CPU: one sdpa for rows of like length behind as many keys of a prefix."""
+    groups, of_q, of_k, back = groups_of(tuple(ends_q.tolist()), tuple(ends_k.tolist()))
+    q_sizes = [each.rows * each.length for each in groups]
+    k_sizes = [each.rows * (each.prefix + each.length) for each in groups]
+    padded_q = query.index_select(0, of_q).split(q_sizes)
+    padded_k, padded_v = (x.index_select(0, of_k).split(k_sizes) for x in (key, value))
     outputs = []
-    for (rows, length), *parts in zip(sizes, *padded, strict=True):
+    for group, *parts in zip(groups, padded_q, padded_k, padded_v, strict=True):
         # torch's kernel takes twice as long for a short row in 16 bits, and keeps less of it
-        wide = query.dtype if query.dtype.itemsize > 2 or length > FP32_TOKENS else torch.float32
-        q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2).to(wide) for x in parts)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        wide = torch.float32 if group.is_short and query.dtype.itemsize == 2 else query.dtype
+        q, k, v = (x.view(group.rows, -1, *x.shape[1:]).transpose(1, 2).to(wide) for x in parts)
+        mask = _behind_prefix(group.prefix, group.length, wide) if group.prefix else None
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1).to(query.dtype))
     return torch.cat(outputs).index_select(0, back)
 
 
+@functools.lru_cache(maxsize=8)  # one for all layers
+def _behind_prefix(prefix: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """An additive mask [length, prefix + length]: causal order of rows behind a prefix."""
+    return torch.full((length, prefix + length), -torch.inf, dtype=dtype).triu(prefix + 1)
+
+
+class Group(NamedTuple):
+    """Rows that a CPU attends to together."""
+
+    rows: int
+    length: int  # queries of each row, padding included
+    prefix: int  # keys before them
+    is_short: bool  # at most `FP32_TOKENS` keys
+
+
 @functools.lru_cache(maxsize=2)  # all layers of a pass have the same rows
-def groups_of(ends: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+def groups_of(
+    ends_q: tuple[int, ...], ends_k: tuple[int, ...]
+) -> tuple[list[Group], torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pad rows that stand one behind the other, in groups of like length.
 
-    Returns the token at each place of the groups, int64 [Σ rows · length]; the place of each token, int64 [T]; and
-    (rows, length) of each group.
+    Returns the groups; the token at each place of their queries, and of their keys, int64 [Σ rows · length]; and the
+    place of each token's query, int64 [T].
     """
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for begin, end in itertools.pairwise(ends):
-        groups.setdefault(round_up_length(end - begin, _GROUPS_PER_OCTAVE), []).append((begin, end))
-    taken, sizes, placed = [], [], 0
-    back = torch.empty(ends[-1], dtype=torch.int64)
-    for rows in groups.values():
+    alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for (begin, end), (first_key, last_key) in zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True):
+        prefix = last_key - first_key - (end - begin)
+        alike.setdefault((prefix, round_up_length(end - begin, _GROUPS_PER_OCTAVE)), []).append((begin, end, first_key))
+    groups, of_q, of_k, placed = [], [], [], 0
+    back = torch.empty(ends_q[-1], dtype=torch.int64)
+    for (prefix, at_most), rows in alike.items():
         # rounded up, as the lengths of whole batches are: torch keeps kernels for each new length (bench/log.md)
-        length = round_up_length(max(end - begin for begin, end in rows))
+        length = round_up_length(max(end - begin for begin, end, _ in rows))
         columns = torch.arange(length)
-        for begin, end in rows:
+        for begin, end, first_key in rows:
             # filled up with its own last token, which causal order hides: a row that is not finite stays alone
-            taken.append(torch.clamp(begin + columns, max=end - 1))
+            of_q.append(torch.clamp(begin + columns, max=end - 1))
+            own = first_key + prefix
+            of_k += [torch.arange(first_key, own), torch.clamp(own + columns, max=own + end - begin - 1)]
             back[begin:end] = placed + columns[: end - begin]
             placed += length
-        sizes.append((len(rows), length))
-    return torch.cat(taken), back, sizes
+        groups.append(Group(len(rows), length, prefix, prefix + at_most <= FP32_TOKENS))
+    return groups, torch.cat(of_q), torch.cat(of_k), back
 
 
 class _KeysOfRows(torch.autograd.Function):

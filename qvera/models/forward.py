@@ -54,7 +54,7 @@ def make_batch(
     batch = batch or collate(examples, pad_id, device, masked=needs_padding_mask(inner))
     dtype = linear.embedding_dtype(inner.get_input_embeddings())
     # on a CPU in 16 bits few lengths may come up: torch and oneDNN keep kernels for each (bench/log.md)
-    if rounds_lengths(dtype, device.type) and "prefix_length" not in batch:
+    if rounds_lengths(dtype, device.type):
         tokens = batch["input_ids"].shape[1]
         wanted = round_up_length(tokens)
         if "cu_seq_lens_q" not in batch:

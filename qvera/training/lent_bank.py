@@ -110,7 +110,7 @@ def _implementation(model: Any) -> str:
     if name != "sdpa":
         return name
     device, dtype = next(model.parameters()).device, linear.embedding_dtype(model.get_input_embeddings())
-    return implementation_on(device, model.config, dtype, whole_rows=True)
+    return implementation_on(device, model.config, dtype)
 
 
 def require_trainable_base(base: Base) -> None:

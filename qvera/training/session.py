@@ -25,7 +25,7 @@ from qvera.distributed.processes import Processes
 from qvera.distributed.zero import BaseSharder, ZeroConfig, require_deepspeed, zero_config_of
 from qvera.evaluation.held_out import longer_references
 from qvera.models import quantization
-from qvera.models.attention import choose_implementation, require_packing
+from qvera.models.attention import require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.loader import Base, dense_note, load_base, pick_compute_dtype
 from qvera.models.structure import require_positions
@@ -165,8 +165,6 @@ class TrainingSession:
         self.builds_per_pass = BUILDS_UNHELD if self.plan is None else self.plan.builds_per_pass
         model_class = self.task.model_class(self.datasets)
         self.base = self._load_base(model_class)
-        if recipe.data.has_adapters:  # attention that joins whole rows, where the device has one
-            choose_implementation(self.base.model, self.device, dtype, whole_rows=True)
         if (recipe if self.plan is None else self.plan.recipe).model.resident is True:  # a plan has decided on auto
             quantization.hold_resident(self.base.model)
         facts = self.base.facts

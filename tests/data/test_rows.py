@@ -174,20 +174,30 @@ def test_only_16_bit_products_on_a_cpu() -> None:
 
 @pytest.mark.parametrize(
     ("attention", "kind"),
-    [("sdpa", "padded"), ("eager", "padded"), ("sdpa", "equal"), ("eager", "one row"), ("sdpa", "joined")],
+    [
+        ("sdpa", "padded"),
+        ("eager", "padded"),
+        ("sdpa", "equal"),
+        ("eager", "one row"),
+        ("sdpa", "joined"),
+        (VARLEN, "joined by offsets"),
+    ],
 )
 def test_a_padded_batch_has_the_losses_and_gradients_of_the_batch(attention: str, kind: str) -> None:
     model = small_llama(attn_implementation=attention)
-    lengths = {"padded": (11, 19, 7), "equal": (13, 13), "one row": (17,), "joined": (21, 25, 23)}
-    rows = rows_of(*lengths[kind], prefix=5)
-    batch = collate_prefix_once(rows, packing=True) if kind == "joined" else collate(rows, 2)
+    lengths = {"padded": (11, 19, 7), "equal": (13, 13), "one row": (17,)}
+    rows = rows_of(*lengths.get(kind, (21, 25, 23)), prefix=5)
+    how = {"joined": Joined.MASK, "joined by offsets": Joined.OFFSETS}.get(kind)
+    batch = collate_prefix_once(rows, packing=True, joined=how) if how else collate(rows, 2)
     assert batch is not None
     longer = pad_batch(batch, batch["input_ids"].shape[1] + 6, 2)
     assert longer["labels"].shape[1] == batch["labels"].shape[1] + 6
     assert pad_batch(batch, batch["labels"].shape[1], 2) is batch
     found = []
     for one in (batch, longer):
-        if (sees := one["attention_mask"]).dim() == 4:
+        if how is Joined.OFFSETS:
+            one["attention_mask"] = open_mask(VARLEN, one["input_ids"])
+        elif (sees := one["attention_mask"]).dim() == 4:
             one["attention_mask"] = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
         model.zero_grad()
         nll, count = forward.batch_nll(model, one, 8)

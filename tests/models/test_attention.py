@@ -81,27 +81,32 @@ def test_a_model_that_sees_later_tokens_keeps_its_mask() -> None:
 
 LENGTHS = (5, 1, 140, 33, 48, 7, 6)  # two are padded to one length, one is beyond what goes to fp32
 ENDS = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+BEHIND = (0, 9, 9, 0, 9, 9, 9)  # the keys before each row's own, where some rows have a prefix
+ENDS_BEHIND = torch.tensor([0, *itertools.accumulate(map(sum, zip(LENGTHS, BEHIND, strict=True)))], dtype=torch.int32)
 
 
-def joined_rows(dtype: torch.dtype) -> list[torch.Tensor]:
+def joined_rows(dtype: torch.dtype, ends_k: torch.Tensor = ENDS) -> list[torch.Tensor]:
     """Queries, keys and values of rows one behind the other; two heads share one key."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = (torch.randn(sum(LENGTHS), heads, 16, generator=generator) for heads in (4, 2, 2))
-    return [x.to(dtype).requires_grad_() for x in drawn]
+    generator, sizes = torch.Generator().manual_seed(0), ((sum(LENGTHS), 4), (int(ends_k[-1]), 2), (int(ends_k[-1]), 2))
+    return [torch.randn(*size, 16, generator=generator).to(dtype).requires_grad_() for size in sizes]
 
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 6e-3), (torch.float16, 8e-4)],
 )
-def test_rows_in_groups_of_like_length_attend_as_row_by_row(dtype: torch.dtype, tolerance: float) -> None:
-    inputs = joined_rows(dtype)
+@pytest.mark.parametrize("ends_k", [ENDS, ENDS_BEHIND], ids=["whole rows", "rows behind a prefix"])
+def test_rows_in_groups_of_like_length_attend_as_row_by_row(
+    dtype: torch.dtype, tolerance: float, ends_k: torch.Tensor
+) -> None:
+    inputs = joined_rows(dtype, ends_k)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    q, k, v = inputs
-    found, alone = attend_in_groups(q, k, v, ENDS, 0.2), []
-    for begin, end in itertools.pairwise(ENDS.tolist()):
-        q, k, v = (x[begin:end].transpose(0, 1) for x in exact)
-        alone.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.2, enable_gqa=True))
+    found, alone = attend_in_groups(*inputs, ENDS, ends_k, 0.2), []
+    rows = [itertools.starmap(slice, itertools.pairwise(ends.tolist())) for ends in (ENDS, ends_k)]
+    for row_q, row_k in zip(*rows, strict=True):
+        q, k, v = (x[row].transpose(0, 1) for x, row in zip(exact, (row_q, row_k, row_k), strict=True))
+        sees = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        alone.append(F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=0.2, enable_gqa=True))
     wanted = torch.cat(alone, 1).transpose(0, 1)
     g = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     ours = found, *torch.autograd.grad(found, inputs, g)
@@ -118,7 +123,7 @@ def test_a_joined_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bi
         if value is not None:
             for x in inputs:
                 x.data[~others] = value
-        out = attend_in_groups(q, k, v, ENDS, 0.2)
+        out = attend_in_groups(q, k, v, ENDS, ENDS, 0.2)
         assert bool(out[~others].isfinite().all()) == (value is None)
         results.append([x[others] for x in (out, *torch.autograd.grad(out.square().sum(), inputs))])
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
@@ -172,7 +177,7 @@ def test_padded_batches_and_masks_are_taken_as_sdpa_takes_them(implementation: s
 def test_which_implementation_stands_in_for_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     card, half = torch.device("cuda", 0), torch.bfloat16
     config = model_of("llama", "sdpa").config
-    assert implementation_on(torch.device("cpu"), config, half) == "sdpa"
+    assert implementation_on(torch.device("cpu"), config, half) == VARLEN
     assert implementation_on(None, config, torch.float32) == CAUSAL
     monkeypatch.setattr(attention, "varlen_kernel", lambda: None)
     assert implementation_on(None, config, half) == CAUSAL
@@ -181,10 +186,10 @@ def test_which_implementation_stands_in_for_sdpa(monkeypatch: pytest.MonkeyPatch
     for works, name in ((False, CAUSAL), (True, VARLEN)):
         monkeypatch.setattr(attention, "varlen_runs", lambda *_, works=works: works)
         assert implementation_on(card, config, half) == name
-    assert implementation_on(torch.device("cpu"), config, half, whole_rows=True) == VARLEN
+    config.attention_dropout = 0.1
+    assert implementation_on(torch.device("cpu"), config, half) == implementation_on(card, config, half) == CAUSAL
     config.sliding_window = 8
-    assert implementation_on(card, config, half) == "sdpa"
-    assert implementation_on(torch.device("cpu"), config, half, whole_rows=True) == "sdpa"
+    assert implementation_on(torch.device("cpu"), config, half) == implementation_on(card, config, half) == "sdpa"
 
 
 class _Flash(torch.autograd.Function):

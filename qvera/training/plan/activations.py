@@ -29,7 +29,6 @@ from qvera.adapters.methods import Source
 from qvera.adapters.methods.base import Change, LinearBytes, trains_pair
 from qvera.config import plugins
 from qvera.kernels.low_rank import B_BLOCK_ELEMENTS
-from qvera.models.attention import FP32_TOKENS
 from qvera.models.experts import DENSE_WEIGHTS
 from qvera.models.lean_layers import TILED_ABOVE_TOKENS, tile_tokens
 from qvera.models.linear import BLOCK_WEIGHTS, backward_by_blocks
@@ -115,14 +114,20 @@ def method_bytes(run: PlannedRun, x: Linear) -> LinearBytes:
     return run.method.memory(run.recipe.adapter, x, tokens, machine.dtype, machine.on_gpu)
 
 
-def _groups(run: PlannedRun) -> list[tuple[int, int]]:
-    """Return the places (padding included) of each group of rows that a CPU attends to, and the bytes of a number.
+def _groups(run: PlannedRun) -> list[tuple[int, int, int]]:
+    """Return the places of queries and of keys (padding included) of each group of rows, and the bytes of a number.
 
     Joined rows go in groups of like length (`qvera.models.attention.attend_in_groups`); [] elsewhere.
     """
     groups = () if run.machine.on_gpu or run.attention == "eager" else run.batch.groups
     wide = max(run.itemsize, 4)
-    return [(rows * length, wide if length <= FP32_TOKENS else run.itemsize) for rows, length in groups]
+    return [(x.rows * x.length, x.rows * (x.prefix + x.length), wide if x.is_short else run.itemsize) for x in groups]
+
+
+def mask_bytes(run: PlannedRun) -> int:
+    """Return the bytes of the masks that all layers share, of rows behind a prefix on a CPU."""
+    groups = zip(run.batch.groups, _groups(run), strict=False)
+    return sum({x: x.length * (x.prefix + x.length) * wide for x, (_, _, wide) in groups if x.prefix}.values())
 
 
 def _attention_bytes(run: PlannedRun) -> int:
@@ -134,11 +139,10 @@ def _attention_bytes(run: PlannedRun) -> int:
         return 3 * q * size + squares * 4 + (squares * size if size < 4 else 0) + normed
     if groups := _groups(run):
         # padded queries, keys and values (a group's own where it goes to fp32), the output, and a number for each
-        qkv = (s.heads + 2 * s.kv_heads) * s.head_dim
-        shared = any(wide == size for _, wide in groups)
-        kept = sum(places for places, _ in groups) * qkv * size if shared else 0
-        kept += sum(places * qkv * wide for places, wide in groups if wide > size)
-        return kept + sum(places * s.heads * (s.head_dim * wide + 4) for places, wide in groups) + normed
+        sizes = [((queries * s.heads + 2 * keys * s.kv_heads) * s.head_dim, wide) for queries, keys, wide in groups]
+        kept = size * sum(numbers for numbers, _ in sizes) if any(wide == size for _, wide in sizes) else 0
+        kept += sum(numbers * wide for numbers, wide in sizes if wide > size)
+        return kept + sum(queries * s.heads * (s.head_dim * wide + 4) for queries, _, wide in groups) + normed
     masked = b.padded or (b.joined and not b.offsets)
     # with a mask sdpa repeats grouped keys and values, and so do we where there is no flash attention for them
     repeats = (masked and run.attention == "sdpa") or (run.machine.on_gpu and run.machine.dtype != torch.bfloat16)
@@ -253,8 +257,8 @@ def transient_bytes(run: PlannedRun) -> int:
         moments.append(2 * g + 2 * heads + 2 * b.rows * s.heads * b.tokens**2 * 4)
     elif groups := _groups(run):  # the padded gradients of all, twice, and of one group in its own dtype
         each, kv_each = s.heads * s.head_dim, s.kv_heads * s.head_dim
-        workspace = sum(places for places, _ in groups) * (3 * each + 4 * kv_each) * size
-        workspace += max(places * 2 * (each + kv_each) * wide for places, wide in groups)
+        workspace = sum(queries * 3 * each + keys * 4 * kv_each for queries, keys, _ in groups) * size
+        workspace += max((queries * 2 * each + keys * 2 * kv_each) * wide for queries, keys, wide in groups)
         moments.append(g + 2 * heads + 2 * kv + workspace)
     else:  # flash attention on a GPU: ∂q in fp32, and with grouped keys ∂k and ∂v of every head
         # read in torch's source (``mha_bwd`` in flash_api.cpp)

@@ -7,7 +7,6 @@ where the run fits only so.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shlex
@@ -20,8 +19,8 @@ import numpy as np
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
 from qvera.data.images import ImageTextProcessor
-from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, round_up_length
-from qvera.models.attention import groups_of
+from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, pad_batch, round_up_length
+from qvera.models.attention import Group, groups_of
 from qvera.models.checkpointing import Mode
 from qvera.tasks import task_of
 from qvera.training.plan.activations import offloaded_bytes
@@ -156,12 +155,12 @@ def batch_of(
     tokens = batch["input_ids"].shape[1]
     tokens = round_up_length(tokens) if rounded else tokens
     source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
-    groups: tuple[tuple[int, int], ...] = ()
-    offsets = "cu_seq_lens_q" in batch
+    groups: tuple[Group, ...] = ()
+    if offsets := "cu_seq_lens_q" in batch:
+        filled = pad_batch(batch, tokens, 0)
+        ends_q, ends_k = (tuple(filled[name].tolist()) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+        groups = tuple(groups_of(ends_q, ends_k)[0])
     keys = len(batch["key_index"]) if "key_index" in batch else 0
-    if offsets and not keys:
-        filled = [tokens - sum(lengths)] if tokens > sum(lengths) else []
-        groups = tuple(groups_of(tuple(itertools.accumulate(lengths + filled, initial=0)))[2])
     packed = rows if packing else 0
     return Batch(1, tokens, trained, False, True, source, longest, packed, offsets=offsets, keys=keys, groups=groups)
 

@@ -27,6 +27,7 @@ from qvera.tasks import task_of
 from qvera.training.plan.activations import (
     kept_bytes,
     kinds_of_layers,
+    mask_bytes,
     method_bytes,
     norm_bytes,
     product_shapes,
@@ -176,7 +177,7 @@ def plan_memory(run: PlannedRun) -> Memory:
     # for each kind of layer: what it keeps, the most beside it, how many such layers there are
     layers = [(kept_bytes(each), transient_bytes(each), number) for each, number in kinds_of_layers(run)]
     # what all layers share: pixels, cosines and sines, a dense mask, three integers a token, and the final norm's input
-    mask = batch.tokens**2 * item if batch.joined and not batch.offsets else 0
+    mask = batch.tokens**2 * item if batch.joined and not batch.offsets else mask_bytes(run)
     once = batch.pixels * item + 2 * batch.tokens * shape.head_dim * item + mask + 3 * T * 8 + norm_bytes(run)
     moments: dict[str, tuple[Component, ...]] = {}
     # backward: recomputed layers are there one at a time, otherwise all at once

@@ -255,7 +255,7 @@ def make_plan(
     # the attention of the run, and by it the form of the longest batch
     name = recipe.model.attn_implementation.replace("auto", shape.attention)
     if name == "sdpa":
-        name = implementation_on(device if machine.on_gpu else torch.device("cpu"), config, machine.dtype, many)
+        name = implementation_on(device if machine.on_gpu else torch.device("cpu"), config, machine.dtype)
     prefix_once = recipe.data.prefix_once and task.joins_rows
     joined = joining_of(config, name, prefix_once, recipe.data.packing, whole_rows=many)
     # TRL pads rows to their own length, and masks the padding

@@ -22,6 +22,7 @@ from qvera.adapters.products import fused
 from qvera.config.schema import Recipe
 from qvera.config.sections import ModelSection
 from qvera.distributed.zero import ZeroConfig
+from qvera.models.attention import Group
 from qvera.models.checkpointing import Mode
 from qvera.models.experts import expert_specs, require_experts
 from qvera.models.loader import pick_compute_dtype
@@ -370,7 +371,7 @@ class Batch:
     token_counts: int = 1  # how many different numbers of tokens the run's forward passes have
     offsets: bool = False  # offsets tell joined rows apart, and not a dense mask
     keys: int = 0  # keys of all rows together, where each row has its own copy of those of the common prefix; else 0
-    groups: tuple[tuple[int, int], ...] = ()  # rows and length of each group that a CPU attends to (`models.attention`)
+    groups: tuple[Group, ...] = ()  # that a CPU attends to one by one
     pixels: int = 0  # pixel values of the images among its text
     images: int = 0  # how many these are
 

@@ -208,7 +208,7 @@ def test_a_pass_with_many_adapters(joined: bool, dtype: torch.dtype, checkpointi
         ids, labels, trained = (others.pop(name) for name in ("input_ids", "labels", "trained"))
         assert len(trained) == of.trained_tokens
         mask, lengths = open_mask(VARLEN, ids), row_tokens({"input_ids": ids, **others}, rows)
-        shared = 8 * (sum(count * length for count, length in of.groups) + of.tokens)
+        shared = 8 * (sum(x.rows * 2 * x.length for x in of.groups) + of.tokens)  # the places of queries and of keys
         if method == "lora":  # z of the slots, filled up to one length: a plan does not know which row has which slot
             longest = max(sum(lengths[0::2]), sum(lengths[1::2]))
             shared += (2 * longest - of.tokens) * 8 * dtype.itemsize * 7 * BIG["num_hidden_layers"]
@@ -223,6 +223,25 @@ def test_a_pass_with_many_adapters(joined: bool, dtype: torch.dtype, checkpointi
         if not checkpointing:
             assert kept + shared == pytest.approx(live.kept_bytes(model, ids, mask, **others), rel=1e-3)
         check_peak(step, live.step_peak_bytes(model, ids, mask, labels, CHUNK, **others))
+
+
+@pytest.mark.parametrize(("dtype", "checkpointing"), [(BF16, False), (F32, False), (F32, True)])
+def test_rows_behind_a_common_prefix(dtype: torch.dtype, checkpointing: bool) -> None:
+    rows = rows_of(260, 60, 44, 140, 52, 58, prefix=24)
+    of = batch_of(rows, Joined.OFFSETS, rounded=dtype == BF16)
+    assert of.keys and {group.prefix for group in of.groups} == {0, 24}
+    inputs = collate_prefix_once(rows, joined=Joined.OFFSETS)
+    assert inputs is not None
+    others = pad_batch(inputs, of.tokens, 0)
+    ids, labels = others.pop("input_ids"), others.pop("labels")
+    mask = open_mask(VARLEN, ids)
+    kept, step = planned(recipe("sdpa", checkpointing, rank=64), of, dtype, {**BIG, "num_key_value_heads": 2})
+    model = live.tiny(recipe(rank=64), dtype, attn_implementation=VARLEN, **{**BIG, "num_key_value_heads": 2})
+    enable_checkpointing(model, checkpointing)
+    if not checkpointing:  # which token is where is known to all layers
+        shared = 8 * (sum(x.rows * (2 * x.length + x.prefix) for x in of.groups) + of.tokens + 2 * of.keys)
+        assert kept + shared == pytest.approx(live.kept_bytes(model, ids, mask, **others), rel=1e-3)
+    check_peak(step, live.step_peak_bytes(model, ids, mask, labels, CHUNK, **others))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
