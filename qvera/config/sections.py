@@ -182,7 +182,7 @@ class DataSection(DataSource):
     prefix_once: Annotated[Bool, _CAUSAL] = True
     """Compute the common beginning of a batch's rows (a system prompt, an instruction) once for all of them, where that
     is faster. The results are the same. Only for Llama-like models with sdpa or eager attention. Attention then tells
-    rows apart by a mask, or by their offsets on a GPU that runs torch's variable-length attention."""
+    rows apart by their offsets, or by a mask on a GPU that does not run torch's variable-length attention."""
     packing: Annotated[Bool, _CAUSAL] = False
     """Put as many rows as fit into one sequence of ``max_length`` tokens, without padding. Each row attends only to
     itself, and losses and gradients are those of padded rows (tested with sdpa and eager attention and with offsets,

@@ -7,6 +7,7 @@ where the run fits only so.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
@@ -19,7 +20,7 @@ import numpy as np
 from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
 from qvera.data.images import ImageTextProcessor
-from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, pad_batch, round_up_length
+from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, round_up_length
 from qvera.models.attention import Group, groups_of
 from qvera.models.checkpointing import Mode
 from qvera.tasks import task_of
@@ -157,8 +158,11 @@ def batch_of(
     source = f"the longest batch of the data: {rows} rows joined into {tokens:,} tokens"
     groups: tuple[Group, ...] = ()
     if offsets := "cu_seq_lens_q" in batch:
-        filled = pad_batch(batch, tokens, 0)
-        ends_q, ends_k = (tuple(filled[name].tolist()) for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+        prefix = batch.get("prefix_length", 0)
+        own = [length - prefix for length in lengths]
+        around = prefix, tokens - prefix - sum(own)  # the prefix is a row too, and so is what fills the sequence up
+        rows_q, rows_k = (filter(None, [around[0], *each, around[1]]) for each in (own, lengths))
+        ends_q, ends_k = (tuple(itertools.accumulate(each, initial=0)) for each in (rows_q, rows_k))
         groups = tuple(groups_of(ends_q, ends_k)[0])
     keys = len(batch["key_index"]) if "key_index" in batch else 0
     packed = rows if packing else 0
