@@ -33,6 +33,7 @@ from qvera.adapters.projection import require_same_pairs
 from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
+from qvera.models.hub import fingerprint_of
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, save_token_rows
 from qvera.utils.errors import InputError, first_line
@@ -121,10 +122,12 @@ _PROJECTIONS = {
 }
 
 
-def check_start(section: AdapterSection) -> None:
+def check_start(section: AdapterSection, base: ModelSection | None = None) -> None:
     """Check ``section.init_from`` as far as possible without a model; InputError if it does not fit."""
     if section.init_from is not None:
-        _read_start(new_config(section), section.init_from)
+        theirs, _ = _read_start(new_config(section), section.init_from)
+        if base is not None:
+            require_base(theirs, section.init_from, base.path, fingerprint_of(base))
 
 
 def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:

@@ -427,8 +427,9 @@ def _talk(first: list[Turn], seed: int, answer: Answer) -> None:
             turns.append(Turn("user", text))
             try:
                 turns.append(Turn("assistant", answer(first + turns, seed + len(turns))))
-            except QveraError as error:
+            except (QveraError, KeyboardInterrupt) as error:
                 if not sys.stdin.isatty():
                     raise
                 turns.pop()  # the conversation before it is kept
-                say(str(error))
+                stopped = "\nStopped: this message and its answer are forgotten. /quit ends the conversation."
+                say(stopped if isinstance(error, KeyboardInterrupt) else str(error))

@@ -239,7 +239,7 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
     longer = f"{shorter} --resume --set training.max_steps={2 * steps}"
     find = f"{command} --find-lr"
     first, last = result.get("train_loss_first"), result.get("train_loss_last")
-    if share < 0 and first and last and last < first * (1 - HARDLY):
+    if share < 0 and first and last and last < first * (1 - HARDLY) and result.get("epochs", 0) > 1:
         return f"{change}, while the training loss fell: the rows are learnt by heart. Add rows, or take fewer steps."
     has_ended = fixed_length or result.get("stopped_early") or "adapters" in run
     if not has_ended and share >= NOTHING and steps < FEW_STEPS:

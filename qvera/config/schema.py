@@ -347,7 +347,7 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         _note_lines(node, (), lines)  # again: merge keys have been replaced by what they stand for
         return tree, lines
     except yaml.YAMLError as error:
-        hint, indentation = "", _indentation(error, text)
+        hint, indentation = "", _without_colon(error, text) or _indentation(error, text)
         if "character '\\t'" in str(error):
             hint = " Indent with spaces, not with tabs."
         if "mapping values are not" in str(error) and indentation is None:
@@ -361,6 +361,18 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         ) from None
     finally:
         loader.dispose()
+
+
+def _without_colon(error: yaml.YAMLError, text: str) -> str | None:
+    """Name a line at an error of PyYAML's, or the one before, that lacks the colon or the space of ``key: value``."""
+    mark = getattr(error, "problem_mark", None)
+    lines = text.splitlines()[: mark.line + 1] if mark is not None else []
+    written = [(n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip() and line.strip()[0] != "#"]
+    for number, line in reversed(written[-2:]):
+        found = re.fullmatch(r"(\w+)(?::|\s+|$)(.*)", line)
+        if found and not re.search(r":(\s|$)", line):
+            return f"line {number} is no key with its value. Write `{found[1]}: {found[2] or 'VALUE'}`."
+    return None
 
 
 def _indentation(error: yaml.YAMLError, text: str) -> str | None:

@@ -136,7 +136,8 @@ class Labels:
                 if _as_number(str(row.reference)) is None:
                     raise InputError(
                         f"{row.source}: the label {row.reference!r} is no number, and this is a regression "
-                        "(data.regression). Fix the row, or set data.regression: false for classes."
+                        "(data.regression). Fix the row (decimals are as in 2.5), or set data.regression: false for "
+                        "classes."
                     )
             return np.array([float(str(row.reference)) for row in rows], np.float32)
         numbers = {name: number for number, name in enumerate(self.names)}
@@ -239,7 +240,8 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
     if section.rows_per_label is None and len(found) > max(40, 0.9 * len(train)):
         raise InputError(
             f"{section.path}: {len(found):,} labels in {len(train):,} training rows: nearly all occur once. Is the "
-            "column an id or an answer? Name that of the labels in data.columns ({label: YOUR_COLUMN})."
+            "column an id or an answer? Name that of the labels in data.columns ({label: YOUR_COLUMN}). Numbers to "
+            "come near to are written as in 2.5."
         )
     labels = Labels(tuple(section.label_names or [*known, *others]))
     for rows in (train, *held_out):

@@ -169,6 +169,12 @@ def find_target(
         return _adapter_target(path, given, run)
     if not (path / "config.json").is_file():
         refuse_runs(path)
+        if (path / CERTIFICATE).is_file():
+            certificate = read_certificate(path)
+            raise InputError(
+                f"{path}: is an export to {certificate['kind']}, which llama.cpp and Ollama open. For qvera name what "
+                f"it was exported from, {certificate['adapter']['path']}."
+            )
         raise InputError(
             f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor an "
             "exported checkpoint (no config.json)."

@@ -105,7 +105,8 @@ def _known(path: Path) -> tuple[dict[str, Path], str]:
     assert root is not None
     known = named_directories(root)
     if not known:
-        raise InputError(f"{path}: has no finished adapter yet; go on with `qvera train ... --resume`.")
+        recipe = root.parent / RECIPE_FILE
+        raise InputError(f"{path}: has no finished adapter yet; go on with `qvera train {recipe} --resume`.")
     names = ", ".join(map(shown_name, list(known)[:_SHOWN_NAMES]))
     more = f" and {len(known) - _SHOWN_NAMES:,} more; `qvera info {path}` lists them" * (len(known) > _SHOWN_NAMES)
     return known, f"There are: {names}{more}."

@@ -60,6 +60,8 @@ class RangeTestResult:
 
 def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult | None:
     """Load rows and model of the session, take the steps and write the curve (`trainer.find_lr`)."""
+    if ramp.steps < MIN_POINTS:
+        session.warn(f"--lr-steps: {ramp.steps} steps draw a curve; to suggest a rate takes {MIN_POINTS} or more.")
     session.load_data()
     session.load_model()
     loop = AloneLoop(session, ramp)

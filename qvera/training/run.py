@@ -82,6 +82,9 @@ class Run(ABC):
             )
         if self.resume:
             self.group.on_first(self.check_length)
+            own = (try_read_json(self.run_dir / "run.json") or {}).get("own") or {}
+            if gone := [name for name in own.get("metrics") or () if name not in self.session.task.own_metrics]:
+                self.warn(f"metrics: the run goes on without {', '.join(gone)}, which it was begun with.")
 
     def check_length(self) -> None:
         """Say how a run goes on that has more steps now. InputError where it can't have more, or has fewer."""

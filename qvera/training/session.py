@@ -146,13 +146,13 @@ class TrainingSession:
 
     def check_model(self) -> None:
         """Check plan, targets and ``adapter.init_from``, without weights of the base. InputError if one is wrong."""
-        self.group.agree(lambda: check_start(self.recipe.adapter))
+        self.group.agree(lambda: check_start(self.recipe.adapter, self.recipe.model))
         self._plan_memory()
 
     def load_model(self) -> None:
         """Plan the memory, load the base and put a fresh adapter on it."""
         recipe, group = self.recipe, self.group
-        group.agree(lambda: check_start(recipe.adapter))  # first: loading a large base takes minutes
+        group.agree(lambda: check_start(recipe.adapter, recipe.model))  # first: loading a large base takes minutes
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))

@@ -87,6 +87,10 @@ IN_A_CALL = f'{{"messages": [{{"role": "user", "content": "x"}}, {CALL}]}}'
 OWN_BASE = recipe("model", "run/recipe.yaml", path="model")
 BROKEN = write("model/qvera_export.json", '{"adapter": {}}')
 OTHER_HASH = {"projection_sha256": "0" * 64}
+GGUF = (
+    '{"kind": "gguf", "base": {"path": "b", "weights": "original"}, "adapter": {"path": "runs/my", "sha256": "0"}, '
+    '"files": {}, "delta": {}}'
+)
 
 # name: (the command, what the message must say, how it is spoilt)
 TABLE: dict[str, tuple[Any, ...]] = {
@@ -157,6 +161,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),
     "file for a run": ("info rows.jsonl", "rows.jsonl: is a file, not a directory"),
     "neither run nor adapter": ("info model", "is neither a run"),
+    "a GGUF to generate with": (
+        "generate out --prompt x",
+        "is an export to gguf, which llama.cpp and Ollama open. For qvera name what it was exported from, runs/my",
+        write("out/qvera_export.json", GGUF),
+    ),
     "a run that still trains": (
         "eval run",
         "Process 7 on box trains it: wait for it. If that is gone, finish it with",

@@ -249,6 +249,28 @@ def test_chat_reads_messages_until_the_end(trained_run: Path, capsys: Capture, m
     assert sys.stdin.read() == "never read\n"
 
 
+def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_conversation(
+    trained_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    real, seen = generation.generate, []
+
+    def stopped_once(*args: Any, **settings: Any) -> list[str]:
+        seen.append(len(args[2][0]))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **settings)
+
+    monkeypatch.setattr(generation, "generate", stopped_once)
+    monkeypatch.setattr(sys, "stdin", Terminal("say red 1\nsay red 2\nsay red 3\n/quit\n"))
+    assert main(["chat", str(trained_run), "--max-new-tokens", "4"]) == 0
+    assert "Stopped: this message and its answer are forgotten." in capsys.readouterr().err
+    assert seen[0] < seen[1] == seen[2]  # the first message and its answer are kept
+
+
 def test_help_fits_one_screen_and_names_every_command(capsys: Capture) -> None:
     assert main([]) == 0
     said = capsys.readouterr().out

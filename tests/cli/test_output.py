@@ -115,10 +115,11 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
         last: float = 1.0,
         commonest: float = 0.4,
         norm: float = 1.0,
+        epochs: float = 3.0,
     ) -> str:
         scores = {"exact_match": exact, "exact_match_rows": 30, "commonest_reference": commonest}
         result: dict[str, Any] = {"steps": steps, "train_loss_first": 4.0, "train_loss_last": last}
-        result["grad_norm_last"] = norm
+        result |= {"grad_norm_last": norm, "epochs": epochs}
         result |= {"eval_before": {"loss": before}, "eval_after": {"loss": after, **scores}}
         return loss_line({"result": result}, "qvera train my.yaml")
 
@@ -131,6 +132,7 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     assert line(13.0, 0.9, exact=1.0, commonest=1.0) == "the held-out loss fell by 93.1 %."
     assert line(2.0, 2.5, last=4.2) == f"the held-out loss rose by 25 %. {find}"
     assert "the rows are learnt by heart. Add rows, or take fewer steps" in line(2.0, 2.5)
+    assert line(2.0, 2.5, epochs=0.5) == f"the held-out loss rose by 25 %. {find}"  # no row was seen twice
     assert line(2.0, 1.9, steps=0).startswith("no step was taken: the adapter is what it was at the start")
     dead = line(2.0, 1.8, steps=20, norm=0.0)
     assert "had no gradient: nothing is learnt any more. Try a lower rate: qvera train my.yaml --find-lr" in dead

@@ -196,7 +196,7 @@ def test_a_padded_batch_has_the_losses_and_gradients_of_the_batch(attention: str
     found = []
     for one in (batch, longer):
         if how is Joined.OFFSETS:
-            one["attention_mask"] = open_mask(VARLEN, one["input_ids"])
+            one |= {"attention_mask": open_mask(VARLEN, one["input_ids"])}
         elif (sees := one["attention_mask"]).dim() == 4:
             one["attention_mask"] = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
         model.zero_grad()

@@ -230,6 +230,8 @@ def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
         check_start(AdapterSection(rank=8, init_from=str(trained_run)))
     start = AdapterSection(rank=8, init_from=adapter)
     with pytest.raises(InputError, match="trained on another base model"):
+        check_start(start, section)  # before anything is loaded
+    with pytest.raises(InputError, match="trained on another base model"):
         attach(load_base(section).model, start, section.path, other.facts["fingerprint"])
     # the same content under another name is the same base: these two can be merged, and exported from there
     shutil.copytree(own.base, tmp_path / "moved")

@@ -101,7 +101,8 @@ def test_rows_in_groups_of_like_length_attend_as_row_by_row(
 ) -> None:
     inputs = joined_rows(dtype, ends_k)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    found, alone = attend_in_groups(*inputs, ENDS, ends_k, 0.2), []
+    q, k, v = inputs
+    found, alone = attend_in_groups(q, k, v, ENDS, ends_k, 0.2), []
     rows = [itertools.starmap(slice, itertools.pairwise(ends.tolist())) for ends in (ENDS, ends_k)]
     for row_q, row_k in zip(*rows, strict=True):
         q, k, v = (x[row].transpose(0, 1) for x, row in zip(exact, (row_q, row_k, row_k), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from safetensors.torch import load_file
 
 from qvera.adapters import QveraLinear
@@ -233,6 +235,9 @@ def test_a_metric_that_fails_is_named_with_its_row_and_costs_no_step(
     with pytest.raises(RunFailed, match=said) as failed:
         train(recipe, tmp_path / "run", metrics={"mine": second})
     assert "Step 2 is saved" in str(failed.value)
+    with Console(file=io.StringIO(), width=300) as console:
+        train(recipe, tmp_path / "run", resume=True, dry_run=True, console=console)
+    assert "the run goes on without mine, which it was begun with" in console.file.getvalue()  # type: ignore[attr-defined]
     train(recipe, tmp_path / "run", resume=True, metrics={"mine": lambda *_: 0.0})
     train(recipe, tmp_path / "whole", metrics={"mine": lambda *_: 0.0})
     assert_same_run(tmp_path / "run", tmp_path / "whole")

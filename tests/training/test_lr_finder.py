@@ -82,6 +82,7 @@ def test_nothing_looks_like_a_run_and_a_run_beside_it_stays(make_recipe: Any, tm
     out, recipe = tmp_path / "out", make_recipe(training={"max_steps": 2})
     ramp = LrRange(start=1e-4, end=1e-2, steps=10)
     found = find_lr(recipe, out, ramp)
+    assert "--lr-steps: 10 steps draw a curve; to suggest a rate takes 20 or more" in capsys.readouterr().err
     assert found is not None
     assert found.suggestion is None
     assert found.reason == "10 losses before the test ended, and 20 are needed. Raise --lr-steps"

@@ -74,6 +74,7 @@ class Starter:
         """Do what a button of a recipe's page is for. ``text`` is the recipe as edited there."""
         recipe, run_dir, command = self.recipe(name), self.place / name, do.removeprefix("stop-")
         if do in ("plan", "train", "resume"):
+            self._require_idle(name, "plan" if do == "plan" else "train")  # before the recipe is replaced
             replace_text(recipe, text.replace("\r\n", "\n"))  # as forms send them
         if do == "plan":
             self._start(name, do, str(recipe))
@@ -112,10 +113,13 @@ class Starter:
         for name, _ in list(self._processes):
             self.act(name, "stop-serve", "")
 
+    def _require_idle(self, name: str, command: str) -> None:
+        if self.is_running(name, command):
+            raise InputError(f"`qvera {command}` of {name} is running.")
+
     def _start(self, name: str, *arguments: str, until: Callable[[], object] = lambda: False) -> None:
         """Start a command of qvera. Returns when it has ended, or ``until`` is true."""
-        if self.is_running(name, arguments[0]):
-            raise InputError(f"`qvera {arguments[0]}` of {name} is running.")
+        self._require_idle(name, arguments[0])
         with open(Path(self._logs.name, f"{name}.{arguments[0]}"), "wb") as log:
             log.write(f"$ {shlex.join(['qvera', *arguments])}\n".encode())
             log.flush()

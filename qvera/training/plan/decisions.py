@@ -21,7 +21,7 @@ from qvera.config.schema import Recipe
 from qvera.data import Example, Rows, batches_of, collate_prefix_once, planned_steps
 from qvera.data.images import ImageTextProcessor
 from qvera.data.rows import LENGTHS_PER_OCTAVE, Joined, round_up_length
-from qvera.models.attention import Group, groups_of
+from qvera.models.attention import FP32_TOKENS, Group, groups_of
 from qvera.models.checkpointing import Mode
 from qvera.tasks import task_of
 from qvera.training.plan.activations import offloaded_bytes
@@ -94,7 +94,8 @@ def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: in
         trained = min(targets * min(data.max_target_length, tokens), trained)
     together = data.packing or (data.has_adapters and joined is not None)
     offsets = together and joined is not Joined.MASK
-    groups = ((targets, tokens),) if data.has_adapters and offsets else ()
+    group = Group(targets if data.has_adapters else 1, tokens, 0, tokens <= FP32_TOKENS)
+    groups = (group,) if offsets else ()
     sizes = (1, all_tokens) if together else (rows, tokens)
     packed = int(data.packing)
     return Batch(*sizes, trained, False, together, source, tokens, packed, offsets=offsets, groups=groups)

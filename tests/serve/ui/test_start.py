@@ -123,6 +123,7 @@ def test_stop_asks_as_ctrl_c_does_and_the_end_of_the_server_stops_no_training(
     assert form.starter.recipe("mine").read_bytes() == b"a: 1\nb: 2\n"
     again = form.ask("/recipe/mine", do="train", recipe="a: 1")
     assert (again.status_code, "is running" in again.text) == (400, True)
+    assert form.starter.recipe("mine").read_bytes() == b"a: 1\nb: 2\n"  # a page that was open before changes nothing
     form.starter.close()  # as when the server ends
     wait_until(lambda: not form.starter.is_running("mine", "serve"))
     assert form.starter.is_running("mine", "train")
