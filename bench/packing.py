@@ -5,7 +5,8 @@
 SmolLM2-135M in NF4, r=256 on all linears, gradient checkpointing off, global batches of 16 rows: forward and backward
 of the same ``steps`` optimizer steps' rows, interleaved. Padded and grouped take 8 rows a pass, packed as many as fit
 1,024 tokens. The rows of the grouped order are others in each step, so its tokens are counted for itself; padding
-counts as no token.
+counts as no token. ``masked``: rows of one sequence are told apart by a dense mask, as CPUs did before
+`qvera.models.attention.attend_in_groups`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from qvera.config.schema import parse_recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import batches_of, build_datasets
 from qvera.models import forward
+from qvera.models.attention import CAUSAL, VARLEN
 from qvera.models.loader import load_base
 
+MASKED = ", masked"
 WAYS = {
     "padded": {"prefix_once": False},
     "common prefix once": {},
+    "common prefix once" + MASKED: {},
     "grouped by length": {"prefix_once": False, "group_by_length": True},
     "packed": {"packing": True},
+    "packed" + MASKED: {"packing": True},
 }
 
 
@@ -55,6 +60,8 @@ def main() -> None:
         datasets = build_datasets(recipe.data, base.tokenizer)
         batches = batches_of(recipe, datasets.train)
         chosen = [one for step in range(args.steps) for one in batches.passes(batches.rows(step))]
+        attention = CAUSAL if name.endswith(MASKED) else VARLEN
+        base.model.set_attn_implementation(attention)
         tokens[name] = sum(len(datasets.train[i].input_ids) for one in chosen for i in one)
         passes[name] = len(chosen)
         made = [
@@ -64,7 +71,8 @@ def main() -> None:
             for one in chosen
         ]
 
-        def run(made: list[dict[str, Any]] = made) -> None:
+        def run(made: list[dict[str, Any]] = made, attention: str = attention) -> None:
+            base.model.set_attn_implementation(attention)
             for batch in made:
                 nll, count = forward.batch_nll(model, batch, 512)
                 (nll / count).backward()
@@ -83,7 +91,7 @@ def main() -> None:
             **{f"{k}_seconds": v for k, v in taken.items()},
         }  # fmt: skip
         print(
-            f"{name:<20}{tokens[name]:8,} tokens in {passes[name]:3} passes{speed:10.0f} tokens/s{speed / padded:7.2f} "
+            f"{name:<28}{tokens[name]:8,} tokens in {passes[name]:3} passes{speed:10.0f} tokens/s{speed / padded:7.2f} "
             f"x padded"
         )
     print(write_result("packing", result))
