@@ -140,6 +140,11 @@ def choose_implementation(model: PreTrainedModel, device: torch.device, dtype: t
         model.set_attn_implementation(better)
 
 
+def compilable(implementation: str | None, device: torch.device) -> str | None:
+    """Return what stands in for an attention implementation in compiled layers: a CPU finds groups on the host."""
+    return CAUSAL if implementation == VARLEN and not accelerator.is_accelerator(device) else implementation
+
+
 def open_mask(implementation: str | None, ids: torch.Tensor) -> torch.Tensor | None:
     """A mask [B, T] that hides nothing, known without reading it. None: this implementation would have to read it."""
     # both strides are 0, by which `_mask` knows it; without any mask transformers reads the positions on the host, to

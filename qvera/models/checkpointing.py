@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from qvera.models import stream
+from qvera.models.attention import compilable
 from qvera.models.lean_layers import tile_mlps
 from qvera.models.stream import CopyStream, PinnedChunks
 from qvera.models.structure import causal_model, decoder_layers, decoder_of
@@ -174,6 +175,10 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
             "training.torch_compile: the layers of this base are streamed to the device, which compiled code does not "
             "wait for. Leave torch_compile out, or set model.stream: false."
         )
+
+    config, device = inner.config, next(inner.parameters()).device
+    if (attention := compilable(config._attn_implementation, device)) != config._attn_implementation:
+        inner.set_attn_implementation(attention)
 
     def compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
         # torch keeps at most 8 versions of a function's code and then runs it plainly; masks, caches and dense weights

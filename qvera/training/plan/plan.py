@@ -25,7 +25,7 @@ from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.data import Datasets, Rows, lengths_of
 from qvera.data.rows import rounds_lengths
-from qvera.models.attention import implementation_on, joining_of, needs_padding_mask
+from qvera.models.attention import compilable, implementation_on, joining_of, needs_padding_mask
 from qvera.models.experts import expert_specs
 from qvera.models.model_class import empty_model
 from qvera.models.quantization import quantized_reader
@@ -253,9 +253,12 @@ def make_plan(
         machine = this_machine(recipe.model, machine)
     shape = replace(shape, recurrences=recurrences(model, shape.hidden, machine.dtype))
     # the attention of the run, and by it the form of the longest batch
-    name = recipe.model.attn_implementation.replace("auto", shape.attention)
+    name: str | None = recipe.model.attn_implementation.replace("auto", shape.attention)
+    at = device if machine.on_gpu else torch.device("cpu")
     if name == "sdpa":
-        name = implementation_on(device if machine.on_gpu else torch.device("cpu"), config, machine.dtype)
+        name = implementation_on(at, config, machine.dtype)
+    if recipe.training.torch_compile and at is not None:
+        name = compilable(name, at)
     prefix_once = recipe.data.prefix_once and task.joins_rows
     joined = joining_of(config, name, prefix_once, recipe.data.packing, whole_rows=many)
     # TRL pads rows to their own length, and masks the padding
