@@ -267,6 +267,7 @@ def attend_in_groups(
 
 
 @functools.lru_cache(maxsize=8)  # one for all layers
+@torch.inference_mode(False)  # what an evaluation makes, a training pass may keep for backward
 def _behind_prefix(prefix: int, length: int, dtype: torch.dtype) -> torch.Tensor:
     """An additive mask [length, prefix + length]: causal order of rows behind a prefix."""
     return torch.full((length, prefix + length), -torch.inf, dtype=dtype).triu(prefix + 1)
@@ -282,6 +283,7 @@ class Group(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # all layers of a pass have the same rows
+@torch.inference_mode(False)
 def groups_of(
     ends_q: tuple[int, ...], ends_k: tuple[int, ...]
 ) -> tuple[list[Group], torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -131,6 +131,17 @@ def test_a_joined_row_that_is_not_finite_leaves_the_others_as_they_are_to_the_bi
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
 
 
+def test_rows_that_were_scored_in_inference_mode_can_be_trained_on() -> None:
+    q, k, v = joined_rows(torch.float32, ENDS_BEHIND)
+    attention.groups_of.cache_clear()
+    attention._behind_prefix.cache_clear()
+    with torch.inference_mode():
+        scored = attend_in_groups(q, k, v, ENDS, ENDS_BEHIND, 0.2)
+    out = attend_in_groups(q, k, v, ENDS, ENDS_BEHIND, 0.2)
+    assert torch.equal(out, scored)
+    out.sum().backward()
+
+
 class OwnModel(LlamaForCausalLM):
     """As a checkpoint's own code would define it."""
 
