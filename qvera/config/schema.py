@@ -365,12 +365,21 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
 
 def _without_colon(error: yaml.YAMLError, text: str) -> str | None:
     """Name a line at an error of PyYAML's, or the one before, that lacks the colon or the space of ``key: value``."""
-    mark = getattr(error, "problem_mark", None)
-    lines = text.splitlines()[: mark.line + 1] if mark is not None else []
-    written = [(n, line.strip()) for n, line in enumerate(lines, start=1) if line.strip() and line.strip()[0] != "#"]
-    for number, line in reversed(written[-2:]):
-        found = re.fullmatch(r"(\w+)(?::|\s+|$)(.*)", line)
-        if found and not re.search(r":(\s|$)", line):
+    mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", None))
+    if mark is None or problem.startswith("expected ',' or"):  # a list that is not closed may go on here
+        return None
+
+    def indent(line: str) -> int:
+        return len(line) - len(line.lstrip())
+
+    lines = enumerate(text.splitlines()[: mark.line + 1], start=1)
+    written = [(number, line.rstrip()) for number, line in lines if line.strip() and line.strip()[0] != "#"]
+    for place in reversed(range(len(written))[-2:]):
+        number, line = written[place]
+        section = next((above for _, above in reversed(written[:place]) if indent(above) < indent(line)), ":")
+        is_in_text = not section.partition(" #")[0].rstrip().endswith(":")  # that began behind its key, and goes on
+        found = re.fullmatch(r"\s*(\w+)(?::|\s+|$)(.*)", line)
+        if found and not is_in_text and not re.search(r":(\s|$)", line):
             return f"line {number} is no key with its value. Write `{found[1]}: {found[2] or 'VALUE'}`."
     return None
 

@@ -28,7 +28,7 @@ from qvera.evaluation.named_adapters import (
     require_named,
     run_of,
 )
-from qvera.evaluation.run_info import load_run_recipe, read_certificate
+from qvera.evaluation.run_info import GGUF_KINDS, load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory, local_directory
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, stored_class
@@ -169,10 +169,10 @@ def find_target(
         return _adapter_target(path, given, run)
     if not (path / "config.json").is_file():
         refuse_runs(path)
-        if (path / CERTIFICATE).is_file():
+        if (kind := (try_read_json(path / CERTIFICATE) or {}).get("kind")) in GGUF_KINDS:
             certificate = read_certificate(path)
             raise InputError(
-                f"{path}: is an export to {certificate['kind']}, which llama.cpp and Ollama open. For qvera name what "
+                f"{path}: is an export to {kind}, which llama.cpp and Ollama open. For qvera name what "
                 f"it was exported from, {certificate['adapter']['path']}."
             )
         raise InputError(

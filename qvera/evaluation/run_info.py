@@ -32,7 +32,7 @@ _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", 
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
 _LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}  # the same for a LoRA in a GGUF file
-_EXPORTS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
+GGUF_KINDS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
 """Kind in the certificate → what people call it; any other kind is a merged checkpoint."""
 
 
@@ -178,7 +178,7 @@ def _export(path: Path) -> dict[str, Any]:
     certificate = read_certificate(path)
     base, adapter = certificate["base"], certificate["adapter"]
     return {
-        "kind": _EXPORTS.get(str(certificate.get("kind")), "merged export"),
+        "kind": GGUF_KINDS.get(str(certificate.get("kind")), "merged export"),
         "path": str(path),
         "base": base["path"],
         "base_revision": base.get("revision"),

@@ -166,6 +166,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "is an export to gguf, which llama.cpp and Ollama open. For qvera name what it was exported from, runs/my",
         write("out/qvera_export.json", GGUF),
     ),
+    "a merged export without its config": (
+        "generate out --prompt x",
+        "nor an exported checkpoint (no config.json)",
+        write("out/qvera_export.json", GGUF.replace('"gguf"', '"merged"')),
+    ),
     "a run that still trains": (
         "eval run",
         "Process 7 on box trains it: wait for it. If that is gone, finish it with",

@@ -224,6 +224,8 @@ def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
         (b"model small\ndata:\n  path: b", "line 1 is no key with its value. Write `model: small`."),
         (b"model: a\nadapter:\n  rank:256\n  seed: 1", "line 3 is no key with its value. Write `rank: 256`."),
         (b"model: a\nadapter:\n  seed: 1\n  rank 256\n  # c\n\ndata: b", "Write `rank: 256`."),
+        (b"model: a\nadapter:\n  targets: [q_proj,\n    v_proj\n  seed: 1", "expected ',' or ']'"),
+        (b"model: a\ndata:\n  system: You are\n    a helper\n    in: b", "mapping values are not allowed here"),
         (b"model: a\ndata", "line 2 is no key with its value. Write `data: VALUE`."),
         (rb'model: "C:\Users\me"', "In double quotes a backslash begins an escape: use single quotes."),
         (rb'model: "C:\models\me"', "In double quotes a backslash begins an escape: use single quotes."),
