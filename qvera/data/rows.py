@@ -478,9 +478,10 @@ def pad_batch(batch: dict[str, Any], tokens: int, pad_id: int) -> dict[str, Any]
         elif name.startswith("cu_seq_lens"):
             padded[name] = F.pad(tensor, (0, 1), value=int(tensor[-1]) + more)
         elif name == "key_index":  # the padding's keys are its own tokens
-            padded[name] = torch.cat([tensor, torch.arange(tokens - more, tokens)])
+            padded[name] = torch.cat([tensor, torch.arange(tokens - more, tokens, device=tensor.device)])
         elif name == "key_order":
-            padded[name] = torch.cat([tensor, torch.arange(len(tensor), len(tensor) + more)])
+            filling = torch.arange(len(tensor), len(tensor) + more, device=tensor.device)
+            padded[name] = torch.cat([tensor, filling])
         elif name == "prefix_length":
             padded[name] = tensor
         elif name == "trained":

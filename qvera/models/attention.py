@@ -292,13 +292,15 @@ def groups_of(
     Returns the groups; the token at each place of their queries, and of their keys, int64 [Σ rows · length]; and the
     place of each token's query, int64 [T].
     """
-    alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    # keys of the prefix and length rounded up → begin and end of the queries, and the first key, of each such row
+    rows_of: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for (begin, end), (first_key, last_key) in zip(itertools.pairwise(ends_q), itertools.pairwise(ends_k), strict=True):
         prefix = last_key - first_key - (end - begin)
-        alike.setdefault((prefix, round_up_length(end - begin, _GROUPS_PER_OCTAVE)), []).append((begin, end, first_key))
+        longest = round_up_length(end - begin, _GROUPS_PER_OCTAVE)
+        rows_of.setdefault((prefix, longest), []).append((begin, end, first_key))
     groups, of_q, of_k, placed = [], [], [], 0
     back = torch.empty(ends_q[-1], dtype=torch.int64)
-    for (prefix, at_most), rows in alike.items():
+    for (prefix, longest), rows in rows_of.items():
         # rounded up, as the lengths of whole batches are: torch keeps kernels for each new length (bench/log.md)
         length = round_up_length(max(end - begin for begin, end, _ in rows))
         columns = torch.arange(length)
@@ -309,7 +311,7 @@ def groups_of(
             of_k += [torch.arange(first_key, own), torch.clamp(own + columns, max=own + end - begin - 1)]
             back[begin:end] = placed + columns[: end - begin]
             placed += length
-        groups.append(Group(len(rows), length, prefix, prefix + at_most <= FP32_TOKENS))
+        groups.append(Group(len(rows), length, prefix, prefix + longest <= FP32_TOKENS))
     return groups, torch.cat(of_q), torch.cat(of_k), back
 
 

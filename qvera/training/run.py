@@ -55,8 +55,8 @@ class Run(ABC):
         self.group, self.console, self.say, self.warn = session.group, session.console, session.say, session.warn
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.resume = resume  # the run in the directory is gone on with
-        # what the run took before: a process that takes no step, or a few, must not hide it
-        self.result_before = ((try_read_json(self.run_dir / "run.json") or {}).get("result") or {}) if resume else {}
+        # run.json as it is: what the run took before must not be hidden by a process that takes no step, or a few
+        self.before = (try_read_json(self.run_dir / "run.json") or {}) if resume else {}
         self.signals = session.signals
         self.stopped_by: str | None = None
         self.log_file: MetricsLog | None = None
@@ -82,8 +82,8 @@ class Run(ABC):
             )
         if self.resume:
             self.group.on_first(self.check_length)
-            own = (try_read_json(self.run_dir / "run.json") or {}).get("own") or {}
-            if gone := [name for name in own.get("metrics") or () if name not in self.session.task.own_metrics]:
+            known = (self.before.get("own") or {}).get("metrics") or ()
+            if gone := [name for name in known if name not in self.session.task.own_metrics]:
                 self.warn(f"metrics: the run goes on without {', '.join(gone)}, which it was begun with.")
 
     def check_length(self) -> None:
@@ -174,8 +174,9 @@ class Run(ABC):
         mapped_bytes = 0 if accelerator.is_accelerator(self.session.device) else memory.mapped_weights_bytes()
         peaks = self.group.gather({"host": self.group.host, "peak_bytes": watch.peak_bytes})
         self.summary["processes"]["ranks"] = peaks
-        peak_bytes = max(watch.peak_bytes, self.result_before.get("peak_bytes") or 0)
-        mapped_bytes = max(mapped_bytes, self.result_before.get("mapped_bytes") or 0)
+        before = self.before.get("result") or {}
+        peak_bytes = max(watch.peak_bytes, before.get("peak_bytes") or 0)
+        mapped_bytes = max(mapped_bytes, before.get("mapped_bytes") or 0)
         if plan is not None:
             self.summary["plan"]["measured"] = plan.measured(peak_bytes, mapped_bytes, watch.peak_tensor_bytes)
         return {"peak_bytes": peak_bytes, "mapped_bytes": mapped_bytes}

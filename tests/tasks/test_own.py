@@ -235,9 +235,9 @@ def test_a_metric_that_fails_is_named_with_its_row_and_costs_no_step(
     with pytest.raises(RunFailed, match=said) as failed:
         train(recipe, tmp_path / "run", metrics={"mine": second})
     assert "Step 2 is saved" in str(failed.value)
-    with Console(file=io.StringIO(), width=300) as console:
-        train(recipe, tmp_path / "run", resume=True, dry_run=True, console=console)
-    assert "the run goes on without mine, which it was begun with" in console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    train(recipe, tmp_path / "run", resume=True, dry_run=True, console=Console(file=printed, width=300))
+    assert "the run goes on without mine, which it was begun with" in printed.getvalue()
     train(recipe, tmp_path / "run", resume=True, metrics={"mine": lambda *_: 0.0})
     train(recipe, tmp_path / "whole", metrics={"mine": lambda *_: 0.0})
     assert_same_run(tmp_path / "run", tmp_path / "whole")
