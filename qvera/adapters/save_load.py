@@ -122,12 +122,11 @@ _PROJECTIONS = {
 }
 
 
-def check_start(section: AdapterSection, base: ModelSection | None = None) -> None:
+def check_start(section: AdapterSection, base: ModelSection) -> None:
     """Check ``section.init_from`` as far as possible without a model; InputError if it does not fit."""
     if section.init_from is not None:
         theirs, _ = _read_start(new_config(section), section.init_from)
-        if base is not None:
-            require_base(theirs, section.init_from, base.path, fingerprint_of(base))
+        require_base(theirs, section.init_from, base.path, fingerprint_of(base))
 
 
 def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:

@@ -416,7 +416,7 @@ def plan(
     from qvera.utils import accelerator
     from qvera.utils.formatting import duration
 
-    check_start(loaded.adapter)
+    check_start(loaded.adapter, loaded.model)
     device = accelerator.current_device()
     machine = None if gpu is None else gpu_machine(loaded.model, parse_size(gpu))
     several = nodes is not None or gpus is not None

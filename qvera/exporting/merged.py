@@ -154,7 +154,7 @@ class Merging:
             "adapter": self.adapter.sha256,
             "tokens": file_sha256(token_rows) if token_rows.is_file() else None,
             "base": [str(self.base.directory.resolve()), self.base.stamps],
-            "options": self.options.to_dict(),
+            "options": self.options.model_dump(exclude={"certificate_rows"}),  # they are compared afterwards
             "device": self.device.type,  # another one may round otherwise
             "quantization": [section.quantization, section.double_quant, str(self.base.compute)],
         }

@@ -158,16 +158,14 @@ def _bar_for(progress: StageProgress) -> type:
 def fingerprint_of(section: ModelSection) -> str | None:
     """`base_fingerprint` of a base in a directory or in the hub's cache; None if it is not here."""
     name = resolve_path(section.path)
-    if Path(name).is_dir():
-        return base_fingerprint(Path(name))
-    try:
-        found = try_to_load_from_cache(name, "config.json", revision=section.revision)
-    except HFValidationError:
-        return None
-    snapshot = Path(found).parent if isinstance(found, str) else None
-    if snapshot is None or not any(snapshot.glob("*.safetensors")):
-        return None
-    return base_fingerprint(snapshot)
+    directory: Path | None = Path(name)
+    if not Path(name).is_dir():
+        try:
+            found = try_to_load_from_cache(name, "config.json", revision=section.revision)
+        except HFValidationError:
+            return None
+        directory = Path(found).parent if isinstance(found, str) else None
+    return base_fingerprint(directory) if directory and any(directory.glob("*.safetensors")) else None
 
 
 def require_model_files(name: str) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from qvera.config import plugins
 from qvera.config.sections import DataSection
 from qvera.data import Datasets, Rows, build_datasets, lengths_of
-from qvera.data.conversations import FORMATS, LABELLED, MissingColumn
+from qvera.data.conversations import FORMATS, LABELLED, MissingColumn, UnknownFormat
 from qvera.data.images import thumbnail_uris
 from qvera.data.source import hub_datasets, raw_rows, survey
 from qvera.evaluation.held_out import longer_references, prompts_of, score_model, scoring
@@ -331,12 +331,15 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
     if column is not None and column in next(raw_rows(section)).fields:
         section = section.replace(adapter_column=column, limit=None)  # rows of other adapters don't count
     try:
-        survey(section)
-    except MissingColumn:
-        if FORMATS[section.format].trains not in ("answers", "texts"):
-            raise
-        section = section.replace(format="auto")  # the file may have another format than the rows that trained
-        survey(section)
+        try:
+            survey(section)
+        except MissingColumn:
+            if FORMATS[section.format].trains not in ("answers", "texts"):
+                raise
+            section = section.replace(format="auto")  # the file may have another format than the rows that trained
+            survey(section)
+    except (MissingColumn, UnknownFormat) as error:
+        raise InputError(f"{error} Here: --recipe FILE, a copy of the recipe with those data.columns.") from None
     return section
 
 

@@ -294,7 +294,7 @@ class Trainer(Run):
             self.say(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.")
             return
         loop, session = self.loop, self.session
-        checkpoint.require_same_inputs(saved, session.inputs)
+        checkpoint.require_same_inputs(saved.path, saved.state.get("inputs"), session.inputs)
         # hooks come before the vectors, as they are told (`TrainingHook.load_state_dict`)
         loop.hooks.load_state_dict(saved.hook_state)
         checkpoint.restore(saved, named_vectors(loop.model), loop.optimizer, self.group.rank)

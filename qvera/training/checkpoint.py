@@ -258,19 +258,16 @@ def of_rank(run_dir: Path, rank: int) -> Path:
     return run_dir / "checkpoints" / (f"rank-{rank:05d}" if rank else "")
 
 
-def require_same_inputs(saved: Checkpoint, inputs: dict[str, Any]) -> None:
-    """Raise InputError where a checkpoint is of other rows or another base than ``inputs`` (`TrainingSession.inputs`).
+def require_same_inputs(place: Path, theirs: dict[str, Any] | None, inputs: dict[str, Any]) -> None:
+    """Raise InputError where the run in ``place`` has other rows or another base than ``inputs``.
 
-    A checkpoint of an earlier version has no inputs to compare.
+    ``inputs``: some of `TrainingSession.inputs`. A run of an earlier version has none to compare.
     """
-    what, theirs = (
-        {"rows": "rows (data.path or data.eval_path)", "base": "weights of the base (model.path)", "loss": "loss"},
-        saved.state.get("inputs"),
-    )
+    what = {"rows": "rows (data.path or data.eval_path)", "base": "weights of the base (model.path)", "loss": "loss"}
     known = {key: value for key, value in (theirs or {}).items() if value is not None and inputs.get(key) is not None}
     if changed := [name for key, name in what.items() if key in known and known[key] != inputs[key]]:
         raise InputError(
-            f"{saved.path}: was saved with other {' and other '.join(changed)} than are there now, so the run would "
+            f"{place}: was saved with other {' and other '.join(changed)} than are there now, so the run would "
             "not become what it would have. Put them back, or start a new run in another training.output_dir."
         )
 

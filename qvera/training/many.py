@@ -156,7 +156,7 @@ class ManyTrainer(Run):
             if names != [run.name for run in self.runs]:
                 path = self.recipe.data.path
                 raise InputError(f"{saved.path}: has other adapters than {path} names now. Put the rows back.")
-            checkpoint.require_same_inputs(saved, self.session.inputs)
+            checkpoint.require_same_inputs(saved.path, saved.state.get("inputs"), self.session.inputs)
 
         return checkpoint.newest_of_run(self.run_dir, self.recipe, "round", self.warn, check, self.group.rank)
 
@@ -340,7 +340,8 @@ class ManyTrainer(Run):
             *self.group.gather([self.loop.round, self.totals["seconds"], self.totals["input_tokens"]]), strict=True
         )
         longest = max(seconds)
-        self.summary |= {"status": status, "adapters": entries}
+        lost = status == "done" and all(entry["status"] in ("not_finite", "no_rows") for entry in entries)
+        self.summary |= {"status": "failed" if lost else status, "adapters": entries}
         self.summary["result"] = {
             "rounds": max(rounds),
             "steps": sum(entry["steps"] for entry in entries),
@@ -357,7 +358,7 @@ class ManyTrainer(Run):
             write_run(self.run_dir, self.summary, self.console)
 
         self.group.on_first(write)
-        if status == "done" and all(entry["status"] in ("not_finite", "no_rows") for entry in entries):
+        if lost:
             raise for_all(NotFinite(f"No adapter's loss stayed finite, so none was saved. {LOWER_RATE}"))
 
     def _result(self, run: AdapterRun) -> dict[str, Any]:

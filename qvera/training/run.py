@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.save_load import adapter_facts
 from qvera.config.schema import load_recipe
+from qvera.data import data_sha256
 from qvera.distributed.group import for_all
 from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
@@ -81,6 +82,9 @@ class Run(ABC):
                 "so no best step is chosen, and the run does not stop early."
             )
         if self.resume:
+            if checkpoint.directories(self.run_dir / "checkpoints"):  # before the base is loaded, and in a dry run
+                rows = {"rows": (self.before.get("data") or {}).get("sha256")}
+                checkpoint.require_same_inputs(self.run_dir, rows, {"rows": data_sha256(self.session.datasets)})
             self.group.on_first(self.check_length)
             known = (self.before.get("own") or {}).get("metrics") or ()
             if gone := [name for name in known if name not in self.session.task.own_metrics]:

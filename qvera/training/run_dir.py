@@ -246,7 +246,9 @@ def join_records(run_dir: Path, processes: int) -> None:
     first, *others = [metrics_path(run_dir, rank) for rank in range(processes)]
     with disk_errors(str(first), KEPT):
         for path in [path for path in others if path.exists()]:
-            replace_text(first, first.read_text(encoding="utf-8") + path.read_text(encoding="utf-8"))
+            texts = [file.read_text(encoding="utf-8") for file in (first, path)]
+            # each line once: a process that was killed here before may have joined them, and not removed the file
+            replace_text(first, "".join(dict.fromkeys("".join(texts).splitlines(keepends=True))))
             path.unlink()
 
 

@@ -270,6 +270,18 @@ def test_a_run_whose_base_or_rows_have_moved_names_the_key_and_the_file_to_mend(
             file.write_text(text)
 
 
+def test_rows_with_other_columns_are_scored_by_a_recipe_that_names_them(run: Path, tmp_path: Path, capsys: Any) -> None:
+    rows, recipe = tmp_path / "rows.csv", tmp_path / "columns.yaml"
+    rows.write_text("ask,reply\n1+1,2\n")
+    command = ["eval", str(run), "--data", str(rows), "--no-generation"]
+    assert main(command) == 2
+    assert "Here: --recipe FILE, a copy of the recipe with those data.columns." in capsys.readouterr().err
+    of_run = load_recipe(run / "recipe.yaml")
+    columns = {"prompt": "ask", "completion": "reply"}
+    recipe.write_text(of_run.replace(data=of_run.data.replace(columns=columns)).to_yaml())
+    assert main([*command, "--recipe", str(recipe)]) == 0
+
+
 def test_the_relative_base_of_a_run_of_many_is_found_from_elsewhere(
     make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,7 @@ def test_a_stop_is_exit_code_75_and_the_same_command_goes_on(case: Case, tmp_pat
     with pytest.raises(InputError, match="unfinished export of something else"):
         case.export(out, OPTIONS.replace(dtype="bfloat16"))
     finished = times(out)
-    case.export(out)
+    case.export(out, OPTIONS.replace(certificate_rows=3))  # the merge is the same
     assert finished.items() <= times(out).items()
     assert contents(out) == contents(case.whole)
 
@@ -227,10 +227,18 @@ def test_the_fingerprint_guards_load_merge_and_start_and_old_adapters_pass(
     with pytest.raises(InputError, match="trained on another base model"):
         load_adapter(other.model, own.adapter, other)
     with pytest.raises(InputError, match=r"adapter\.init_from: .*not an adapter directory\. Did you mean .*/adapter\?"):
-        check_start(AdapterSection(rank=8, init_from=str(trained_run)))
+        check_start(AdapterSection(rank=8, init_from=str(trained_run)), section)
     start = AdapterSection(rank=8, init_from=adapter)
     with pytest.raises(InputError, match="trained on another base model"):
         check_start(start, section)  # before anything is loaded
+    recipe = {
+        "model": {"path": section.path},
+        "data": {"path": "rows.jsonl"},
+        "adapter": {"rank": 8, "init_from": adapter},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--no-timing"]) == 2
+    assert "trained on another base model" in capsys.readouterr().err
     with pytest.raises(InputError, match="trained on another base model"):
         attach(load_base(section).model, start, section.path, other.facts["fingerprint"])
     # the same content under another name is the same base: these two can be merged, and exported from there

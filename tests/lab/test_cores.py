@@ -16,7 +16,7 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.products.functional import project
 from qvera.adapters.save_load import attach, check_start, load_adapter, named_vectors, save_adapter
 from qvera.cli.main import main
-from qvera.config.sections import AdapterSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import batches_of, build_datasets, collate
 from qvera.evaluation.load import open_run
 from qvera.exporting.deltas import read_deltas
@@ -266,7 +266,7 @@ def test_a_sara_of_other_settings_is_no_start(tmp_path: Path) -> None:
     save_adapter(attach(small_llama(), section), tmp_path / "adapter")
     other = section.replace(singular_share=0.3, init_from=str(tmp_path / "adapter"))
     with pytest.raises(InputError, match=r"has singular_share 0\.5, the recipe 0\.3"):
-        check_start(other)
+        check_start(other, ModelSection(path="nowhere"))
 
 
 def by_linear(run_dir: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qvera.config.schema import Recipe
-from qvera.training.run_dir import MetricsLog, read_records, run_lock
+from qvera.training.run_dir import MetricsLog, join_records, read_records, run_lock
 from qvera.training.trainer import run_directory
 from qvera.utils.errors import InputError, RunFailed
 from tests.disk import fill, small_disk
@@ -93,6 +93,17 @@ def test_damaged_lines_of_the_log_are_passed_over(tmp_path: Path) -> None:
         {"step": 1}, {"step": 2}, {"step": 3, "loss": 0.5},
     ]  # fmt: skip
     assert list(read_records(tmp_path / "nothing")) == []
+
+
+def test_records_that_were_joined_before_a_kill_are_not_joined_twice(tmp_path: Path) -> None:
+    first, other = tmp_path / "metrics.jsonl", tmp_path / "metrics.rank-00001.jsonl"
+    first.write_text('{"round": 1, "rank": 0}\n')
+    other.write_text('{"round": 1, "rank": 1}\n')
+    left = other.read_bytes()
+    join_records(tmp_path, 2)
+    other.write_bytes(left)  # the process was killed before it removed the file
+    join_records(tmp_path, 2)
+    assert first.read_text() == '{"round": 1, "rank": 0}\n{"round": 1, "rank": 1}\n' and not other.exists()
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_run_does_not_go_on_with_other_inputs_under_the_same_paths(
     with pytest.raises(
         InputError, match=r"was saved with other rows \(data\.path or data\.eval_path\) than are there now"
     ):
-        train(recipe, tmp_path / "run", resume=True)
+        train(recipe, tmp_path / "run", resume=True, dry_run=True)  # before the base is loaded
     rows.write_text(text)
     small_llama(seed=5).save_pretrained(model)
     with pytest.raises(InputError, match=r"was saved with other weights of the base \(model\.path\) than are there"):
@@ -99,7 +99,8 @@ def test_a_run_goes_on_where_its_base_and_rows_have_moved(
     old.rename(new)
     own = tmp_path / "run" / "recipe.yaml"
     with pytest.raises(InputError, match=r"first.adapter: no such adapter directory\. A run that goes on needs it too"):
-        check_start(load_recipe(own, of_a_run=True).adapter)
+        lost = load_recipe(own, of_a_run=True)
+        check_start(lost.adapter, lost.model)
     own.write_text(own.read_text().replace(str(old), str(new)))
     result = train(load_recipe(own, ["training.max_steps=2"], of_a_run=True), tmp_path / "run", resume=True)
     assert result is not None and result.run["result"]["steps"] == 2

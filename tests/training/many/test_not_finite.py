@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_a_run_whose_adapters_all_diverge_fails(
     with pytest.raises(RunFailed, match="No adapter's loss stayed finite"):
         train_many(many_recipe(make_recipe, tmp_path / "rows.jsonl"), tmp_path / "run")
     assert {entry["status"] for entry in entries(tmp_path / "run").values()} == {"not_finite"}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
     assert all_files(tmp_path / "run") == {}
 
 
