@@ -52,6 +52,9 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "PEFT LoRA r=16": ({"method": "lora", "rank": 16}, (1, 3, 2)),
     "two b and an a": ({"method": "qvera", **MORE}, (7, 8, 7)),
     "PEFT LoRA r=8": ({"method": "lora", "rank": 8}, (2, 3, 2)),
+    "PEFT LoRA r=4": ({"method": "lora", "rank": 4}, (3, 4, 3)),
+    "four b and an a": ({"method": "qvera", **MORE, "b_groups": 4}, (7, 8, 7)),
+    "eight b and an a": ({"method": "qvera", **MORE, "b_groups": 8}, (7, 8, 7)),
     **{f"VeRA r={rank}": ({"method": "qvera", "rank": rank}, (7, 8, 7)) for rank in (32, 64, 128)},
     "PEFT Uni-LoRA 23k": ({"method": "uni-lora", "rank": 23_040}, (4, 4, 4)),
     "PEFT MiSS r=1": ({"method": "miss", "rank": 1}, (3, 3, 3)),
@@ -61,8 +64,11 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "VeRA r=64 on an input basis": ({"method": "input-basis", "rank": 64}, (7, 7, 7)),
     "VeRA r=64 on both bases": ({"method": "both-bases", "rank": 64}, (7, 7, 7)),
     "Tied-LoRA r=4": ({"method": "tied", "rank": 4}, (5, 5, 5)),
+    "Tied-LoRA r=32": ({"method": "tied", "rank": 32}, (5, 5, 5)),
 }
 """Label → the adapter, and where its search begins (`rate_of`) for Alpaca, for E2E and for heads: the best known before."""
+FIRST_RATIO = {"tied": 2}
+"""Method → the ratio that its search begins at: Tied-LoRA's A and B want LoRA's rate, its b VeRA's."""
 REFERENCE = "PEFT LoRA r=16"
 LEADERS = ("VeRA r=256", "PEFT LoRA r=1", REFERENCE)
 HEADS = {
@@ -117,13 +123,16 @@ def taken_as(trial: Trial) -> trials.Trial:
     )  # fmt: skip
 
 
-WHOLE = tuple(method for method in METHODS if method not in (*RANKS[:3], *CANDIDATES))
+SIZES = ("two b and an a", "PEFT LoRA r=4", "four b and an a", "eight b and an a")
+WHOLE = tuple(method for method in METHODS if method not in (*RANKS[:3], *CANDIDATES, *SIZES[1:]))
 STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]] = [
     ("minilm", ("trec", "sst2"), 150, RANKS, ("rate",)),
     ("minilm", ("trec",), 150, ("VeRA r=64", "two b and an a", *LEADERS), ("rate", "head", "ratio")),
     ("minilm", tuple(HEADS), 150, LEADERS, ("rate", "head")),
     ("minilm", ("trec",), 150, CANDIDATES, ("rate",)),
     ("smollm2", ("alpaca",), 50, LEADERS, ("rate",)),
+    ("smollm2", ("alpaca",), 50, SIZES, ("rate",)),
+    ("smollm2", ("alpaca",), 50, CANDIDATES, ("rate",)),
     ("smollm2", ("sst2",), 150, LEADERS, ("rate", "head")),
     ("smollm2", ("alpaca",), 50, WHOLE, ("rate", "ratio")),
     ("smollm2", ("alpaca",), 150, WHOLE, ("rate", "ratio")),
@@ -164,7 +173,8 @@ def plan(lines: list[dict[str, Any]], bases: dict[str, str], wanted: list[str]) 
             firsts = []
             for method in (one for one in methods if one in wanted):
                 start = METHODS[method][1][("alpaca", "e2e").index(task) if task not in HEADS else 2]
-                first = Trial(base, task, steps, method, start, FIRST_HEAD if task in HEADS else 0)
+                head, ratio = FIRST_HEAD if task in HEADS else 0, FIRST_RATIO.get(METHODS[method][0]["method"], 0)
+                first = Trial(base, task, steps, method, start, head, ratio)
                 if task == "alpaca" and (known := best_of(dataclasses.replace(first, steps=50), lines)) is not None:
                     first = first.from_line(known)
                 firsts.append(first)
