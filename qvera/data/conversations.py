@@ -9,6 +9,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,11 @@ _USUAL_TEXTS = (
     ("question", "sentence"), ("sentence",), ("question",),
 )  # fmt: skip
 """Usual names of text columns, GLUE's among them."""
+_CALL = "function_call"
 _ALIASES = {
     "system": ("developer",),
     "user": ("human",),
-    "assistant": ("gpt", "chatgpt", "model", "bot", "function_call"),
+    "assistant": ("gpt", "chatgpt", "model", "bot", _CALL),
     "tool": ("function", "observation", "ipython"),
 }
 _ROLES = {alias: role for role, aliases in _ALIASES.items() for alias in (role, *aliases)}
@@ -172,8 +174,9 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         )
     # optional columns are read wherever a row has them, though the first row may not
     read = {name: columns.get(name, name) for name in FORMATS[format].fields}
-    if "images" in read and read["images"] not in row.fields and "image" in row.fields:
-        read["images"] = "image"
+    for ours, usual in (("images", "image"), ("tools", "functions")):  # the second as OpenAI had it before
+        if ours in read and read[ours] not in row.fields and usual in row.fields:
+            read[ours] = usual
     for ours in columns:
         if ours not in read:
             task = " To train a classifier, set task: sequence-classification." if ours == "label" else ""
@@ -286,23 +289,19 @@ class _Cells:
                 f'{where} must be an object such as {{"role": "user", "content": "..."}}, got {describe(item)}.'
             )
         role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+        calls = self._calls(item, role_key, content_key, where)
         for key in (role_key, content_key):
-            if key not in item and not (key == content_key and item.get("tool_calls")):
+            if key not in item and not (key == content_key and calls):
                 raise InputError(f"{where} has no {key!r}; its keys are {', '.join(map(str, item)) or 'none'}.")
         role = _ROLES.get(item[role_key]) if isinstance(item[role_key], str) else None
         if role is None:
             hint = did_you_mean(item[role_key], _ROLES)
             raise InputError(f"{where}: unknown role {item[role_key]!r}{hint} Known roles: {', '.join(_ROLES)}.")
         extra = {k: item[k] for k in _PASSED_ON if item.get(k)}  # Arrow fills up with []
-        if "tool_calls" in extra:
-            calls = extra["tool_calls"] = _without_nulls(extra["tool_calls"])
-            for call in calls if isinstance(calls, list) else ():
-                # OpenAI's API has arguments as JSON text, templates take objects
-                function = call.get("function", call) if isinstance(call, dict) else None
-                if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
-                    function["arguments"] = arguments
+        if calls:
+            extra["tool_calls"] = calls
         content, where_content = item.get(content_key), f"{where}.{content_key}"
-        if content is None and role == "assistant" and item.get("tool_calls") is not None:
+        if item[role_key] == _CALL or (content is None and role == "assistant" and calls is not None):
             content = ""
         text, parts, images = self.content(content, where_content)
         if images and role == "assistant":
@@ -316,8 +315,27 @@ class _Cells:
             raise InputError(f"{where}.{key} must be 0 or 1 (false or true), got {describe(trained)}.")
         if trained and role != "assistant":
             raise InputError(f"{where}.{key}: only assistant turns can be trained; this is a {role} turn. Set it to 0.")
-        trained = None if trained is None else bool(trained)
-        return Turn(role, text, trained, None, extra, images=images, parts=parts)
+        return Turn(role, text, None if trained is None else bool(trained), None, extra, images=images, parts=parts)
+
+    def _calls(self, item: dict[str, Any], role_key: str, content_key: str, where: str) -> Any:
+        """The tool calls of a message, as OpenAI has them; None if it has no such key.
+
+        Two older forms are read too: OpenAI's key ``function_call``, and LLaMA-Factory's turn of that role, whose text
+        is a call, or a list of them, as JSON.
+        """
+        found, older = (_without_nulls(item.get(key)) for key in ("tool_calls", _CALL))
+        found = [older] if found is None and older else found
+        if item.get(role_key) == _CALL:
+            text = _from_json(item.get(content_key))
+            found = text if isinstance(text, list) else [text]
+            if not found or not all(isinstance(call, dict) and "name" in call for call in found):
+                expected = 'must be a call as JSON, {"name": "...", "arguments": {...}}, or a list of them'
+                raise InputError(f"{where}.{content_key} {expected}, got {describe(item.get(content_key))}.")
+        elif found is None:
+            others = [str(key) for key, value in item.items() if value and key not in _PASSED_ON]
+            if near := get_close_matches("tool_calls", others, 1, 0.8):
+                raise InputError(f"{where} has a key {near[0]!r}; did you mean 'tool_calls'?")
+        return [_as_function(call) for call in found] if isinstance(found, list) else found
 
     def content(self, value: object, where: str) -> tuple[str, tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
         """The text of a message, and if images stand in it, its parts and the images (see `read_parts`)."""
@@ -350,7 +368,7 @@ class _Cells:
             raise InputError(
                 f"{self.row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}."
             )
-        return [_without_nulls(tool) for tool in tools]
+        return [_as_function(_without_nulls(tool)) for tool in tools]
 
 
 def _require_whole_characters(value: object, where: str) -> None:
@@ -370,6 +388,16 @@ def _from_json(value: object) -> object:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
+    return value
+
+
+def _as_function(value: Any) -> Any:
+    """A tool or a call as templates read it: with its type around it, and with an object for a call's arguments."""
+    if isinstance(value, dict) and "name" in value and not {"type", "function"} & value.keys():
+        value = {"type": "function", "function": value}
+    function = value.get("function") if isinstance(value, dict) else None
+    if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
+        function["arguments"] = arguments
     return value
 
 

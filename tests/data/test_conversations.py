@@ -116,6 +116,51 @@ def test_roles_parts_tools_and_weights() -> None:
     assert conversation.tools == [{"type": "function"}]
 
 
+CALL = {"name": "f", "arguments": {"team": "bug"}}
+AS_OPENAI = [{"type": "function", "function": CALL}]
+
+
+@pytest.mark.parametrize(
+    ("called", "expected"),
+    [
+        (
+            {"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": '{"team": "bug"}'}},
+            AS_OPENAI,
+        ),
+        ({"role": "assistant", "content": None, "function_call": CALL, "tool_calls": None}, AS_OPENAI),
+        ({"from": "function_call", "value": json.dumps(CALL)}, AS_OPENAI),
+        ({"from": "function_call", "value": json.dumps([CALL, CALL])}, AS_OPENAI * 2),
+        ({"role": "assistant", "content": "", "tool_calls": [CALL]}, AS_OPENAI),
+    ],
+    ids=["OpenAI's older key", "that beside a null", "LLaMA-Factory's role", "two in one turn", "without its type"],
+)
+def test_calls_in_older_forms_are_tool_calls(called: dict[str, Any], expected: list[Any]) -> None:
+    role, text = ("from", "value") if "from" in called else ("role", "content")
+    messages = [
+        {role: "user", text: "it crashes"},
+        called,
+        {role: "function", text: "ok"},
+        {role: "assistant", text: "Done"},
+    ]
+    found = parse({"messages": messages, "functions": [{"name": "f", "parameters": {}}]})
+    assert isinstance(found, Conversation)
+    assert [turn.role for turn in found.turns] == ["user", "assistant", "tool", "assistant"]
+    assert (found.turns[1].content, found.turns[1].extra["tool_calls"]) == ("", expected)
+    assert found.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+def test_a_call_that_is_none_is_named() -> None:
+    for called, said in (
+        ({"from": "function_call", "value": "open a ticket"}, r"\[1\]\.value must be a call as JSON, \{\"name\""),
+        (
+            {"from": "gpt", "value": "", "toolcalls": [CALL]},
+            r"\[1\] has a key 'toolcalls'; did you mean 'tool_calls'\?",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            parse({"conversations": [{"from": "human", "value": "it crashes"}, called]})
+
+
 @pytest.mark.parametrize(
     ("fields", "kwargs", "message"),
     [
