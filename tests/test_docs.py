@@ -180,6 +180,7 @@ def test_commands_parse(page: str) -> None:
         elif words[:2] == ["docker", "run"]:
             rest = words[next(i for i, word in enumerate(words) if word in ("qvera", "qvera:cuda")) + 1 :]
             assert parse(rest)[0] == rest[0]
+            assert "--host" not in rest or "--keys" in rest, f"{page}: {command} is refused"
         elif words[0] == "make":
             assert set(words[1:]) <= targets, command
         elif words[0] == "sbatch":

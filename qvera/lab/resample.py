@@ -39,9 +39,9 @@ class Resample(Schedule):
 
     def check(self, recipe: Any, method: Method) -> None:
         if recipe.adapter.method != Vera.name or recipe.adapter.magnitude:
+            other = "adapter.magnitude" if recipe.adapter.magnitude else f"adapter.method {recipe.adapter.method}"
             raise InputError(
-                "training.resample_every: phases are those of VeRA's b and d without adapter.magnitude, and "
-                f"adapter.method is {recipe.adapter.method}. Remove one of the two."
+                f"training.resample_every: phases are VeRA's b and d alone, not with {other}. Remove one of the two."
             )
 
     def config(self, recipe: Any, rows: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
+from qvera.adapters.methods import check_recipe
 from qvera.adapters.projection import uniform_pair
 from qvera.adapters.save_load import attach, load_adapter
 from qvera.cli.main import main
@@ -164,6 +165,13 @@ def test_a_plan_is_that_of_the_last_phase_or_says_that_it_can_not_count_them(
     assert first.to_dict()["first_phase_only"]
     print_plan(first, Console(file=text, width=200))
     assert "This is the first phase alone" in text.getvalue()
+
+
+def test_phases_are_refused_by_the_key_that_they_do_not_go_with(make_recipe: Any) -> None:
+    for adapter, named in (({"magnitude": True}, "adapter.magnitude"), ({"method": "lora"}, "adapter.method lora")):
+        recipe = make_recipe(adapter={"rank": RANK, **adapter}, training={"resample_every": 3})
+        with pytest.raises(InputError, match=f"resample_every: phases are .*, not with {named}"):
+            check_recipe(recipe)
 
 
 def test_more_phases_than_an_adapter_has_room_for_are_refused(make_recipe: Any) -> None:
