@@ -295,10 +295,10 @@ class ChatTemplate:
     def _unwritten_text(self, part: str) -> str:
         text = f"the chat template ({self.name}) does not write {part}, so the model would not see them. "
         others = ", ".join(name for name in NAMED_TEMPLATES if name != self.name)
-        if not part.startswith("tool"):  # all named templates write every role
+        if "turns" in part:  # all named templates write every role, and none writes tools or reasoning
             return f"{text}Name another data.template ({others}), or leave them out of the rows and of data.system."
         own = self.tokenizer.chat_template
-        if self.name == OWN and isinstance(own, dict) and "tool_use" in own:
+        if part.startswith("tool") and self.name == OWN and isinstance(own, dict) and "tool_use" in own:
             return f"{text}Make the tokenizer's template tool_use its only one, or take them out of the rows."
         way = "a base whose own chat template writes them"
         way = way if self.name == OWN else f"{way}, with data.template: {OWN}"
