@@ -70,7 +70,8 @@ def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
     if isinstance(content, str):
         if not os.path.isfile(content):  # nor a directory, or a pipe, which would be waited for
             raise InputError(f"{source}: there is no image file {content}. Fix the path, or remove the row.")
-        source = source if source.endswith(content) else f"{source}: {content}"
+        # an image of a directory is its own source, but by its relative path
+        source = source if source.endswith(content) or content.endswith(source) else f"{source}: {content}"
     try:
         if not isinstance(content, str):
             # an Arrow buffer is read from the mapped pages, without a copy

@@ -37,7 +37,7 @@ MIN_POINTS = 20  # the losses that a suggestion needs: with fewer, the noise of 
 RULE = "the rate at the lowest smoothed loss, for the peak of a schedule with warmup and decay"
 """Chosen after two recipes with SmolLM2-135M at rank 256: it gave 0.046 where 0.03 was the best rate tried (quickstart)
 and 0.07 where 0.1 was (E2E). The steepest fall, another common rule, gave 0.008 and 0.014. Then checked on a third
-recipe (Alpaca, rank 96): 0.07 where 0.05 was the best of four; the steepest fall gave 0.0014."""
+recipe (Alpaca, rank 96): 0.07 where 0.05 was the best of four; the steepest fall gave 0.014."""
 
 _DIVERGED = 2.0  # the running mean of a loss that has diverged is this many times its lowest, and above its start
 

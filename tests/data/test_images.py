@@ -86,11 +86,16 @@ NO_IMAGES = {
 
 
 @pytest.mark.parametrize(("content", "message"), NO_IMAGES.values(), ids=list(NO_IMAGES))
-def test_what_is_no_image_is_named(content: bytes, message: str, tmp_path: Path, images: ImageProcessor) -> None:
+def test_what_is_no_image_is_named(
+    content: bytes, message: str, tmp_path: Path, images: ImageProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_folders(tmp_path / "rows", 2)
     (tmp_path / "rows" / "green" / "bad.png").write_bytes(content)
-    with pytest.raises(InputError, match=rf"rows/green/bad\.png: .*{message}"):
-        build_datasets(section_of(tmp_path / "rows"), images)
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "rows", Path("rows")):
+        with pytest.raises(InputError, match=rf"rows/green/bad\.png: .*{message}") as refused:
+            build_datasets(section_of(path), images)
+        assert str(refused.value).count("bad.png") == 1
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
