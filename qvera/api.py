@@ -11,6 +11,7 @@ import inspect
 import json
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar, get_args, get_origin, get_type_hints
@@ -236,15 +237,21 @@ class Model:
     ) -> None:
         self.target, self.names, self.base_alone = target, tuple(names), base
         self.console = console or Console(stderr=True)
+        self._opened: OpenRun | None = None
+        self._lock = threading.RLock()  # a call sets its layers for its own passes, so others wait for its end
 
-    @functools.cached_property
+    @property
     def opened(self) -> OpenRun:
         """The base, its tokenizer and the adapter, in memory."""
         path = self.target.path
-        with Phase(self.console, f"loading {path}", len(self.names) or None) as show:
-            if not self.names:
-                return open_target(self.target, adapter=not self.base_alone)
-            return open_adapters(path, self.names, show)
+        with self._lock:
+            if self._opened is None:
+                with Phase(self.console, f"loading {path}", len(self.names) or None) as show:
+                    if self.names:
+                        self._opened = open_adapters(path, self.names, show)
+                    else:
+                        self._opened = open_target(self.target, adapter=not self.base_alone)
+            return self._opened
 
     @_checked
     def generate(
@@ -301,7 +308,7 @@ class Model:
             if on_answer is not None:
                 on_answer(number, tokenizer.decode(tokens, skip_special_tokens=True))
 
-        with Phase(self.console, "answering", len(encoded)) as show:
+        with self._lock, Phase(self.console, "answering", len(encoded)) as show:
             return answering.generate(
                 opened.model,
                 tokenizer,
@@ -354,11 +361,11 @@ class Model:
             InputError: there are no rows, several adapters are loaded, or a package for a metric is missing.
         """
         self._require_one()
-        with contextlib.ExitStack() as until_scored:
+        with self._lock, contextlib.ExitStack() as until_scored:
             if rows is not None and not isinstance(rows, str | Path):
                 rows = until_scored.enter_context(_file_of(rows))
             if with_base and self.target.adapter is None:  # an export's weights make room for those of its base
-                until_scored.callback(self.__dict__.pop, "opened", None)
+                until_scored.callback(setattr, self, "_opened", None)
             return evaluations.evaluate(
                 self.target,
                 None if rows is None else str(rows),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     run = qvera.load(trained_run)
-    assert "opened" not in vars(run)  # nothing big is read before it is needed
+    assert run._opened is None  # nothing big is read before it is needed
     assert main(["eval", str(trained_run), "--json", str(tmp_path / "eval.json")]) == 0
     found, written = run.evaluate(), json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
     assert found["scores"]["loss"] == written["scores"]["loss"]
@@ -153,6 +155,29 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     exported = qvera.load(tmp_path / "merged")
     assert exported.evaluate(rows, with_base=True, answers=False)["base_scores"] is not None
     assert len(exported.generate("say red 1", max_new_tokens=2)) == 1  # its weights are read again
+
+
+def test_calls_from_several_threads_wait_for_one_another(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a web server's endpoints. A call holds what its layers need for answers, and takes it off again."""
+    prompts = [[f"say red {i}", "say blue 2"] for i in range(4)]
+    one, together = qvera.load(trained_run), qvera.load(trained_run)
+    expected = [one.generate(each, max_new_tokens=6) for each in prompts]
+    loss = one.evaluate(answers=False)["scores"]["loss"]
+    alone, real = threading.Lock(), qvera.api.answering.generate
+
+    def generate(*given: Any, **named: Any) -> list[str]:
+        assert alone.acquire(blocking=False), "another call answers now"
+        try:
+            return real(*given, **named)
+        finally:
+            alone.release()
+
+    monkeypatch.setattr(qvera.api.answering, "generate", generate)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(together.generate, each, max_new_tokens=6) for each in prompts * 2]
+        scored = [pool.submit(together.evaluate, answers=False) for _ in range(2)]
+        assert [each.result() for each in answers] == expected * 2
+        assert [each.result()["scores"]["loss"] for each in scored] == [loss] * 2
 
 
 @pytest.mark.parametrize(

@@ -259,8 +259,8 @@ def save_adapter(
     its prompts if it is not the base's own. Other tools read it in its file; the config has it too, since an adapter is
     often handed on as its two files alone. ``vectors`` are written in place of
     the model's own, by the same keys; any ``adapter`` but the default one needs them. Files get a temporary name first,
-    so that no half-written adapter is ever found. ``kept`` ends the message about a full disk. Returns the size in
-    bytes, without the tokenizer's files.
+    so that no half-written adapter is ever found. Markdown files of an adapter that was there before stay. ``kept``
+    ends the message about a full disk. Returns the size in bytes, without the tokenizer's files.
 
     RunFailed: the disk is full. An adapter that was there before is kept.
     """
@@ -273,6 +273,8 @@ def save_adapter(
             _write_files(model, partial, tokenizer, vectors, adapter)
             if chat_template is not None:
                 (partial / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+            for note in directory.glob("*.md"):  # a card that was edited, or what else its owner wrote
+                shutil.copy2(note, partial)
             for file in partial.iterdir():
                 flush(file)
         except BaseException:

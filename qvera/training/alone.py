@@ -345,6 +345,10 @@ class Trainer(Run):
 
         def save() -> dict[str, int | str]:
             tokenizer, template = self.session.base.tokenizer, self.session.chat_template
+            if (card := directory / "README.md").exists():
+                self.warn(
+                    f"{card}: is kept, and describes the adapter before this. Without it, `qvera card` writes one."
+                )
             file_bytes = save_adapter(self.loop.model, directory, tokenizer, chat_template=template, kept=KEPT)
             return {"file_bytes": file_bytes, "sha256": file_sha256(directory / ADAPTER_WEIGHTS)}
 

@@ -184,8 +184,8 @@ def resolve_path(path: str) -> str:
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 class OutputDirectory(contextlib.AbstractContextManager["OutputDirectory"]):
@@ -382,6 +382,8 @@ def disk_errors(what: str, kept: str) -> Iterator[None]:
         if number not in (*NO_SPACE, *_UNWRITABLE):
             raise
         reason = "the disk is full" if number in NO_SPACE else f"it can't be written ({os.strerror(number)})"
+        if number == errno.EFBIG:
+            reason += ", since a file may not become so large here: see `ulimit -f`, or the limit of the file system"
         file = error.filename if isinstance(error, OSError) else None
         where = f" ({file})" if file and file != what else ""
         raise RunFailed(f"{what}: {reason}{where}. {kept}") from None

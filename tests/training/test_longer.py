@@ -66,9 +66,12 @@ def test_a_rate_that_has_decayed_warms_up_again_wherever_the_run_was_stopped(mak
     short, long = ({**SETTINGS, "max_steps": n, "warmup_steps": 1, "lr_scheduler_type": "linear"} for n in (4, 8))
     train(make_recipe(training=short), tmp_path / "done")
     stop_after(make_recipe(training=short), tmp_path / "cut", 3)
+    (tmp_path / "done" / "adapter" / "README.md").write_text("My own words")
     for name in ("done", "cut"):
         said = longer(make_recipe(training=long), tmp_path / name)
+        assert ("README.md: is kept, and describes the adapter before this." in said) == (name == "done")
         assert "4 steps become 8: the learning rate warms up again and decays (linear) from step 5 on" in said
+    assert (tmp_path / "done" / "adapter" / "README.md").read_text() == "My own words"
     rates = [record["learning_rate"] for record in records(tmp_path / "done")]
     assert rates[4:] == rates[:4]
     assert losses(tmp_path / "cut") == losses(tmp_path / "done")

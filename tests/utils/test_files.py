@@ -193,6 +193,7 @@ def test_a_full_or_read_only_disk_is_reported_and_other_errors_are_left_alone(tm
     for number, words in (
         (errno.ENOSPC, "the disk is full"),
         (errno.EROFS, r"it can't be written \(Read-only file system\)"),
+        (errno.EFBIG, r"it can't be written \(File too large\), since .* `ulimit -f`"),
     ):
         text = os.strerror(number)
         of_rust = SafetensorError(f"Error while serializing: I/O error: {text} (os error {number})")
