@@ -184,7 +184,8 @@ def test_an_answered_prompt_keeps_its_images_and_tools(tmp_path: Path) -> None:
     """As a row to train on, else it would be learnt without what it is about."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": str(tmp_path / "a.png")}]
     parts += [{"type": "text", "text": "which, "}, {"type": "image", "bytes": b"not read before it is trained"}]
-    turns, tools = read_messages([{"role": "user", "content": parts}], "a test"), [{"name": "look"}]
+    turns = read_messages([{"role": "user", "content": parts}], "a test")
+    tools = [{"type": "function", "function": {"name": "look"}}]
     line = json.loads(json.dumps(_as_row(Conversation(turns, "a test", tools)) | {"answer": "a"}))
     found = _trained(line)
     assert found.tools == tools
