@@ -131,6 +131,10 @@ def _run(arguments: list[str] | None) -> int:
         end = "" if text.endswith((".", "?")) else "."
         print(f"{command}: {text}{end} `{command} --help` shows what it takes.", file=sys.stderr)
         code = error.exit_code
+    except SystemExit as ended:  # typer's, of --install-completion and of what a shell asks
+        if not isinstance(ended.code, int):
+            raise
+        code = ended.code
     except typer.Abort:  # Ctrl-C at a question
         code = report("", KeyboardInterrupt())
     except (KeyboardInterrupt, OSError) as error:  # before a command, or of a text that none prints: help, versions

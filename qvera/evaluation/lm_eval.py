@@ -25,8 +25,7 @@ def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
     """
     if find_spec("lm_eval") is None:
         raise InputError(
-            "qvera harness needs the package lm-eval, which is not installed. Install it with: pip install "
-            "'qvera[harness]'."
+            "needs the package lm-eval, which is not installed. Install it with: pip install 'qvera[harness]'."
         )
     from lm_eval.tasks import TaskManager
 

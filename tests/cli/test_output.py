@@ -195,6 +195,14 @@ def test_ctrl_c_before_a_command_and_at_a_question_is_an_interruption(
         assert capsys.readouterr().err == "qvera: interrupted. The same command begins again.\n"
 
 
+def test_what_a_shell_asks_to_complete_a_line_ends_well(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"_QVERA_COMPLETE": "complete_bash", "COMP_WORDS": "qvera expo", "COMP_CWORD": "1"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    assert main([]) == 0
+    assert capsys.readouterr().out == "export\n"
+
+
 def test_a_command_whose_streams_are_closed_ends_as_any_other(trained_run: Path) -> None:
     command = f"{sys.executable} -m qvera info {shlex.quote(str(trained_run))} >&- 2>&- <&-"
     assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0
