@@ -215,6 +215,7 @@ def load(
         InputError: there is no such directory or adapter, or the path is something else.
     """
     path, given = Path(path).expanduser(), None if recipe is None else Path(recipe).expanduser()
+    path = path.absolute() if path.exists() else path  # a program may change its directory; else an id on the hub
     if isinstance(adapter, str) or base or (root := adapters_root(path)) is None:
         name = adapter if isinstance(adapter, str) or adapter is None else next(iter(adapter), None)
         return Model(find_target(path, given, name=name, needs_name=not base), base=base, console=console)

@@ -157,6 +157,13 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     assert len(exported.generate("say red 1", max_new_tokens=2)) == 1  # its weights are read again
 
 
+def test_a_loaded_model_is_found_from_another_directory(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained_run.parent)
+    model = qvera.load(trained_run.name)
+    monkeypatch.chdir("/")
+    assert len(model.generate("say red 1", max_new_tokens=2)) == 1
+
+
 def test_calls_from_several_threads_wait_for_one_another(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from a web server's endpoints. A call holds what its layers need for answers, and takes it off again."""
     prompts = [[f"say red {i}", "say blue 2"] for i in range(4)]

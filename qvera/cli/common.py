@@ -170,6 +170,8 @@ def require_new_file(path: Path | None, ending: str = "") -> None:
 
     ``ending``: that of its format, such as ``.jsonl``; a name with the ending of another format is refused.
     """
+    if path == Path("-"):
+        raise InputError("-: is the name of no file here. Name a file, or leave the option out.")
     if path is not None and ending and path.suffix.lower() in _ENDINGS - {ending}:
         raise InputError(f"{path}: {ending[1:].upper()} is written into it; expected a name that ends in {ending}.")
     if path is not None and path.exists():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from filelock import FileLock, Timeout
 
 from qvera.cli.common import (
     AdapterName,
@@ -124,50 +127,51 @@ def generate(
         model = load(run, names[0] if len(names) == 1 else names or None, base=base, console=console)
 
     depends_on = [str(run), weights, base, max_new_tokens, sampling, seed, questions]
-    answers = KeptAnswers(out, depends_on, len(questions))
-    left = answers.left()
-    if answers.found:
-        say(f"{answers.said()}: going on.")
+    with _alone(out):
+        answers = KeptAnswers(out, depends_on, len(questions))
+        left = answers.left()
+        if answers.found:
+            say(f"{answers.said()}: going on.")
 
-    def keep(place: int, answer: str) -> None:
-        answers.add(left[place], answer)
+        def keep(place: int, answer: str) -> None:
+            answers.add(left[place], answer)
 
-    try:
-        if url is not None:
-            settings = {**sampling, "max_tokens": max_new_tokens, "seed": seed}
-            _ask_server(client, [asked_of[number] for number in left], batch_size, settings, keep)
-        elif left:
-            model.generate(
-                [questions[number][0] for number in left],
-                adapter=None if root is None else [questions[number][1] for number in left],
-                max_new_tokens=max_new_tokens,
-                seed=seed + len(answers.found),  # what was drawn for others is not drawn again
-                batch_size=batch_size,
-                on_answer=keep,
-                **sampling,
-            )
-    except KeyboardInterrupt:
-        raise answers.interrupted() from None
-    if out is not None:
-        lines = [
-            {
-                "source": row.source,
-                **({"adapter": name} if name else {}),
-                **_as_row(row),
-                "answer": answers.found[number],
-            }
-            for number, (row, name) in enumerate(questions)
-        ]
-        answers.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        print(f"{len(lines)} answers in {out}")
-        return
-    several, last = len({row.source for row, _ in questions}) > 1, None
-    for place, (row, name) in enumerate(questions):
-        # each after its adapter's name, if it has one; prompts too where there are several
-        if several and row.source != last:
-            last = row.source
-            print(f"> {row.turns[-1].text}")
-        print(f"{shown_name(name)}: {answers.found[place]}" if name else answers.found[place])
+        try:
+            if url is not None:
+                settings = {**sampling, "max_tokens": max_new_tokens, "seed": seed}
+                _ask_server(client, [asked_of[number] for number in left], batch_size, settings, keep)
+            elif left:
+                model.generate(
+                    [questions[number][0] for number in left],
+                    adapter=None if root is None else [questions[number][1] for number in left],
+                    max_new_tokens=max_new_tokens,
+                    seed=seed + len(answers.found),  # what was drawn for others is not drawn again
+                    batch_size=batch_size,
+                    on_answer=keep,
+                    **sampling,
+                )
+        except KeyboardInterrupt:
+            raise answers.interrupted() from None
+        if out is not None:
+            lines = [
+                {
+                    "source": row.source,
+                    **({"adapter": name} if name else {}),
+                    **_as_row(row),
+                    "answer": answers.found[number],
+                }
+                for number, (row, name) in enumerate(questions)
+            ]
+            answers.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            print(f"{len(lines)} answers in {out}")
+            return
+        several, last = len({row.source for row, _ in questions}) > 1, None
+        for place, (row, name) in enumerate(questions):
+            # each after its adapter's name, if it has one; prompts too where there are several
+            if several and row.source != last:
+                last = row.source
+                print(f"> {row.turns[-1].text}")
+            print(f"{shown_name(name)}: {answers.found[place]}" if name else answers.found[place])
 
 
 def _as_row(row: Conversation) -> dict[str, Any]:
@@ -263,6 +267,25 @@ def _questions(
                 "--adapter NAME for all rows."
             )
     return [(row, row.owner) for row in rows]
+
+
+@contextlib.contextmanager
+def _alone(out: Path | None) -> Iterator[None]:
+    """Hold a file that answers go into. InputError where another process does, or has just written it."""
+    if out is None:
+        yield
+        return
+    lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{out}: another process answers into it. Wait for it, or name another file.") from None
+    try:
+        require_new_file(out)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 class KeptAnswers:

@@ -128,6 +128,8 @@ def _run(arguments: list[str] | None) -> int:
             text += ". A key of the recipe goes to --set, as in --set training.num_train_epochs=3"
         if "unexpected extra argument" in text and "--set" in (arguments or sys.argv):
             text += ". Each key takes its own --set, and a value with spaces quotes: --set 'a.b={c: d}'"
+        elif "unexpected extra argument" in text and "--metrics" in (arguments or sys.argv):
+            text += ". Metrics are one list: --metrics exact,bleu"
         end = "" if text.endswith((".", "?")) else "."
         print(f"{command}: {text}{end} `{command} --help` shows what it takes.", file=sys.stderr)
         code = error.exit_code

@@ -14,7 +14,7 @@ from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
 from qvera.utils.errors import InputError
 from qvera.utils.files import runs_in
-from qvera.utils.formatting import counted
+from qvera.utils.formatting import counted, first_of
 
 if TYPE_CHECKING:
     from qvera.serve.background import BackgroundWork
@@ -225,6 +225,8 @@ def serve(
             ending.enter_context(jobs)
         ending.callback(answering.close)  # first: no thread trains while the jobs are saved
         names = served.store.names()
+        if key_file is not None and (unknown := key_file.unknown({served.base_name, *names})):
+            say(f"{keys}: no model here is called {first_of(unknown)} yet, which keys may use.", style="yellow")
         called = f" {names[0]!r}" if len(names) == 1 else ""
         said = f"{served.base_name} and {counted(len(names), 'adapter')}{called} at {url}/v1. Ctrl-C ends it."
 

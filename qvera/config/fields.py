@@ -216,6 +216,8 @@ def _problems(error: ErrorDetails, root: type[BaseModel]) -> Iterator[tuple[str,
         field = holder.model_fields.get(keys[-1]) if keys else None
         if kind == "string_type" and isinstance(got, (int, float, dict)):
             hint = " Write it in quotes."
+        elif keys == ["data", "path"] and isinstance(got, list):
+            hint = " For several files name their directory, or each in data.mixture."
         elif got is None and ":" in str(error["loc"][-1]):
             hint = " Put a space after each colon."
         elif got is None and field is not None and not field.is_required():

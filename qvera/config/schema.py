@@ -151,6 +151,8 @@ class Recipe(Section):
         if training.metric_for_best_model != "loss" and (data.has_adapters or not training.eval_steps):
             needs = "many adapters are compared by their loss" if data.has_adapters else "needs training.eval_steps"
             yield "training.metric_for_best_model", f"{training.metric_for_best_model}: {needs}."
+        if training.greater_is_better and training.metric_for_best_model in ("loss", "perplexity"):
+            yield "training.greater_is_better", f"of the {training.metric_for_best_model} less is better. Remove it."
         # other tasks have no exact match, and say so (`Task.take_own`)
         asks = self.task == "causal-lm" and training.objective != "grpo" and not data.has_adapters
         if asks and training.metric_for_best_model == "exact_match" and not training.exact_match_rows:

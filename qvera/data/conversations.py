@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvera.data.images import PLACE, read_image, read_parts
-from qvera.data.readers import RawRow
+from qvera.data.readers import RawRow, from_json, without_nulls
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.formatting import describe, first_of, is_number
 
@@ -214,6 +213,14 @@ def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_n
     """
     cells = _Cells(row, format, system, label_names)
     parsed = FORMATS[format.name].parse(cells)
+    calls = [turn.extra.get("tool_calls") for turn in parsed.turns] if isinstance(parsed, Conversation) else []
+    for call in (call for each in calls if isinstance(each, list) for call in each):
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict) and not isinstance(function["arguments"], dict):
+            raise InputError(
+                f"{row.source}: the arguments of a call of {function.get('name')!r} must be a JSON object such as "
+                f'{{"team": "bug"}}, got {describe(function["arguments"])}. Fix the row.'
+            )
     if cells.images:
         raise InputError(
             f"{cells.where('images')} has more images than places. Mark the place of each in the messages, by a part "
@@ -233,7 +240,7 @@ class _Cells:
     images: deque[Any] = field(init=False)  # of the column ``images``, those that have no place yet
 
     def __post_init__(self) -> None:
-        found = _from_json(self.row.fields.get(self.format.columns.get("images", "")))
+        found = from_json(self.row.fields.get(self.format.columns.get("images", "")))
         found = found if isinstance(found, list) else [found]
         object.__setattr__(self, "images", deque(image for image in found if image not in (None, "", {})))
 
@@ -271,7 +278,7 @@ class _Cells:
         return value
 
     def turns(self, name: str) -> list[Turn]:
-        value = _from_json(self.value(name))
+        value = from_json(self.value(name))
         if not isinstance(value, list):
             is_repr = isinstance(value, str) and value.lstrip().startswith("[{'")
             hint = " That is Python's repr; write it as JSON (json.dumps)." if is_repr else ""
@@ -323,10 +330,10 @@ class _Cells:
         Two older forms are read too: OpenAI's key ``function_call``, and LLaMA-Factory's turn of that role, whose text
         is a call, or a list of them, as JSON.
         """
-        found, older = (_without_nulls(item.get(key)) for key in ("tool_calls", _CALL))
+        found, older = (without_nulls(item.get(key)) for key in ("tool_calls", _CALL))
         found = [older] if found is None and older else found
         if item.get(role_key) == _CALL:
-            text = _from_json(item.get(content_key))
+            text = from_json(item.get(content_key))
             found = text if isinstance(text, list) else [text]
             if not found or not all(isinstance(call, dict) and "name" in call for call in found):
                 expected = 'must be a call as JSON, {"name": "...", "arguments": {...}}, or a list of them'
@@ -335,7 +342,11 @@ class _Cells:
             others = [str(key) for key, value in item.items() if value and key not in _PASSED_ON]
             if near := get_close_matches("tool_calls", others, 1, 0.8):
                 raise InputError(f"{where} has a key {near[0]!r}; did you mean 'tool_calls'?")
-        return [_as_function(call) for call in found] if isinstance(found, list) else found
+        calls = [_as_function(call) for call in found] if isinstance(found, list) else found
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, dict) and isinstance(call.get("function"), dict):
+                call["function"].setdefault("arguments", {})
+        return calls
 
     def content(self, value: object, where: str) -> tuple[str, tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
         """The text of a message, and if images stand in it, its parts and the images (see `read_parts`)."""
@@ -347,7 +358,7 @@ class _Cells:
     def is_messages(self, name: str) -> bool:
         """Whether a value is a list of messages. CSV files hold such a list as JSON text."""
         value = self.value(name)
-        found = _from_json(value)
+        found = from_json(value)
         if isinstance(value, list) or not isinstance(found, list):
             return isinstance(value, list)
         return bool(found) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
@@ -360,7 +371,7 @@ class _Cells:
     def tools(self) -> list[dict[str, Any]] | None:
         """The JSON schemas of the row's tools; None if it offers none."""
         columns = self.format.columns
-        tools = _from_json(self.row.fields.get(columns["tools"])) if "tools" in columns else None
+        tools = from_json(self.row.fields.get(columns["tools"])) if "tools" in columns else None
         _require_whole_characters(tools, f"{self.row.source}: tools")
         if not tools:
             return None
@@ -368,7 +379,7 @@ class _Cells:
             raise InputError(
                 f"{self.row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}."
             )
-        return [_as_function(_without_nulls(tool)) for tool in tools]
+        return [_as_function(without_nulls(tool)) for tool in tools]
 
 
 def _require_whole_characters(value: object, where: str) -> None:
@@ -383,29 +394,14 @@ def _require_whole_characters(value: object, where: str) -> None:
         ) from None
 
 
-def _from_json(value: object) -> object:
-    # CSV has no lists and some Parquet exports write nested values as JSON text.
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
-    return value
-
-
 def _as_function(value: Any) -> Any:
     """A tool or a call as templates read it: with its type around it, and with an object for a call's arguments."""
     if isinstance(value, dict) and "name" in value and not {"type", "function"} & value.keys():
         value = {"type": "function", "function": value}
     function = value.get("function") if isinstance(value, dict) else None
-    if isinstance(function, dict) and isinstance(arguments := _from_json(function.get("arguments")), dict):
+    if isinstance(function, dict) and isinstance(arguments := from_json(function.get("arguments")), dict):
         function["arguments"] = arguments
     return value
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop keys whose value is null: Parquet gives every object the keys of all objects."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 # --- conversations and texts

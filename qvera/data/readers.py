@@ -528,3 +528,18 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
             f"{path}: no file or directory of that name here, and as a hub dataset it can't be loaded "
             f"(split {split!r}{f', configuration {config_name!r}' if config_name else ''}): {one_line(error)}. {hint}"
         ) from None
+
+
+def from_json(value: object) -> object:
+    """The list or object of a JSON text: CSV has no lists, and some Parquet exports write nested values as text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """Drop keys whose value is null: Parquet gives every object the keys of all objects."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -162,6 +162,8 @@ def require_writable(run_dir: Path, what: str = "training.output_dir") -> None:
     """Raise InputError where nothing could be written into this directory, which need not exist yet."""
     if run_dir.exists() and not run_dir.is_dir():
         raise InputError(f"{run_dir}: is a file; a run needs a directory ({what}).")
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise InputError(f"{run_dir}: is a link to {run_dir.readlink()}, which is not there ({what}).")
     parent = existing_parent(run_dir)
     try:  # to make one: permission bits say yes to root even where nothing can be made
         os.rmdir(tempfile.mkdtemp(prefix=".qvera-", dir=parent))

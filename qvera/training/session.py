@@ -138,6 +138,12 @@ class TrainingSession:
 
         self.datasets = self.group.agree(read)
         self.task.prepare_rows(self.datasets)
+        shortest, limit = sum(sorted(lengths_of(self.datasets.train))[:2]), recipe.data.max_length
+        if recipe.data.packing and len(self.datasets.train) > 1 and shortest > limit:
+            self.warn(
+                f"data.packing: no two rows fit into data.max_length ({limit:,} tokens), so a pass has one row. Raise "
+                f"data.max_length (the two shortest rows have {shortest:,} tokens together), or remove data.packing."
+            )
         compared = self.datasets.eval[: recipe.training.exact_match_rows]
         limit, key = recipe.training.sample_max_new_tokens, "training.sample_max_new_tokens"
         if not preview and compared and (note := longer_references(compared, limit, key)) is not None:

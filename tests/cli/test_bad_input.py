@@ -5,6 +5,7 @@ What one room alone refuses (a recipe, a model, an export) is tested there."""
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -148,6 +149,18 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "output holds files of a run": (TRAIN, " more) and no recipe.yaml", holds_a_run, drop("out/recipe.yaml")),
     "a recipe that the run would write over": (f"{TRAIN} --set training.output_dir=.", "recipe.yaml: is no run's"),
     "the same with --resume": (f"{TRAIN} --resume --set training.output_dir=.", "recipe.yaml: is no run's"),
+    "output through a link to nothing": (
+        TRAIN,
+        "out: is a link to nowhere, which is",
+        lambda: os.symlink("nowhere", "out"),
+    ),
+    "several files of rows": (
+        f"{TRAIN} --set data.path=[a.csv,b.csv]",
+        "name their directory, or each in data.mixture",
+    ),
+    "a greater loss": (f"{TRAIN} --set training.greater_is_better=true", "of the loss less is better. Remove it."),
+    "metrics as words": ("eval run --metrics exact bleu", "Metrics are one list: --metrics exact,bleu"),
+    "a dash for a file": ("generate run --prompt x --out -", "-: is the name of no file here"),
     "a recipe without its ending": ("train recipe", "recipe: no such recipe file; did you mean recipe.yaml?"),
     "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
     "no such run": ("info nothing", "no such directory"),

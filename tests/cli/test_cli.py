@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 from rich.console import Console
 
 from qvera.cli.generate import _as_row
@@ -207,6 +208,13 @@ def test_answers_are_kept_and_the_same_command_goes_on_from_them(
         stopped_after(3, KeyboardInterrupt(), patch)
         assert main([*line, str(out)]) == 75
     assert f"3 of 6 answers are in {kept}: the same command goes on." in capsys.readouterr().err
+    lock = FileLock(tmp_path / ".a.jsonl.lock", thread_local=False)
+    other = threading.Thread(target=lock.acquire)  # as another process: filelock refuses to wait for its own thread
+    other.start()
+    other.join()
+    assert main([*line, str(out)]) == 2
+    lock.release()
+    assert "a.jsonl: another process answers into it. Wait for it" in capsys.readouterr().err
     kept.write_bytes(kept.read_bytes() + b'[5, "cut of')  # as a kill in the middle of a write leaves it
     assert main([*line, str(out), "--seed", "1"]) == 2
     assert "holds answers to other prompts, or by another model or other settings" in capsys.readouterr().err
@@ -219,7 +227,7 @@ def test_answers_are_kept_and_the_same_command_goes_on_from_them(
     assert len(asked) == 3
     assert "3 of 6 answers are in" in capsys.readouterr().err
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
-    assert not kept.exists()
+    assert not list(tmp_path.glob(".a.jsonl.*")), "nothing is left of what was kept, nor of the lock"
 
 
 def test_answers_on_a_full_disk_are_kept_and_the_message_says_where(

@@ -18,6 +18,7 @@ from qvera.data.conversations import (
     UnaskedPreferences,
     detect_format,
     parse_row,
+    read_messages,
 )
 from qvera.data.readers import RawRow
 from qvera.data.source import read_prompts
@@ -150,6 +151,12 @@ def test_calls_in_older_forms_are_tool_calls(called: dict[str, Any], expected: l
 
 
 def test_a_call_that_is_none_is_named() -> None:
+    turns = [USER, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "arguments": "{team: bug}"}]}]
+    with pytest.raises(InputError, match=r"the arguments of a call of 'f' must be a JSON object .*, got .*Fix the row"):
+        parse({"messages": turns})
+    assert read_messages(turns, "a request")[1].extra["tool_calls"], (
+        "what another model has called is no row to train on"
+    )
     for called, said in (
         ({"from": "function_call", "value": "open a ticket"}, r"\[1\]\.value must be a call as JSON, \{\"name\""),
         (

@@ -115,6 +115,13 @@ def test_a_best_step_that_no_evaluation_can_choose_is_told(make_recipe: Any, tmp
         assert (told in console.export_text()) == (eval_steps == 3)
 
 
+def test_rows_too_long_to_be_packed_are_told(make_recipe: Any, tmp_path: Path) -> None:
+    for max_length, is_told in ((64, False), (24, True)):
+        console, data = Console(record=True, width=1000), {"packing": True, "max_length": max_length}
+        train(make_recipe(data=data), tmp_path / "run", dry_run=True, console=console)
+        assert ("data.packing: no two rows fit into data.max_length (24 tokens)" in console.export_text()) == is_told
+
+
 def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:
     recipe = make_recipe(training={"max_steps": 20, "save_steps": 10, "eval_steps": 10, "exact_match_rows": 4})
     console, run_dir = Console(record=True, width=1000), tmp_path / "run"

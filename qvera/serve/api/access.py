@@ -95,6 +95,16 @@ class KeyFile:
         self._keys = _read_keys(path)
         self._stamp: list[int] | None = None  # the first look reads it again, as it may have changed meanwhile
 
+    def unknown(self, models: Collection[str]) -> list[str]:
+        """Names that keys may use and that are not among ``models``, each with the key's own name."""
+        owned = [access for _, access in self._keys if access.adapters is not None]
+        return [
+            f"{name!r} ({access.name})"
+            for access in owned
+            for name in sorted(access.adapters or ())
+            if name not in models
+        ]
+
     def find(self, key: str) -> Access | None:
         """The owner of a key, or None. All hashes are compared, in constant time."""
         with self._lock:

@@ -130,6 +130,8 @@ def test_the_file_holds_no_key_and_a_bad_one_is_refused(tmp_path: Path) -> None:
     assert key.partition("-")[2] not in path.read_text()
     assert KeyFile(path).find(key) == Access("anna", None, frozenset({"use"}))
     assert KeyFile(path).find(key + "x") is None
+    new_key(path, "ben", ["orders", "shawls"], ["use"])
+    assert KeyFile(path).unknown({"orders", "base"}) == ["'shawls' (ben)"]
     for name, message in (("anna", "'anna' already"), (" ", "--new-key: the name is empty")):
         with pytest.raises(InputError, match=message):
             new_key(path, name, ["*"], ["use"])
