@@ -150,14 +150,14 @@ class Task(ABC):
             if name in (*self.scores, *_ABOUT_SCORES):
                 raise InputError(f"metrics: {name!r} is the name of another score here; take another name.")
             require_takes(function, 3, f"metrics: {name}")  # predictions, references, rows
-        if loss is not None and (not self.takes_loss or training.label_smoothing or not callable(loss)):
-            key = "training.label_smoothing" if self.takes_loss else f"training.objective {training.objective}"
-            raise InputError(
-                f"loss: expected a function, which {key} has no use for."
-                if callable(loss)
-                else f"loss: {loss!r} is no function."
-            )
         if loss is not None:
+            if not callable(loss):
+                raise InputError(f"loss: {loss!r} is no function.")
+            if not self.takes_loss or training.label_smoothing:
+                key = "training.label_smoothing" if self.takes_loss else f"training.objective: {training.objective}"
+                raise InputError(
+                    f"loss: takes the place of the cross entropy, and {key} asks for another one. Leave one out."
+                )
             require_takes(loss, 2, "loss")
         if training.metric_for_best_model not in (known := [*self.scores, *metrics]):
             near = did_you_mean(training.metric_for_best_model, known)

@@ -250,9 +250,9 @@ def test_a_metric_that_fails_is_named_with_its_row_and_costs_no_step(
         (
             {"training": {"objective": "grpo", "reward": "r.py:f"}},
             {"loss": focal},
-            "training.objective grpo has no use",
+            "the cross entropy, and training.objective: grpo asks for another one",
         ),
-        ({"training": {"label_smoothing": 0.1}}, {"loss": focal}, "training.label_smoothing has no use"),
+        ({"training": {"label_smoothing": 0.1}}, {"loss": focal}, "training.label_smoothing asks for another one"),
         ({}, {"loss": "focal"}, "'focal' is no function"),
         ({}, {"metrics": [first_letters]}, "metrics: expected names with functions"),
         ({}, {"callbacks": print}, "callbacks: expected a list of callbacks"),
