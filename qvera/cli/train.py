@@ -225,7 +225,7 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
             "a step's loss tells nothing of rewards; the report has them. Hold out rows to score them before and after"
         )
         if scored:  # a loss that is the negative reward
-            change = f"the held-out reward went from {-before:.4g} to {-after:.4g}"
+            change = f"the held-out reward went from {0.0 - before:.4g} to {0.0 - after:.4g}"
         equal = "In the last step all answers to a prompt had equal rewards, of which nothing is learnt (equal_groups)."
         return f"{change}. {equal}" if result.get("grad_norm_last") == 0 else f"{change}."
     if result.get("grad_norm_last") == 0 and result["train_loss_last"]:

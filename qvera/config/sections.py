@@ -421,7 +421,7 @@ class TrainingSection(Section):
     """With ``objective: grpo``, the optimizer steps that are taken over the same answers."""
     answer_temperature: Annotated[PositiveFloat, _REWARDED] = 1.0
     """With ``objective: grpo``, the temperature at which answers are drawn; the loss is of the same probabilities. An
-    answer has at most ``sample_max_new_tokens`` tokens, and ``answer_batch_size`` prompts are answered at a time."""
+    answer has at most ``sample_max_new_tokens`` tokens, and ``answer_batch_size`` answers are made at a time."""
     num_train_epochs: Passes = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
     max_steps: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import os
 import shlex
@@ -256,6 +257,11 @@ def warn_of_other_rows(target: Artifact, datasets: Datasets, console: Console) -
     """Say so where a run's rows have changed since its training: those held out now may be among the trained ones."""
     data = None if target.run is None else (try_read_json(target.run / "run.json") or {}).get("data")
     trained = data.get("sha256") if isinstance(data, dict) else None
+    if target.recipe is not None and target.recipe.training.objective == "grpo":
+        # in training the prompts were counted with room for their answers
+        datasets = dataclasses.replace(datasets, train=copy.copy(datasets.train), eval=copy.copy(datasets.eval))
+        for rows in filter(len, (datasets.train, datasets.eval)):
+            rows.ask(target.recipe.training.sample_max_new_tokens)
     if trained is not None and trained != data_sha256(datasets):
         warn(
             console,

@@ -325,7 +325,7 @@ class Rewards(CausalLM, TrainingHook):
         total, tokens = group.sum([sum(a["reward"] for a in answers), sum(len(a["tokens"]) for a in answers)])
         reward = total / len(rows)
         about = {"rows": len(rows), "trained_tokens": int(tokens), "seconds": time.perf_counter() - started}
-        return {"loss": -reward, "reward": reward, **about}
+        return {"loss": 0.0 - reward, "reward": reward, **about}  # not -0.0
 
     def line(self, scores: dict[str, Any]) -> str:
         return f"held-out reward {scores['reward']:.4f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+import qvera
 from qvera.adapters.save_load import attach, named_vectors
 from qvera.config.schema import Recipe, load_recipe
 from qvera.data import Datasets, build_datasets
@@ -171,6 +174,10 @@ def test_the_reward_rises_and_a_run_that_was_cut_off_goes_on_to_the_bit(make_rew
     assert rewards[0] == rewards[1] != rewards[2]  # two steps over the same answers
     result = run_json(tmp_path / "whole")["result"]
     assert result["eval_after"]["reward"] > result["eval_before"]["reward"]
+    told = io.StringIO()
+    scored = qvera.load(tmp_path / "whole", console=Console(file=told, width=1000)).evaluate()
+    assert scored["scores"]["reward"] == pytest.approx(result["eval_after"]["reward"])
+    assert "others now" not in told.getvalue()
     checkpoints = tmp_path / "cut" / "checkpoints"
     train(recipe, tmp_path / "cut")
     for step in (10, 15, 20):  # after step 5 the answers of step 5 are still to be trained on once
