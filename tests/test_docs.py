@@ -21,7 +21,7 @@ from qvera.adapters import methods
 from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from tests.cli.helpers import parse
-from tests.helpers import ROOT, commands
+from tests.helpers import ROOT, commands, commands_of
 from tests.many_adapters import write_customers, write_run
 
 pytestmark = pytest.mark.process
@@ -187,6 +187,15 @@ def test_commands_parse(page: str) -> None:
             assert (ROOT / words[1]).is_file()
         elif words[0] != "qvera":
             assert words[0] in ("cd", "pre-commit") or reason_not_run(command), f"{page}: {command}"
+
+
+def test_commands_in_the_comments_of_recipes_parse() -> None:
+    texts = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "recipes").rglob("*.yaml"))]
+    found = commands_of("\n".join(re.findall(r"^#\s*(qvera .*)", "\n".join(texts), re.MULTILINE)))
+    assert len(found) > 20
+    for command in found:
+        words = shlex.split(command)
+        assert parse(words[1:])[0] == words[1], command
 
 
 def python_blocks(page: str) -> list[str]:
