@@ -83,7 +83,10 @@ class Schedule:
     name = ""
     """Prefix of its hook's state in a checkpoint."""
     keys: tuple[str, ...] = ()
-    """Keys of a recipe, as ``section.key``. Only recipes that set one of them ask it; all do, if it has none."""
+    """Keys of a recipe, as ``section.key`` or ``section.key=value``. Only recipes that set one of them ask it; all do,
+    if it has none."""
+    plans_steps = True
+    """Whether what a step does may depend on how many there are, so that a run can't be made longer."""
 
     def check(self, recipe: Any, method: Any) -> None:
         """Raise InputError where the recipe does not suit the adapter's method."""
@@ -133,9 +136,13 @@ def schedules_of(**sections: Any) -> list[Schedule]:
     """The schedules that sections of a recipe switch on, such as ``training=recipe.training``."""
 
     def is_set(key: str) -> bool:
+        key, _, value = key.partition("=")
         part, _, name = key.partition(".")
         section = sections.get(part)
-        return section is not None and getattr(section, name) != type(section).model_fields[name].default
+        if section is None:
+            return False
+        found = getattr(section, name)
+        return bool(found == value if value else found != type(section).model_fields[name].default)
 
     schedules = [schedule() for schedule in load_all("qvera.schedules")]
     return [schedule for schedule in schedules if not schedule.keys or any(map(is_set, schedule.keys))]

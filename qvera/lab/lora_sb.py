@@ -67,10 +67,11 @@ class FirstGradient(Schedule):
     """Gives LoRA-SB its start, by `StartFromGradient`."""
 
     name = "first_gradient"
-    keys = ("adapter.method",)
+    keys = (f"adapter.method={LoraSb.name}",)
+    plans_steps = False
 
     def check(self, recipe: Any, method: Method) -> None:
-        zero = zero_config_of(recipe) if isinstance(method, LoraSb) else None
+        zero = zero_config_of(recipe)
         if zero is not None and zero.shards_base:
             raise InputError(
                 f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), and adapter.method {method.name} starts from "
@@ -78,8 +79,7 @@ class FirstGradient(Schedule):
             )
 
     def hook(self, training: Any) -> StartFromGradient | None:
-        section = training.recipe.adapter
-        return StartFromGradient() if section.method == LoraSb.name and section.init_from is None else None
+        return StartFromGradient() if training.recipe.adapter.init_from is None else None
 
 
 _SHARE_OF_FREE_MEMORY = 4

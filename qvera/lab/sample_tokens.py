@@ -113,6 +113,7 @@ class SampleTokens(Schedule):
 
     name = "sample_tokens"
     keys = ("training.sample_tokens",)
+    plans_steps = False
 
     def check(self, recipe: Any, method: Method) -> None:
         if method.source is not Source.TRAINED:

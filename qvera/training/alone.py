@@ -33,7 +33,7 @@ def depends_on_length(recipe: Recipe) -> bool:
     """Whether what a step does depends on how many there are, so that the run can't be made longer."""
     sections = {"data": recipe.data, "adapter": recipe.adapter, "training": recipe.training}
     has_hook = type(method_of(recipe.adapter)).step_hook is not Method.step_hook
-    return has_hook or bool(list(plugins.schedules_of(**sections)))
+    return has_hook or any(schedule.plans_steps for schedule in plugins.schedules_of(**sections))
 
 
 class Trainer(Run):

@@ -47,6 +47,21 @@ def test_a_longer_run_of_a_constant_rate_is_to_the_bit_one_that_had_the_length_f
     assert same(vectors(tmp_path / "run"), vectors(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(("method", "keys"), [("lora", {}), ("lora", {"sample_tokens": 0.5}), ("lora-sb", {})])
+def test_a_run_of_another_method_is_made_longer_too(
+    make_recipe: Any, tmp_path: Path, method: str, keys: dict[str, Any]
+) -> None:
+    def recipe(steps: int) -> Any:
+        constant = {**SETTINGS, "lr_scheduler_type": "constant", "warmup_steps": 2, "max_steps": steps}
+        return make_recipe(adapter={"method": method}, training={**constant, **keys})
+
+    train(recipe(5), tmp_path / "whole")
+    train(recipe(3), tmp_path / "run")
+    longer(recipe(5), tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same(vectors(tmp_path / "run"), vectors(tmp_path / "whole"))
+
+
 def test_a_warmup_that_is_a_share_of_the_steps_stays_that_of_the_first_plan(make_recipe: Any, tmp_path: Path) -> None:
     """Also where it is lengthened within the warm-up: to the bit a run that was given those warm-up steps."""
 
