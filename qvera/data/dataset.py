@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from qvera.config import plugins
@@ -471,9 +471,7 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
 
 
 def _summary(stats: DataStats) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
+    table = Table(Column(style="bold"), Column(), box=None, show_header=False, pad_edge=False)
     mean = stats.tokens / stats.train_rows
     rows = f"{stats.train_rows:,} to train on"
     if stats.eval_rows:
@@ -485,7 +483,8 @@ def _summary(stats: DataStats) -> Table:
         table.add_row("Format", stats.sources[0].layout)
     else:
         for source in stats.sources:
-            text = f"{source.taken:,} from {source.path} ({source.rows:,} x {source.weight:g}): {source.layout}"
+            count = f"{source.rows:,} x {source.weight:g}" if source.rows else "a held-out task"
+            text = f"{source.taken:,} from {source.path} ({count}): {source.layout}"
             table.add_row("  of these", Text(text))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
     if stats.labels is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +21,7 @@ from qvera.cli.main import main
 from qvera.config.schema import parse_recipe
 from qvera.config.sections import DataSection, DataSource
 from qvera.data import batches_of, build_datasets, data_sha256
+from qvera.data.dataset import print_preflight
 from qvera.lab.bilora import BilevelBatches
 from qvera.lab.tasks import TaskBatches, source_names, task_rows
 from qvera.training.trainer import train
@@ -133,6 +136,16 @@ def test_each_source_is_a_task_and_stays_one_in_a_selection(
     assert Counter(name for names in files for name in names) == dict.fromkeys(data.part_names, 3)
     assert data.train.cut(8).part_of.tolist() == data.train.part_of.tolist()
     assert data.train.take(np.array([19, 0])).part_of.tolist() == [2, 0]
+
+
+def test_the_preview_says_which_source_is_a_held_out_task(
+    three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, shown = three_sources.mixture[0].path, Console(file=io.StringIO(), width=1000)
+    data = build_datasets(three_sources.model_copy(update={"held_out_tasks": [path]}), base_tokenizer)
+    print_preflight(data, base_tokenizer, shown)
+    told = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert f"0 from {path} (a held-out task)" in told and "(12 x 1)" in told
 
 
 @pytest.mark.parametrize("held_out", [1, ["say"]])
