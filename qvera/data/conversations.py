@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvera.data.images import PLACE, read_image, read_parts
-from qvera.data.readers import RawRow, from_json, without_nulls
+from qvera.data.readers import RawRow, from_json, require_whole_characters, without_nulls
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.formatting import describe, first_of, is_number
 
@@ -34,6 +34,7 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns th
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys for what an assistant thought before it answered
 _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 """Message keys that only some templates read."""
+_READ = {"role", "content", "from", "value", "weight", "train", _CALL, *_PASSED_ON}
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +183,22 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.{task}")
     # of a prompt, all of it is handed to the reward
     unused = [str(name) for name in row.fields if name not in read.values() and format != "prompt"]
+    unused += _unread_keys(row, [column for name, column in read.items() if name not in ("tools", "images")])
     if shown := next((name for name in unused if name in _MEDIA and row.fields[name]), None):
         raise InputError(
             f"{row.source}: the column {shown!r} is not read: rows of format {format} are text, and a model would "
             "learn to answer without what is in it. Remove the column if the text says it all."
         )
     return RowFormat(format, read, unused)
+
+
+def _unread_keys(row: RawRow, columns: Sequence[str]) -> list[str]:
+    """Keys within the row's turns that nothing reads, as ``messages[].key``."""
+    lists = {column: from_json(row.fields.get(column)) for column in columns}
+    turns = [
+        (c, turn) for c, found in lists.items() if isinstance(found, list) for turn in found if isinstance(turn, dict)
+    ]
+    return sorted({f"{column}[].{key}" for column, turn in turns for key in without_nulls(turn).keys() - _READ})
 
 
 def _usual_columns(row: RawRow, format: str, named: dict[str, str]) -> dict[str, str]:
@@ -274,7 +285,7 @@ class _Cells:
         if not isinstance(value, str):
             advice = "Write it as JSON text (json.dumps)" if isinstance(value, (dict, list)) else "Fix the row"
             raise InputError(f"{self.where(name)} must be text, got {describe(value)}. {advice}.")
-        _require_whole_characters(value, self.where(name))
+        require_whole_characters(value, self.where(name))
         return value
 
     def turns(self, name: str) -> list[Turn]:
@@ -315,7 +326,9 @@ class _Cells:
             raise InputError(
                 f"{where_content} holds an image; a model answers with text only. Move it to another turn."
             )
-        _require_whole_characters(extra, where)
+        require_whole_characters(extra, where)
+        if item.get("train_detail"):
+            raise InputError(f"{where}.train_detail: a turn is trained whole or not at all. Split it, or set train.")
         # OpenAI's fine-tuning format has ``weight``, Axolotl's ``train``
         key, trained = next(((key, item[key]) for key in ("weight", "train") if item.get(key) is not None), ("", None))
         if trained not in (None, 0, 1):
@@ -352,7 +365,7 @@ class _Cells:
         """The text of a message, and if images stand in it, its parts and the images (see `read_parts`)."""
         parts, images = read_parts(value, where, self.images, self.directory)
         text = "".join(part.get("text", "") for part in parts)
-        _require_whole_characters(text, where)
+        require_whole_characters(text, where)
         return text, parts if images else (), images
 
     def is_messages(self, name: str) -> bool:
@@ -372,7 +385,7 @@ class _Cells:
         """The JSON schemas of the row's tools; None if it offers none."""
         columns = self.format.columns
         tools = from_json(self.row.fields.get(columns["tools"])) if "tools" in columns else None
-        _require_whole_characters(tools, f"{self.row.source}: tools")
+        require_whole_characters(tools, f"{self.row.source}: tools")
         if not tools:
             return None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -380,18 +393,6 @@ class _Cells:
                 f"{self.row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}."
             )
         return [_as_function(without_nulls(tool)) for tool in tools]
-
-
-def _require_whole_characters(value: object, where: str) -> None:
-    r"""Refuse half a character: JSON can hold one ("\ud83d"), but no tokenizer takes it."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where} holds half a character, {text[error.start]!a}, behind {text[: error.start][-20:]!r}: a text was "
-            "cut within a character, and that is no text. Write the whole character, or remove the half."
-        ) from None
 
 
 def _as_function(value: Any) -> Any:
@@ -503,7 +504,7 @@ def _parse_prompt(cells: _Cells) -> Conversation:
     if any(turn.images for turn in turns):
         raise InputError(f"{cells.where('prompt')} holds an image; rewards are of answers to text only. Remove it.")
     about = json.dumps([turns[-1].content, cells.row.fields], ensure_ascii=False, default=str)
-    _require_whole_characters(about, cells.row.source)
+    require_whole_characters(about, cells.row.source)
     # The placeholder makes the template write the prompt up to where an answer begins.
     turns = [*cells.with_system(turns), Turn("assistant", "-")]
     return Conversation(turns, cells.row.source, cells.tools(), cells.row.owner, about=about)
@@ -534,7 +535,7 @@ def _label(cells: _Cells) -> str:
         raise InputError(f"{where} must be a label (a name or a number), got {describe(value)}. Fix the row.")
     # A file may hold whole numbers as floats: 1.0 is the label 1.
     label = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    _require_whole_characters(label, where)
+    require_whole_characters(label, where)
     if not names or label in names:
         return label
     is_count = re.compile(r"[0-9]+").fullmatch

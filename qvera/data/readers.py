@@ -543,3 +543,15 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def require_whole_characters(value: object, where: str) -> None:
+    r"""Refuse half a character: JSON can hold one ("\ud83d"), but no tokenizer takes it."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} holds half a character, {text[error.start]!a}, behind {text[: error.start][-20:]!r}: a text was "
+            "cut within a character, and that is no text. Write the whole character, or remove the half."
+        ) from None

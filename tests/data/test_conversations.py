@@ -150,6 +150,17 @@ def test_calls_in_older_forms_are_tool_calls(called: dict[str, Any], expected: l
     assert found.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 
+def test_keys_of_turns_that_nothing_reads_are_told_and_parts_of_turns_refused() -> None:
+    turns = [{**USER, "id": 7, "mask": None}, {**ASSISTANT, "training": False, "weight": 0}]
+    for written in (turns, json.dumps(turns)):
+        row = RawRow({"messages": written, "tag": 1}, "a test")
+        assert detect_format(row).unused == ["tag", "messages[].id", "messages[].training"]
+    with pytest.raises(InputError, match=r"\[1\]\.train_detail: a turn is trained whole or not at all"):
+        parse(
+            {"messages": [USER, {**ASSISTANT, "train_detail": [{"begin_offset": 0, "end_offset": 8, "train": False}]}]}
+        )
+
+
 def test_a_call_that_is_none_is_named() -> None:
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "arguments": "{team: bug}"}]}]
     with pytest.raises(InputError, match=r"the arguments of a call of 'f' must be a JSON object .*, got .*Fix the row"):
