@@ -50,6 +50,11 @@ class Head(NamedTuple):
                 "adapter.targets: the loss is computed without an adapter on the output head, and this model has one. "
                 "Adapt the linears of its layers (all-linear)."
             )
+        if hasattr(module, "token_adapter"):  # PEFT's wrapper
+            raise InputError(
+                "the adapter has rows of single tokens (PEFT's trainable_token_indices), on a head that is tied to the "
+                "embedding, which is not read here. Merge it with PEFT's merge_and_unload, and name what that saves."
+            )
         configs = model.config.get_text_config(), model.config  # a model that takes images too has two
 
         def setting(*names: str) -> float | None:

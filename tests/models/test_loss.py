@@ -345,3 +345,15 @@ def test_places_from_the_host_give_the_loss_of_looking_for_them(kind: str) -> No
     )
     assert known[2] == 5 + 4 + 1
     torch.testing.assert_close(known, looked_for, rtol=0, atol=0)
+
+
+def test_a_head_with_rows_of_single_tokens_is_refused_by_name() -> None:
+    """As TRL and PEFT advise for new tokens. Their wrapper is no linear, and has no weight to take in chunks."""
+    for tied in (True, False):
+        config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6])
+        model: Any = get_peft_model(small_llama(tie_word_embeddings=tied), config)
+        if not tied:  # then only the embedding has such rows
+            assert Head.of(model.get_base_model()).module.out_features == 304
+            continue
+        with pytest.raises(InputError, match="trainable_token_indices"):
+            Head.of(model.get_base_model())
