@@ -114,6 +114,8 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
         # A wrong value says more than a key that is missing beside it, and of a union the branch that got furthest.
         errors = sorted(error.errors(), key=lambda one: one["type"] == "missing")
+        # of an object it says nothing that it is none of some words
+        errors = [e for e in errors if e["type"] != "literal_error" or not isinstance(e["input"], dict)] or errors
         first: dict[str, Any] = errors[0]
         if first["type"] == "json_invalid":
             place = f"at character {first['loc'][-1] + 1}"  # FastAPI gives no line

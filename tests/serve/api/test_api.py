@@ -258,6 +258,8 @@ def test_a_prompt_of_another_path_is_told_its_path(served: Served) -> None:
     nested = {"format": {"type": "json_schema", "json_schema": {}}}
     wanted = "Unknown key 'text.format.json_schema'; did you mean 'schema'?"
     assert said("/v1/responses", input="hi", text=nested) == wanted
+    of_chat = {"type": "function", "function": {"name": "stock"}}
+    assert said("/v1/responses", input="hi", tool_choice=of_chat) == "tool_choice.name: Field required."
     assert said("/v1/responses", input="hi", stop=".").startswith("stop: is not supported here")
 
 
