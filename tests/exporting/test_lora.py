@@ -94,7 +94,9 @@ def test_peft_vera_gives_the_trained_logits_in_stock_peft(trained: Any, tmp_path
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
-def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_adapters_that_peft_wrote_are_read(
+    save_projection: bool, tiny_model_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
     config = VeraConfig(
         r=RANK, target_modules=["q_proj", "down_proj"], projection_prng_key=7, save_projection=save_projection
     )
@@ -114,6 +116,9 @@ def test_adapters_that_peft_wrote_are_read(save_projection: bool, tiny_model_dir
     }
     assert len(changes) == 4
     torch.testing.assert_close({name: delta.rows() for name, delta in read.layers.items()}, changes)
+    for options, is_told in (([], True), (["--base", "original"], False)):  # no recipe says what it was trained on
+        assert main(["export", str(tmp_path / "stock"), str(tmp_path / f"merged {is_told}"), *options]) == 0
+        assert ("trained on 16-bit weights add --base original." in capsys.readouterr().out) == is_told
 
 
 @pytest.mark.parametrize("k", [1, 7])
