@@ -202,9 +202,13 @@ def _print_scores(document: dict[str, Any]) -> None:
     sides = {title: scores for title, scores in sides.items() if scores is not None}
     columns = [Column(title, justify="right") for title in sides]
     table = Table("", *columns, box=None, pad_edge=False, show_header=len(sides) > 1)
+    of = {metric["name"]: f" of {metric['of']}" for metric in document["metrics"] if "of" in metric}
     for name in document["scores"]:
         cells = [scores.get(name, "") for scores in sides.values()]
-        table.add_row(name, *(f"{c:.4f}" if isinstance(c, float) else f"{c:,}" if c != "" else c for c in cells))
+        table.add_row(
+            name + of.get(name, ""),
+            *(f"{c:.4f}" if isinstance(c, float) else f"{c:,}" if c != "" else c for c in cells),
+        )
     Console().print(table)
     if any(scores.get(name) == 0 for name in ("bleu", "bleu-lowercase") for scores in sides.values()):
         say("BLEU is 0 where no answer has four words, or none is right. chrf and exact compare short answers.")

@@ -487,11 +487,12 @@ def _parse_preference(cells: _Cells) -> Conversation:
         return replace(found, rejected=lists[1][0])
     value = cells.value("label")
     word = value.strip().lower() if isinstance(value, str) else value  # CSV has no booleans
-    if word not in (True, "true", "1", False, "false", "0"):
+    yes, no = (True, "true", "1", "1.0"), (False, "false", "0", "0.0")
+    if word not in (*yes, *no):
         raise InputError(
             f"{cells.where('label')} must be true (a good answer) or false, got {describe(value)}. Fix the row."
         )
-    return replace(found, desirable=word in (True, "true", "1"))
+    return replace(found, desirable=word in yes)
 
 
 def _parse_prompt(cells: _Cells) -> Conversation:

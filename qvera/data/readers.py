@@ -125,7 +125,7 @@ def read_file(
         if reader is None:
             raise InputError(
                 f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
-                "convert the file, or rename it if it is one of these."
+                'convert the file, or rename it if it is one of these. Of a plain text a row is {"text": "..."}.'
             )
         for row in reader(file):
             empty = False

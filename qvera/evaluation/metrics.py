@@ -196,11 +196,13 @@ def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
 
     found, classes = logits.argmax(1), list(range(logits.shape[1]))
     average = {"average": "binary", "pos_label": 1} if len(classes) == 2 else {"average": "macro", "labels": classes}
-    scores = {
-        "accuracy": float(accuracy_score(targets, found)),
-        "f1": float(f1_score(targets, found, zero_division=0, **average)),
-        "matthews": float(matthews_corrcoef(targets, found)),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rows of one label alone
+        scores = {
+            "accuracy": float(accuracy_score(targets, found)),
+            "f1": float(f1_score(targets, found, zero_division=0, **average)),
+            "matthews": float(matthews_corrcoef(targets, found)),
+        }
     if len(classes) >= 10:
         scores["top5"] = float(top_k_accuracy_score(targets, logits, k=5, labels=classes))
     return scores

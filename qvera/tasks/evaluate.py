@@ -271,6 +271,7 @@ def _evaluate_labels(
         "scores": scores,
         "metrics": [
             {"name": name, "label": title, "signature": signature, "lower_is_better": False}
+            | ({"of": labels.names[1]} if name == "f1" and len(labels.names) == 2 else {})
             for name, title in TITLES.items()
             if name in scores
         ],

@@ -222,7 +222,7 @@ def test_where_no_pair_is_left_the_error_says_why() -> None:
 
 
 def test_judged_answers_keep_their_labels() -> None:
-    rows = [{"prompt": "x", "completion": "a", "label": label} for label in (True, False, 1, "False")]
+    rows = [{"prompt": "x", "completion": "a", "label": label} for label in (True, "0.0", 1, "False")]
     examples = list(read(rows, "unpaired-preference").train)
     assert [example.desirable for example in examples] == [True, False, True, False]
     assert [word for example in examples for word, _ in example.shown()] == ["good answer", "bad answer"] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +173,9 @@ def test_a_classifier_is_exported_in_4_bits_with_its_head(finished: Path, tmp_pa
     stored, trained = map(load_file, (out / "model.safetensors", finished / "adapter" / "adapter_model.safetensors"))
     assert torch.equal(stored["score.weight"], trained["base_model.model.score.weight"])
     assert main(["eval", str(out), "--json", str(tmp_path / "scores.json")]) == 0
-    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
-    assert scores["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=1e-4)
+    found = json.loads((tmp_path / "scores.json").read_text())
+    assert found["scores"]["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=1e-4)
+    assert {metric["name"]: metric.get("of") for metric in found["metrics"]}["f1"] == "pet"
 
 
 def test_the_card_says_how_the_classifier_is_used(finished: Path, tmp_path: Path) -> None:
@@ -269,6 +271,9 @@ def test_the_scores_of_labels_are_those_of_their_definitions() -> None:
     assert scores.keys() == {"loss", "rows", "trained_tokens"}
     assert "pearson" not in label_scores(torch.tensor([[1.0], [torch.nan]]), numbers[:2], value)
     assert class_scores(np.zeros(0, int), np.zeros((0, 10))) == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # scikit-learn's, where all rows have one label
+        assert class_scores(np.zeros(3, int), np.array([[1.0, 0.0]] * 3))["accuracy"] == 1
     # five guesses count where there are ten classes
     guesses, targets = torch.stack([torch.randperm(10) for _ in range(40)]).float(), torch.arange(40) % 10
     expected = (guesses.topk(5).indices == targets[:, None]).any(1).double().mean()
