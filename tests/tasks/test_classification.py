@@ -173,9 +173,18 @@ def test_a_classifier_is_exported_in_4_bits_with_its_head(finished: Path, tmp_pa
     stored, trained = map(load_file, (out / "model.safetensors", finished / "adapter" / "adapter_model.safetensors"))
     assert torch.equal(stored["score.weight"], trained["base_model.model.score.weight"])
     assert main(["eval", str(out), "--json", str(tmp_path / "scores.json")]) == 0
-    found = json.loads((tmp_path / "scores.json").read_text())
-    assert found["scores"]["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=1e-4)
-    assert {metric["name"]: metric.get("of") for metric in found["metrics"]}["f1"] == "pet"
+    scores = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    assert scores["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=1e-4)
+
+
+def test_the_f1_of_two_classes_says_whose_it_is(
+    classify: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "rows.jsonl", *[{"text": f"say {i}", "label": ("ok", "damage")[i % 2]} for i in range(20)])
+    recipe = classify(data={"path": str(path), "eval_fraction": 0.2}, training={"max_steps": 1})
+    qvera.train(recipe, tmp_path / "run")
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    assert "f1 of ok" in capsys.readouterr().out
 
 
 def test_the_card_says_how_the_classifier_is_used(finished: Path, tmp_path: Path) -> None:
