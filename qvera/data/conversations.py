@@ -457,7 +457,8 @@ def _parse_preference(cells: _Cells) -> Conversation:
     if paired and cells.format.column("prompt") not in cells.row.fields:
         if not cells.is_messages("chosen"):
             raise InputError(
-                f"{cells.where('prompt')} is missing. Add it, or make both answers lists of turns that begin with it."
+                f"{cells.where('prompt')} is missing. Add it, name its column in data.columns ({{prompt: YOURS}}), "
+                "or make both answers lists of turns that begin with it."
             )
         lists = [cells.turns(name) for name in names]
         shared = 0
