@@ -64,7 +64,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "VeRA r=64 on an input basis": ({"method": "input-basis", "rank": 64}, (7, 7, 7)),
     "VeRA r=64 on both bases": ({"method": "both-bases", "rank": 64}, (7, 7, 7)),
     "Tied-LoRA r=4": ({"method": "tied", "rank": 4}, (5, 5, 5)),
-    "Tied-LoRA r=32": ({"method": "tied", "rank": 32}, (5, 5, 5)),
+    "Tied-LoRA r=32": ({"method": "tied", "rank": 32}, (6, 5, 5)),
+    "Tied-LoRA r=48": ({"method": "tied", "rank": 48}, (6, 5, 5)),
 }
 """Label → the adapter, and where its search begins (`rate_of`) for Alpaca, for E2E and for heads: the best known before."""
 FIRST_RATIO = {"tied": 2}
@@ -97,6 +98,12 @@ class Trial:
     head: int = 0
     ratio: int = 0
     seed: int = 0
+
+    @classmethod
+    def of_text(cls, text: str) -> Trial:
+        """A trial of ``--only``: its fields in their order, with semicolons between."""
+        base, task, steps, method, *powers = text.split(";")
+        return cls(base, task, int(steps), method, *map(int, powers))
 
     def is_of(self, line: dict[str, Any]) -> bool:
         """Whether a line is of the same search."""
@@ -403,13 +410,18 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, default=RESULTS / "quality.jsonl", help="the trials' lines")
     parser.add_argument("--trials", type=int, help="stop after as many")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS), help="train these alone")
+    parser.add_argument(
+        "--only", nargs="*", type=Trial.of_text, help="these trials: BASE;TASK;STEPS;METHOD;RATE;HEAD;RATIO;SEED"
+    )
     args = parser.parse_args()
     if args.table:
         print(table(read_lines(args.lines)))
         return
     bases = {"smollm2": smollm2()} | ({} if args.minilm is None else {"minilm": args.minilm})
     do_one = functools.partial(do, data=args.data, bases=bases)
-    do_missing(args.lines, Trial, lambda: plan(read_lines(args.lines), bases, args.methods), do_one, args.trials)
+    do_missing(
+        args.lines, Trial, lambda: args.only or plan(read_lines(args.lines), bases, args.methods), do_one, args.trials
+    )
 
 
 if __name__ == "__main__":
