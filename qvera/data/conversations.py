@@ -195,9 +195,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
 def _unread_keys(row: RawRow, columns: Sequence[str]) -> list[str]:
     """Keys within the row's turns that nothing reads, as ``messages[].key``."""
     lists = {column: from_json(row.fields.get(column)) for column in columns}
-    turns = [
-        (c, turn) for c, found in lists.items() if isinstance(found, list) for turn in found if isinstance(turn, dict)
-    ]
+    found = [(column, item) for column, items in lists.items() if isinstance(items, list) for item in items]
+    turns = [(column, item) for column, item in found if isinstance(item, dict) and {"role", "from"} & item.keys()]
     return sorted({f"{column}[].{key}" for column, turn in turns for key in without_nulls(turn).keys() - _READ})
 
 

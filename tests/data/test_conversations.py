@@ -155,6 +155,7 @@ def test_keys_of_turns_that_nothing_reads_are_told_and_parts_of_turns_refused() 
     for written in (turns, json.dumps(turns)):
         row = RawRow({"messages": written, "tag": 1}, "a test")
         assert detect_format(row).unused == ["tag", "messages[].id", "messages[].training"]
+    assert detect_format(RawRow({"prompt": '[{"a": 1}]', "completion": "JSON, and no turn"}, "a test")).unused == []
     with pytest.raises(InputError, match=r"\[1\]\.train_detail: a turn is trained whole or not at all"):
         parse(
             {"messages": [USER, {**ASSISTANT, "train_detail": [{"begin_offset": 0, "end_offset": 8, "train": False}]}]}
