@@ -226,7 +226,7 @@ def test_bytes_that_are_no_utf8_are_told_in_arguments_and_read_as_a_mark_in_a_ch
 
 
 def test_a_bleu_of_0_says_what_compares_short_answers(capsys: Capture) -> None:
-    scores = {"base_scores": None, "subject": {"column": "Adapter"}}
+    scores: dict[str, Any] = {"base_scores": None, "subject": {"column": "Adapter"}, "metrics": []}
     for bleu, is_told in ((0.0, True), (1.5, False)):
         _print_scores({**scores, "scores": {"loss": 1.0, "bleu": bleu}})
         assert ("BLEU is 0 where no answer has four words" in capsys.readouterr().err) == is_told
