@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import heapq
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -138,11 +139,12 @@ class TrainingSession:
 
         self.datasets = self.group.agree(read)
         self.task.prepare_rows(self.datasets)
-        shortest, limit = sum(sorted(lengths_of(self.datasets.train))[:2]), recipe.data.max_length
-        if recipe.data.packing and len(self.datasets.train) > 1 and shortest > limit:
+        shortest = heapq.nsmallest(2, lengths_of(self.datasets.train)) if recipe.data.packing else []
+        if len(shortest) == 2 and sum(shortest) > recipe.data.max_length:
             self.warn(
-                f"data.packing: no two rows fit into data.max_length ({limit:,} tokens), so a pass has one row. Raise "
-                f"data.max_length (the two shortest rows have {shortest:,} tokens together), or remove data.packing."
+                f"data.packing: no two rows fit into data.max_length ({recipe.data.max_length:,} tokens), so a pass "
+                f"has one row. Raise data.max_length (the two shortest rows have {sum(shortest):,} tokens together), "
+                "or remove data.packing."
             )
         compared = self.datasets.eval[: recipe.training.exact_match_rows]
         limit, key = recipe.training.sample_max_new_tokens, "training.sample_max_new_tokens"

@@ -97,13 +97,8 @@ class KeyFile:
 
     def unknown(self, models: Collection[str]) -> list[str]:
         """Names that keys may use and that are not among ``models``, each with the key's own name."""
-        owned = [access for _, access in self._keys if access.adapters is not None]
-        return [
-            f"{name!r} ({access.name})"
-            for access in owned
-            for name in sorted(access.adapters or ())
-            if name not in models
-        ]
+        named = [(name, access) for _, access in self._keys for name in sorted(access.adapters or ())]
+        return [f"{name!r} ({access.name})" for name, access in named if name not in models]
 
     def find(self, key: str) -> Access | None:
         """The owner of a key, or None. All hashes are compared, in constant time."""
