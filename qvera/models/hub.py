@@ -179,7 +179,7 @@ def require_model_files(name: str) -> None:
         # runs/none is a path where runs/ is a directory; an id such as gpt2 has no parent
         if name.startswith((".", "/", "~")) or path.exists() or ("/" in name and path.parent.is_dir()):
             fetch = " `qvera quickstart --fetch-only` fetches it." if path.parent.name == "quickstart" else ""
-            near = did_you_mean(name, map(str, path.parent.glob("*/")))
+            near = _near_model(path)
             raise InputError(
                 f"model.path: {name!r} is not a directory{near} Expected one with config.json and *.safetensors.{fetch}"
             )
@@ -208,9 +208,14 @@ def require_model_files(name: str) -> None:
         )
 
 
+def _near_model(path: Path) -> str:
+    """End a sentence about an unknown directory: a model beside it may be meant."""
+    return did_you_mean(path.name, (file.parent.name for file in path.parent.glob("*/config.json")))
+
+
 def not_on_hub(key: str, name: str, why: str) -> InputError:
     """Make the error to raise for a model that is no directory here, and that the hub has not given."""
-    near = did_you_mean(name, map(str, Path(name).parent.glob("*/")))
+    near = _near_model(Path(name))
     owner = "" if "/" in name else " An id on the hub is OWNER/NAME."
     return InputError(
         f"{key}: {name!r} is no directory here{near} Nor can it be read from the hub ({why}).{owner} {hub_hint()}"
