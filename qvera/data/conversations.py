@@ -179,8 +179,9 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
             read[ours] = usual
     for ours in columns:
         if ours not in read:
-            task = " To train a classifier, set task: sequence-classification." if ours == "label" else ""
-            raise InputError(f"data.columns: format {format} does not read {ours!r}; it reads {', '.join(read)}.{task}")
+            advice = "Leave it out, or the option --prompt-column or --answer-column that named it"
+            advice = "To train a classifier, set task: sequence-classification" if ours == "label" else advice
+            raise InputError(f"data.columns: format {format} reads {', '.join(read)}, not {ours!r}. {advice}.")
     # of a prompt, all of it is handed to the reward
     unused = [str(name) for name in row.fields if name not in read.values() and format != "prompt"]
     unused += _unread_keys(row, [column for name, column in read.items() if name not in ("tools", "images")])

@@ -83,5 +83,5 @@ def require_takes(function: Callable[..., object], arguments: int, where: str) -
 def did_you_mean(name: object, known: Iterable[object]) -> str:
     """End a sentence about an unknown name: "; did you mean 'x'?", or a full stop where no known name is near."""
     typed, names = str(name), list(map(str, known))
-    near = difflib.get_close_matches(typed, names, n=1) or [other for other in names if typed and other.startswith(typed)]
+    near = difflib.get_close_matches(typed, names, n=1) or [one for one in names if typed and one.startswith(typed)]
     return f"; did you mean {near[0]!r}?" if near else "."

@@ -109,7 +109,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "pad token that is not there": (TRAIN, "'<pad>' is no token of this model", recipe("model", pad_token="<pad>")),
     "a plan of no adapter": ("plan recipe.yaml --set adapter.init_from=./nowhere", "no such adapter directory"),
     "base of a name near a directory": (TRAIN, "here; did you mean 'model'? Nor can", recipe("model", path="modell")),
-    "the beginning of a base's name": (TRAIN, "not a directory; did you mean 'model'? Expected", recipe("model", path="./mo")),
+    "the beginning of a base's name": (
+        TRAIN,
+        "not a directory; did you mean 'model'? Expected",
+        recipe("model", path="./mo"),
+    ),
     "two keys of one --set": (f"{TRAIN} --set adapter.rank=4 adapter.dropout=0", "Each key takes its own --set"),
     "rows for a recipe": ("train rows.jsonl", "is a file of rows, not a recipe. `qvera init"),
     "no such data file": (TRAIN, "rowz.jsonl", recipe("data", path="./rowz.jsonl")),

@@ -196,9 +196,13 @@ def test_a_call_that_is_none_is_named() -> None:
         (
             {"q": "x", "a": "y"},
             {"columns": {"text": "q", "label": "a"}},
-            "text does not read 'label'; it reads text. To train a classifier, set task: sequence-classification.",
+            "format text reads text, not 'label'. To train a classifier, set task: sequence-classification.",
         ),
-        ({"text": "x", "q": "y"}, {"format": "text", "columns": {"prompt": "q"}}, "format text does not read 'prompt'"),
+        (
+            {"text": "x", "q": "y"},
+            {"format": "text", "columns": {"prompt": "q"}},
+            "format text reads text, not 'prompt'. Leave it out",
+        ),
         ({"text": 5}, {}, r"f\.jsonl:7: text must be text, got a number .5"),
         ({"text": None}, {}, "text must be text, got null"),
         ({"prompt": "p", "completion": float("nan")}, {}, "7: completion must be text or a number, got nan"),
