@@ -19,7 +19,7 @@ from qvera.serve.api import completions, errors, files, fine_tuning, models, res
 from qvera.serve.api.access import LOCAL, Access, host_name, is_loopback, is_of_other_site
 from qvera.serve.api.errors import DOWNLOADS, TINKER, ApiError
 from qvera.serve.api.server import ClientGone, announces_more, read_body
-from qvera.serve.api.service import Service, require, service_of
+from qvera.serve.api.service import Service, User
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -72,23 +72,20 @@ def _page_file(file: Path) -> Callable[[], FileResponse]:
     return lambda: FileResponse(file, headers=_PAGE_HEADERS)
 
 
-@router.head("/health", response_model=None, include_in_schema=False)
-@router.get("/health", response_model=None)
+@router.head("/health", include_in_schema=False)
+@router.get("/health")
 async def health(request: Request) -> Response:
     """200 while the server takes calls; 503 once it stops, or where its engine has ended."""
-    service = service_of(request)
+    service: Service = request.app.state.service
     stats = await service.in_thread(service.engine.stats, "quick")
     status = "draining" if service.draining else "ok" if stats.dead is None else "dead"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
-@router.get("/metrics", response_model=None)
-async def metrics(request: Request) -> Response:
+@router.get("/metrics")
+def metrics(sender: User) -> Response:
     """Numbers in Prometheus' text format."""
-    require(request, "use")
-    service = service_of(request)
-    text = await service.in_thread(service.metrics.text, "disk")
-    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(sender.service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 _ROUTERS = (completions.router, responses.router, models.router, files.router, fine_tuning.router, router)

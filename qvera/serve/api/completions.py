@@ -12,21 +12,20 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from qvera.data import Turn
 from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.schemas import ChatBody, CompletionBody
-from qvera.serve.api.server import ClientGone, EventStream, while_connected
-from qvera.serve.api.service import Service, require, service_of
+from qvera.serve.api.server import ClientGone, EventStream
+from qvera.serve.api.service import Sender, Service, User
 from qvera.serve.requests import AdapterChanged, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
 from qvera.serve.text import TextStream
 from qvera.serve.tool_calls import CallReader, ToolCall
 
 if TYPE_CHECKING:
     from qvera.data.images import StoredImage
-    from qvera.serve.api.access import Access
     from qvera.serve.api.schemas import GenerationBody
     from qvera.serve.grammars import Grammar
 
@@ -39,16 +38,16 @@ ScoredToken: TypeAlias = tuple[TokenEvent, int]
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=None)
-async def chat(request: Request, body: ChatBody) -> Response:
+@router.post("/v1/chat/completions")
+async def chat(sender: User, body: ChatBody) -> Response:
     """Answer a conversation."""
-    answers = await asked_chat(request, body)
-    return await _answer(request, body, answers, _ChatFormat(answers))
+    answers = await asked_chat(sender, body)
+    return await _answer(sender, body, answers, _ChatFormat(answers))
 
 
-async def asked_chat(request: Request, body: ChatBody) -> Generation:
+async def asked_chat(sender: Sender, body: ChatBody) -> Generation:
     """Check a conversation and write its prompt. Raises ApiError 400 that names the key, and others as routes do."""
-    access, service = require(request, "use"), service_of(request)
+    access, service = sender.access, sender.service
     stop = _stop_strings(body, service)
     if len(body.messages) > service.limits.messages:
         raise bad_request(f"messages: at most {service.limits.messages} are taken.", "messages")
@@ -70,18 +69,18 @@ async def asked_chat(request: Request, body: ChatBody) -> Generation:
         readers = [CallReader(form, tools, before, body.most_calls) for _ in range(body.n or 1)]
         return ids, prompts.images(turns), body.grammar_with(service.grammars, form), readers
 
-    one, images, grammar, readers = await while_connected(request.receive, service.read_prompts(access, prompt))
+    one, images, grammar, readers = await sender.hold(service.read_prompts(access, prompt))
     top = (body.top_logprobs or 0) if body.logprobs else None
     keys = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", "top_logprobs"
     sampling = _sampling(body, service, [one], body.max_completion_tokens or body.max_tokens, top, keys, grammar)
     streams = [TextStream(service.texts, stop, special=bool(tools)) for _ in range(body.n or 1)]
-    return Generation(service, access, body.model, [one], sampling, streams, request.state.began, images, readers)
+    return Generation(sender, body.model, [one], sampling, streams, images, readers)
 
 
-@router.post("/v1/completions", response_model=None)
-async def complete(request: Request, body: CompletionBody) -> Response:
+@router.post("/v1/completions")
+async def complete(sender: User, body: CompletionBody) -> Response:
     """Go on with a text, or with each of several."""
-    access, service = require(request, "use"), service_of(request)
+    access, service = sender.access, sender.service
     stop = _stop_strings(body, service)
 
     def prompts() -> tuple[list[list[int]], Grammar | None]:
@@ -97,12 +96,12 @@ async def complete(request: Request, body: CompletionBody) -> Response:
         ids = [encode(each) if isinstance(each, str) else list(each) for each in given]
         return ids, body.grammar(service.grammars)
 
-    ids, grammar = await while_connected(request.receive, service.read_prompts(access, prompts))
+    ids, grammar = await sender.hold(service.read_prompts(access, prompts))
     wanted = min(16, service.limits.new_tokens) if body.max_tokens is None else body.max_tokens
     sampling = _sampling(body, service, ids, wanted, body.logprobs, ("max_tokens", "logprobs"), grammar)
     streams = [TextStream(service.texts, stop, prompt[-_CONTEXT_TOKENS:]) for prompt in ids for _ in range(body.n or 1)]
-    answers = Generation(service, access, body.model, ids, sampling, streams, request.state.began)
-    return await _answer(request, body, answers, _CompletionFormat(answers))
+    answers = Generation(sender, body.model, ids, sampling, streams)
+    return await _answer(sender, body, answers, _CompletionFormat(answers))
 
 
 def _stop_strings(body: GenerationBody, service: Service) -> list[str]:
@@ -189,13 +188,11 @@ class Generation:
 
     def __init__(
         self,
-        service: Service,
-        access: Access,
+        sender: Sender,
         model: str,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         streams: Sequence[TextStream],
-        began: float,
         images: tuple[StoredImage, ...] = (),
         readers: Sequence[CallReader] = (),
     ) -> None:
@@ -203,16 +200,16 @@ class Generation:
 
         Args:
             streams: the text of each answer, in the order of the prompts; each prompt has equally many.
-            began: when the call arrived (`time.monotonic`).
             images: those of each prompt.
             readers: one for the calls of tools in each answer; empty where no tools are offered.
         """
         self._images, self._readers = images, readers
-        self._service, self._access, self._model, self._prompts = service, access, model, prompts
-        self.sampling, self.streams, self._began = sampling, streams, began
+        self._service, self._access, self._model, self._prompts = sender.service, sender.access, model, prompts
+        self.sampling, self.streams = sampling, streams
+        self._began: float = sender.request.state.began  # when the call arrived (`time.monotonic`)
         self.prompt_tokens, self.new_tokens = sum(map(len, prompts)), 0
         self.cached_tokens = 0  # of prompts, summed over the answers
-        self.fingerprint, self.texts = "fp_base", service.texts
+        self.fingerprint, self.texts = "fp_base", self._service.texts
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}  # index of an answer → the id of its request
         self._closed, self._counted = False, 0
@@ -435,16 +432,16 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 async def _answer(
-    request: Request, body: GenerationBody, answers: Generation, form: _ChatFormat | _CompletionFormat
+    sender: Sender, body: GenerationBody, answers: Generation, form: _ChatFormat | _CompletionFormat
 ) -> Response:
     """Answer whole or as a stream. Raises as `Generation.whole` or `Generation.start`."""
     head = {"id": form.prefix + uuid.uuid4().hex, "created": int(time.time()), "model": body.model}
     if body.stream:
-        await while_connected(request.receive, answers.start())  # before the stream: its errors have a status yet
+        await sender.hold(answers.start())  # before the stream: its errors have a status yet
         head |= {"object": form.chunk, "system_fingerprint": answers.fingerprint}
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(_events(answers, form, head, with_usage), answers.close)
-    whole = await while_connected(request.receive, answers.whole())
+    whole = await sender.hold(answers.whole())
 
     def response() -> Response:
         choices = [form.choice(index, pieces) for index, pieces in enumerate(whole)]
@@ -452,7 +449,7 @@ async def _answer(
         return JSONResponse({**head, **content, "usage": _usage(answers)})
 
     # the log-probabilities of many tokens are megabytes of JSON
-    return response() if answers.sampling.top_logprobs is None else await service_of(request).in_thread(response)
+    return response() if answers.sampling.top_logprobs is None else await sender.service.in_thread(response)
 
 
 async def _events(

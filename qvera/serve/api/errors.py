@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,9 @@ from starlette.exceptions import HTTPException
 
 from qvera.serve.api.server import ClientGone
 from qvera.serve.requests import Busy, EngineDead
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, RunFailed
+
+_logger = logging.getLogger("qvera.serve")
 
 TINKER = "/api/v1/"
 """Paths of Tinker's API begin with this; its errors are ``{"detail": message}``."""
@@ -85,13 +88,24 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param, code)
 
 
+def unknown_id(what: str, key: str) -> ApiError:
+    """404: unknown ids and those of other keys look the same."""
+    return ApiError(404, f"There is no {what} {shortened_name(key)!r}.", "id")
+
+
+def too_many(text: str) -> ApiError:
+    """429: the key is at its limit. A retry within seconds does not help, but one after a minute may."""
+    return ApiError(429, text, code="too_many", retry_seconds=60, retried=False)
+
+
 def add_handlers(app: FastAPI) -> None:
     """Give every error that a route raises OpenAI's form."""
 
     async def answer(request: Request, error: Exception) -> Response:
         return _as_api_error(request, error).response(request.url.path)
 
-    for kind in (ApiError, InputError, Busy, EngineDead, RequestValidationError, HTTPException, ClientGone, Exception):
+    own = ApiError, InputError, RunFailed, Busy, EngineDead, ClientGone
+    for kind in (*own, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
 
 
@@ -107,6 +121,11 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         root = request.app.state.service.store.root
         # others need not know where it is
         return bad_request(str(error) if root is None else str(error).replace(f"{root}/", ""))
+    if isinstance(error, RunFailed):
+        _logger.warning("%s", error)
+        text = "The server's disk is full, or can't be written. Nothing was changed."
+        # Tinker's client asks until there is room; OpenAI's gives up after a few seconds, in which nothing changes
+        return ApiError(507, text, code="disk_full", retried=request.url.path.startswith(TINKER))
     if isinstance(error, Busy):
         return ApiError(429, "As many requests wait as may wait; ask again later.", None, "queue_full", retry_seconds=1)
     if isinstance(error, EngineDead):

@@ -5,26 +5,20 @@ An upload goes to the disk piece by piece, so it is never in memory as a whole.
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi import APIRouter, Query
+from fastapi.responses import FileResponse
+from starlette.concurrency import run_in_threadpool
 
-from qvera.serve.api.errors import ApiError, bad_request, shortened_name
-from qvera.serve.api.fine_tuning import api_errors, ask, page, too_many, training_of
+from qvera.serve.api.errors import ApiError, bad_request, shortened_name, too_many, unknown_id
+from qvera.serve.api.fine_tuning import Trainer, Training, page
 from qvera.serve.api.server import announces_more, read_body
-from qvera.serve.fine_tuning.database import TRAINING, StoredFile, UnknownRecord
+from qvera.serve.fine_tuning.database import TRAINING, StoredFile
 from qvera.serve.fine_tuning.directory import TrainingDirectory, Upload
 from qvera.utils.errors import did_you_mean
 
-if TYPE_CHECKING:
-    from qvera.serve.api.service import Service
-    from qvera.serve.fine_tuning.jobs import Jobs
-
 router = APIRouter()
-_UNKNOWN = "There is no file"
 _FORM = {
     "requestBody": {
         "required": True,
@@ -45,74 +39,59 @@ _FORM = {
 }
 
 
-@router.post("/v1/files", response_model=None, openapi_extra=_FORM)
-async def upload(request: Request) -> Response:
+@router.post("/v1/files", openapi_extra=_FORM)
+async def upload(training: Trainer) -> dict[str, Any]:
     """Store a file of rows: a form with ``purpose`` (fine-tune) and ``file``."""
-    access, service, jobs = training_of(request)
-    with service.uploading(access) as open_uploads:
+    service, most = training.service, training.service.limits.files
+    with service.uploading(training.access) as open_uploads:
         if service.keys is not None:
-            most = service.limits.files
-            count = len(await ask(request, lambda jobs, owner: jobs.database.files(owner, TRAINING, None, most, True)))
-            if count + open_uploads > most:  # files that are still coming have no record yet
-                raise too_many(f"This key has {count} files, and may have {most}; delete one.")
-        with api_errors(service):
-            file = await receive_file(request, service, jobs.directory, access.name)
-    return JSONResponse(_card(file))
+            held = await run_in_threadpool(training.database.files, training.owner, TRAINING, None, most, True)
+            if len(held) + open_uploads > most:  # files that are still coming have no record yet
+                raise too_many(f"This key has {len(held)} files, and may have {most}; delete one.")
+        return _card(await receive_file(training))
 
 
-@router.get("/v1/files", response_model=None)
-async def list_files(
-    request: Request,
+@router.get("/v1/files")
+def list_files(
+    training: Trainer,
     purpose: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     after: str | None = None,
     order: Literal["asc", "desc"] = "desc",
-) -> Response:
+) -> dict[str, Any]:
     """List the sender's files."""
-
-    def cards(jobs: Jobs, owner: str, most: int) -> list[dict[str, Any]]:
-        return [_card(file) for file in jobs.database.files(owner, purpose, after, most, order == "desc")]
-
-    return await page(request, limit, _UNKNOWN, cards)
+    found = training.database.files(training.owner, purpose, after, limit + 1, order == "desc")
+    return page(list(map(_card, found)), limit)
 
 
-@router.get("/v1/files/{file_id}", response_model=None)
-async def describe_file(request: Request, file_id: str) -> Response:
+@router.get("/v1/files/{file_id}")
+def describe_file(training: Trainer, file_id: str) -> dict[str, Any]:
     """Describe one file."""
-    return JSONResponse(await ask(request, lambda jobs, owner: _card(jobs.database.file(file_id, owner)), _UNKNOWN))
+    return _card(training.database.file(file_id, training.owner))
 
 
-@router.get("/v1/files/{file_id}/content", response_model=None)
-async def file_content(request: Request, file_id: str) -> Response:
+@router.get("/v1/files/{file_id}/content")
+def file_content(training: Trainer, file_id: str) -> FileResponse:
     """Send a file's bytes, to be saved.
 
     They are never shown as a page: what somebody has uploaded may hold a script, and the server's own page holds a key.
     """
-
-    def find(jobs: Jobs, owner: str) -> Path:
-        place = jobs.directory.place(jobs.database.file(file_id, owner))
-        if not place.is_file():  # deleted since it was looked up
-            raise UnknownRecord(file_id)
-        return place
-
-    place = await ask(request, find, _UNKNOWN)
+    place = training.jobs.directory.place(training.database.file(file_id, training.owner))
+    if not place.is_file():  # deleted since it was looked up
+        raise unknown_id("file", file_id)
     no_page = {"X-Content-Type-Options": "nosniff"}
     return FileResponse(place, headers=no_page, media_type="application/octet-stream", filename=place.name)
 
 
-@router.delete("/v1/files/{file_id}", response_model=None)
-async def delete_file(request: Request, file_id: str) -> Response:
+@router.delete("/v1/files/{file_id}")
+def delete_file(training: Trainer, file_id: str) -> dict[str, Any]:
     """Delete a file, unless an unfinished job needs it."""
-
-    def delete(jobs: Jobs, owner: str) -> None:
-        file = jobs.database.file(file_id, owner)
-        if (job := jobs.database.remove_file(file_id)) is not None:
-            text = f"The job {job} needs this file; wait for it, or cancel it."
-            raise ApiError(409, text, code="file_in_use", retried=False)
-        jobs.directory.place(file).unlink(missing_ok=True)
-
-    await ask(request, delete, _UNKNOWN)
-    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+    file = training.database.file(file_id, training.owner)
+    if (job := training.database.remove_file(file_id)) is not None:
+        text = f"The job {job} needs this file; wait for it, or cancel it."
+        raise ApiError(409, text, code="file_in_use", retried=False)
+    training.jobs.directory.place(file).unlink(missing_ok=True)
+    return {"id": file_id, "object": "file", "deleted": True}
 
 
 def _card(file: StoredFile) -> dict[str, Any]:
@@ -131,12 +110,10 @@ def _card(file: StoredFile) -> dict[str, Any]:
 
 _BLOCK_BYTES = 256 << 10
 _FORM_BYTES = 64 << 10  # of all that is in a form beside its file
-_PARTS = 8  # of a form; a right one has two
-_FIELD_BYTES = 1000
-_HEADER_BYTES = 4096
+_NAME_CHARACTERS = 1000  # of a file
 
 
-async def receive_file(request: Request, service: Service, directory: TrainingDirectory, owner: str) -> StoredFile:
+async def receive_file(training: Training) -> StoredFile:
     """Store the file of a form. After an error nothing of it is left.
 
     Raises:
@@ -145,10 +122,11 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
         RunFailed: the disk is full.
         ClientGone: the client disconnected.
     """
-    limits = service.limits
+    request, limits = training.request, training.service.limits
     if announces_more(request.headers, limits.file_bytes + _FORM_BYTES):
         raise _too_large(limits.file_bytes)
-    form = _Form(request.headers.get("content-type", ""), directory, owner, limits.file_bytes)
+    content_type = request.headers.get("content-type", "")
+    form = _Form(content_type, training.jobs.directory, training.owner, limits.file_bytes)
     try:
         more = True
         while more:
@@ -157,8 +135,8 @@ async def receive_file(request: Request, service: Service, directory: TrainingDi
             except TimeoutError:
                 text = f"{_BLOCK_BYTES >> 10} KiB of the file did not arrive within {limits.body_seconds:g} s."
                 raise ApiError(408, text) from None
-            await service.in_thread(functools.partial(form.feed, block), "disk")
-        return await service.in_thread(form.finish, "disk")
+            await run_in_threadpool(form.feed, block)
+        return await run_in_threadpool(form.finish)
     finally:
         if form.upload is not None:
             form.upload.discard()
@@ -178,13 +156,12 @@ class _Form:
         self._directory, self._owner, self._most_bytes = directory, owner, most_bytes
         self.upload: Upload | None = None
         self._purpose, self._is_file = b"", False  # whether the part is the file
-        self._header, self._disposition = [b"", b""], b""
-        self._parts = self._size = 0
-        self._ended = False
+        self._header, self._disposition = (bytearray(), bytearray()), b""
+        self._size, self._ended = 0, False
         calls: Any = {
             "on_part_begin": self._begin_part,
-            "on_header_field": lambda data, start, end: self._add_header(0, data[start:end]),
-            "on_header_value": lambda data, start, end: self._add_header(1, data[start:end]),
+            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
             "on_header_end": self._end_header,
             "on_headers_finished": self._begin_content,
             "on_part_data": lambda data, start, end: self._add_content(data[start:end]),
@@ -219,20 +196,12 @@ class _Form:
         return self.upload.finish(purpose)
 
     def _begin_part(self) -> None:
-        self._parts += 1
-        self._header, self._disposition = [b"", b""], b""
-        if self._parts > _PARTS:
-            raise bad_request(f"The form has more than {_PARTS} parts.")
-
-    def _add_header(self, part: int, data: bytes) -> None:
-        self._header[part] += data
-        if len(self._header[part]) > _HEADER_BYTES:
-            raise bad_request(f"A header of the form is longer than {_HEADER_BYTES} bytes.")
+        self._header, self._disposition = (bytearray(), bytearray()), b""
 
     def _end_header(self) -> None:
         if self._header[0].lower() == b"content-disposition":
-            self._disposition = self._header[1]
-        self._header = [b"", b""]
+            self._disposition = bytes(self._header[1])
+        self._header = bytearray(), bytearray()
 
     def _begin_content(self) -> None:
         _, options = self._options_of(self._disposition.decode("latin-1"))
@@ -241,7 +210,7 @@ class _Form:
         if name == "file":
             if self.upload is not None:
                 raise bad_request("file: is there twice; send one file.", "file")
-            file_name = options.get(b"filename", b"").decode("utf-8", "replace")[:_FIELD_BYTES]
+            file_name = options.get(b"filename", b"").decode("utf-8", "replace")[:_NAME_CHARACTERS]
             if not file_name:
                 raise bad_request("file: is a text without a file's name; with curl: -F file=@rows.jsonl.", "file")
             self.upload = Upload(self._directory, self._owner, file_name)
@@ -256,8 +225,6 @@ class _Form:
     def _add_content(self, data: bytes) -> None:
         if not self._is_file:
             self._purpose += data
-            if len(self._purpose) > _FIELD_BYTES:
-                raise bad_request(f"purpose: is longer than {_FIELD_BYTES} bytes.", "purpose")
             return
         assert self.upload is not None
         if self.upload.size_bytes + len(data) > self._most_bytes:

@@ -4,77 +4,65 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse
 
 from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError, bad_request
-from qvera.serve.api.fine_tuning import ask, training_of
+from qvera.serve.api.fine_tuning import Trainer
 from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
-from qvera.serve.api.service import Service, require, service_of
-from qvera.serve.fine_tuning.database import NotMade
+from qvera.serve.api.service import Sender, Service, User
+from qvera.serve.fine_tuning.database import not_made
 from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.serve.fine_tuning.jobs import Jobs
 
 router = APIRouter()
 
 
-@router.get("/v1/models", response_model=None)
-async def list_models(request: Request) -> Response:
+async def _loader(request: Request) -> Sender:
+    return Sender(request, "load")
+
+
+Loader = Annotated[Sender, Depends(_loader)]
+
+
+@router.get("/v1/models")
+def list_models(sender: User) -> JSONResponse:
     """List the base, and every adapter that the sender may use."""
-    access, service = require(request, "use"), service_of(request)
-
-    def listed() -> Response:  # of thousands of adapters, a megabyte
-        return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.names(access)]})
-
-    return await service.in_thread(listed)
+    service = sender.service  # written here, in a thread: of thousands of adapters it is a megabyte
+    return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.names(sender.access)]})
 
 
-@router.get("/v1/models/{name:path}", response_model=None)
-async def describe_model(request: Request, name: str) -> Response:
+@router.get("/v1/models/{name:path}")
+def describe_model(sender: User, name: str) -> dict[str, Any]:
     """Describe one model. An adapter has its rows, scores, size and base, too."""
-    access, service = require(request, "use"), service_of(request)
-
-    def card() -> dict[str, Any]:
-        service.require_model(name, access)
-        if not _is_adapter(service, name):
-            return _card(service, name)
-        facts = {key: fact for key, fact in service.store.facts(name).items() if key != "directory"}
-        if facts["base"] is not None and Path(facts["base"]).is_absolute():
-            facts["base"] = Path(facts["base"]).name  # others need not know where it is
-        return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": facts}
-
-    return JSONResponse(await service.in_thread(card))
+    service = sender.service
+    service.require_model(name, sender.access)
+    if not _is_adapter(service, name):
+        return _card(service, name)
+    facts = {key: fact for key, fact in service.store.facts(name).items() if key != "directory"}
+    if facts["base"] is not None and Path(facts["base"]).is_absolute():
+        facts["base"] = Path(facts["base"]).name  # others need not know where it is
+    return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": facts}
 
 
-@router.delete("/v1/models/{name:path}", response_model=None)
-async def delete_model(request: Request, name: str) -> Response:
+@router.delete("/v1/models/{name:path}")
+def delete_model(training: Trainer, name: str) -> dict[str, Any]:
     """Delete a model that a fine-tuning job of the sender has made; answers that are running finish on it."""
-    access, service, _ = training_of(request)
-
-    def delete(jobs: Jobs, owner: str) -> None:
-        service.require_model(name, access)
-        not_made = ApiError(403, f"No fine-tuning job of this key has made {name!r}, so it can't delete it.", "model")
-        if not _is_adapter(service, name):
-            raise not_made
-        # looked up before it is deleted, as its identity is needed afterwards
-        adapter = None
-        with contextlib.suppress(InputError):  # a damaged one can be deleted all the same
-            adapter = service.store.resolve(name)
-        try:
-            jobs.delete_model(name, owner)
-        except NotMade:
-            raise not_made from None
-        if adapter is not None:
-            service.engine.unload(adapter.identity)
-
-    await ask(request, delete)
-    return JSONResponse({"id": name, "object": "model", "deleted": True})
+    service = training.service
+    service.require_model(name, training.access)
+    if not _is_adapter(service, name):
+        raise not_made(name)
+    # looked up before it is deleted, as its identity is needed afterwards
+    adapter = None
+    with contextlib.suppress(InputError):  # a damaged one can be deleted all the same
+        adapter = service.store.resolve(name)
+    training.jobs.delete_model(name, training.owner)
+    if adapter is not None:
+        service.engine.unload(adapter.identity)
+    return {"id": name, "object": "model", "deleted": True}
 
 
 def _is_adapter(service: Service, name: str) -> bool:
@@ -94,85 +82,75 @@ def _card(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-@router.post("/v1/load_adapter", response_model=None)
-async def load_adapter(request: Request, body: AdapterBody) -> Response:
+@router.post("/v1/load_adapter")
+def load_adapter(sender: Loader, body: AdapterBody) -> dict[str, str]:
     """Put an adapter's vectors on the device now, so that its first answer does not wait for that."""
-    await _load(request, body.name)
-    return JSONResponse({"name": body.name, "status": "loaded"})
+    _load(sender, body.name)
+    return {"name": body.name, "status": "loaded"}
 
 
-@router.post("/v1/unload_adapter", response_model=None)
-async def unload_adapter(request: Request, body: AdapterBody) -> Response:
+@router.post("/v1/unload_adapter")
+def unload_adapter(sender: Loader, body: AdapterBody) -> dict[str, str]:
     """Free an adapter's place on the device. The next request for it loads it again."""
-    await _unload(request, body.name, forget=False)
-    return JSONResponse({"name": body.name, "status": "unloaded"})
+    _unload(sender, body.name, forget=False)
+    return {"name": body.name, "status": "unloaded"}
 
 
-@router.post("/v1/load_lora_adapter", response_model=None)
-async def load_lora_adapter(request: Request, body: LoadLoraBody) -> Response:
+@router.post("/v1/load_lora_adapter")
+def load_lora_adapter(sender: Loader, body: LoadLoraBody) -> str:
     """Give a directory within the server's directory of adapters a name, and load it, as vLLM does."""
-    await _load(request, body.lora_name, body.lora_path, body.load_inplace)
-    return JSONResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+    _load(sender, body.lora_name, body.lora_path, body.load_inplace)
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@router.post("/v1/unload_lora_adapter", response_model=None)
-async def unload_lora_adapter(request: Request, body: UnloadLoraBody) -> Response:
+@router.post("/v1/unload_lora_adapter")
+def unload_lora_adapter(sender: Loader, body: UnloadLoraBody) -> str:
     """Forget an adapter's name, as vLLM does. No new request finds it; running ones finish."""
-    await _unload(request, body.lora_name, forget=True)
-    return JSONResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+    _unload(sender, body.lora_name, forget=True)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-async def _load(request: Request, name: str, directory: str | None = None, replace: bool = False) -> None:
-    access, service = require(request, "load"), service_of(request)
-
-    def load() -> None:
-        _require_adapter(service, name, access)
-        before = None
-        if directory is not None:
-            if name in service.store.names() and not replace:
-                raise bad_request(
-                    f"The adapter {name!r} is there already. Replace it with load_inplace: true.", "lora_name"
-                )
-            before = service.store.add(name, _inside(service.store.root, directory, access), replace)
-        try:
-            adapter = service.resolve(name, access)
-            assert adapter is not None
-            service.engine.load(adapter)
-        except InputError:
-            # a damaged directory leaves the name as it was
-            if before is not None:
-                service.store.add(name, before, replace=True)
-            elif directory is not None:
-                service.store.remove(name)
-            raise
-
-    await service.in_thread(load)
-
-
-async def _unload(request: Request, name: str, forget: bool) -> None:
-    access, service = require(request, "load"), service_of(request)
-
-    def unload() -> None:
-        _require_adapter(service, name, access)
-        adapter = None
-        try:
-            adapter = service.resolve(name, access)
-        except InputError:
-            if not forget:  # a damaged one can be forgotten all the same
-                raise
-        if forget:
+def _load(sender: Sender, name: str, directory: str | None = None, replace: bool = False) -> None:
+    service, before = sender.service, None
+    _require_adapter(sender, name)
+    if directory is not None:
+        if name in service.store.names() and not replace:
+            raise bad_request(
+                f"The adapter {name!r} is there already. Replace it with load_inplace: true.", "lora_name"
+            )
+        before = service.store.add(name, _inside(service.store.root, directory, sender.access), replace)
+    try:
+        adapter = service.resolve(name, sender.access)
+        assert adapter is not None
+        service.engine.load(adapter)
+    except InputError:
+        # a damaged directory leaves the name as it was
+        if before is not None:
+            service.store.add(name, before, replace=True)
+        elif directory is not None:
             service.store.remove(name)
-        if adapter is not None:
-            service.engine.unload(adapter.identity)
-
-    await service.in_thread(unload)
+        raise
 
 
-def _require_adapter(service: Service, name: str, access: Access) -> None:
-    if name in service.store.base_names:
+def _unload(sender: Sender, name: str, forget: bool) -> None:
+    service, adapter = sender.service, None
+    _require_adapter(sender, name)
+    try:
+        adapter = service.resolve(name, sender.access)
+    except InputError:
+        if not forget:  # a damaged one can be forgotten all the same
+            raise
+    if forget:
+        service.store.remove(name)
+    if adapter is not None:
+        service.engine.unload(adapter.identity)
+
+
+def _require_adapter(sender: Sender, name: str) -> None:
+    if name in sender.service.store.base_names:
         raise bad_request(f"{name!r} is the base, which is always there.")
-    if not access.covers(name):
-        raise service.unknown(name, access)
+    if not sender.access.covers(name):
+        raise sender.service.unknown(name, sender.access)
 
 
 def _inside(root: Path | None, directory: str, access: Access) -> Path:

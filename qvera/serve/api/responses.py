@@ -9,14 +9,15 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, ValidationError
 
 from qvera.serve.api.completions import Generation, Piece, asked_chat
 from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.schemas import IGNORED, Body, ChatBody, FunctionBody, Text, ToolName
-from qvera.serve.api.server import EventStream, while_connected
+from qvera.serve.api.server import EventStream
+from qvera.serve.api.service import User
 
 _NAMES = {
     "response_format.json_schema": "text.format",
@@ -141,12 +142,12 @@ def _part(part: ItemPart) -> dict[str, Any]:
     return {"type": "text", "text": part.text}
 
 
-@router.post("/v1/responses", response_model=None)
-async def respond(request: Request, body: ResponsesBody) -> Response:
+@router.post("/v1/responses")
+async def respond(sender: User, body: ResponsesBody) -> Response:
     """Answer a conversation, by OpenAI's newer API."""
     body.require_supported()
     try:
-        answers = await asked_chat(request, body.as_chat())
+        answers = await asked_chat(sender, body.as_chat())
     except ApiError as error:
         for chats, ours in _NAMES.items():
             error.message = error.message.replace(chats, ours)
@@ -154,9 +155,9 @@ async def respond(request: Request, body: ResponsesBody) -> Response:
         raise
     writer = _Writer(body, answers)
     if body.stream:
-        await while_connected(request.receive, answers.start())
+        await sender.hold(answers.start())
         return EventStream(_events(writer, answers), answers.close)
-    [pieces] = await while_connected(request.receive, answers.whole())
+    [pieces] = await sender.hold(answers.whole())
     for piece in pieces:
         list(writer.add(piece))  # its events are for streams only
     return JSONResponse(writer.response())

@@ -8,15 +8,16 @@ import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from qvera.serve.api.access import DEFAULTS, Access, Action, KeyFile, Limits
 from qvera.serve.api.errors import ApiError, shortened_name
 from qvera.serve.api.metrics import Metrics
+from qvera.serve.api.server import while_connected
 from qvera.serve.grammars import Grammars
 from qvera.serve.requests import ResolvedAdapter, UnknownAdapter
 from qvera.serve.text import TokenTexts
@@ -73,7 +74,7 @@ class Service:
         # `in_thread` says what each is for
         self._threads = {
             kind: ThreadPoolExecutor(count, thread_name_prefix=f"qvera-{kind}")
-            for kind, count in (("long", 4), ("quick", 2), ("disk", 4))
+            for kind, count in (("long", 4), ("quick", 2))
         }
         self._open_answers: Counter[str] = Counter()  # of each key
         self._open_uploads: Counter[str] = Counter()
@@ -85,13 +86,15 @@ class Service:
         """The format in which the base writes calls of tools. Raises InputError if it writes none that can be read."""
         return ToolFormat.of(self.prompts.template)
 
-    async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick", "disk"] = "long") -> T:
+    async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick"] = "long") -> T:
         """Run ``work`` off the event loop.
+
+        No key or prompt may wait behind a slow disk. So what asks the database of jobs or writes files is in routes
+        without ``async``, which FastAPI runs in threads of its own.
 
         Args:
             kind: ``long`` work tokenizes prompts and reads adapters. ``quick`` work waits for a lock or a small file
-                only, and must not wait behind long prompts. ``disk`` work writes files or asks the database of jobs,
-                and no key or prompt may wait behind it.
+                only, and must not wait behind long prompts.
         """
         return await asyncio.wrap_future(self._threads[kind].submit(work))
 
@@ -144,7 +147,7 @@ class Service:
             self._open_uploads += Counter()  # drops zeros
 
     def close(self) -> None:
-        """End the threads. Calls that wait for a long or disk thread are given up."""
+        """End the threads. Calls that wait for a long one are given up."""
         for kind, threads in self._threads.items():
             threads.shutdown(wait=False, cancel_futures=kind != "quick")
 
@@ -184,14 +187,25 @@ class Service:
         return ApiError(404, message, "model", "model_not_found")
 
 
-def service_of(request: Request) -> Service:
-    """Return the state of the request's app."""
-    return request.app.state.service
+class Sender:
+    """Who asks, and the parts of the server for the answer."""
+
+    def __init__(self, request: Request, action: Action) -> None:
+        """Raises ApiError 403 if the key may not do the action."""
+        self.request = request
+        self.service: Service = request.app.state.service
+        self.access: Access = request.state.access  # `Guard` has put it there
+        self.owner = self.access.name
+        if action not in self.access.may:
+            raise ApiError(403, f"The key {self.owner!r} may not {action} models on this server.", code="forbidden")
+
+    async def hold(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await ``work`` for a call whose body was read. Raises ClientGone if the client disconnects."""
+        return await while_connected(self.request.receive, work)
 
 
-def require(request: Request, action: Action) -> Access:
-    """Return the sender's access. Raises ApiError 403 if it does not include ``action``."""
-    access: Access = request.state.access  # `Guard` has put it there
-    if action not in access.may:
-        raise ApiError(403, f"The key {access.name!r} may not {action} models on this server.", code="forbidden")
-    return access
+async def _user(request: Request) -> Sender:
+    return Sender(request, "use")
+
+
+User = Annotated[Sender, Depends(_user)]

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from qvera.serve.api.errors import ApiError, too_many, unknown_id
 from qvera.serve.sqlite import SqliteFile
-from qvera.utils.errors import InputError
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of a file
+JobAction = Literal["cancel", "pause", "resume"]
 JobStatus = Literal["validating_files", "queued", "running", "finishing", "paused", "succeeded", "failed", "cancelled"]
 BEFORE: tuple[JobStatus, ...] = ("validating_files", "queued")
 TRAINED: tuple[JobStatus, ...] = ("running", "finishing")
@@ -88,24 +89,9 @@ class Event:
     created: int = field(default_factory=now)
 
 
-class UnknownRecord(LookupError):
-    """No record has this id, or it belongs to another owner."""
-
-
-class Refused(InputError):
-    """A client's request that can't be done."""
-
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param, self.code = param, code
-
-
-class TooMany(Exception):
-    """An owner is at its limit of unfinished jobs."""
-
-
-class NotMade(Exception):
-    """No job of this owner made the model."""
+def not_made(model: str) -> ApiError:
+    """403: the sender can't delete a model that no job of its own has made."""
+    return ApiError(403, f"No fine-tuning job of this key has made {model!r}, so it can't delete it.", "model")
 
 
 R = TypeVar("R", StoredFile, Job, Event)
@@ -138,7 +124,7 @@ _AS_BOOL = ("replaces", "deleted")
 
 
 class Database(SqliteFile):
-    """Files, jobs and events. Lookups raise UnknownRecord for an unknown id, or an unknown ``after``."""
+    """Files, jobs and events. Lookups raise ApiError 404 for an unknown id, or an unknown ``after``."""
 
     def __init__(self, path: Path) -> None:
         """Raises as `SqliteFile`."""
@@ -157,7 +143,7 @@ class Database(SqliteFile):
     def _one(self, kind: type[R], key: str, owner: str | None) -> R:
         found = self._records(kind, "WHERE id = ? AND owner = IFNULL(?, owner)", (key, owner))
         if not found:
-            raise UnknownRecord(key)
+            raise unknown_id(_TABLES[kind].removesuffix("s"), key)
         return found[0]
 
     def _page(
@@ -177,7 +163,7 @@ class Database(SqliteFile):
         if after is not None:
             found = self.rows(f"SELECT number FROM {_TABLES[kind]} {of_owner} AND id = ?", (owner, after))
             if not found:
-                raise UnknownRecord(after)
+                raise unknown_id(_TABLES[kind].removesuffix("s"), after)
             where += f" AND number {'<' if newest_first else '>'} ?"
             given.append(found[0]["number"])
         order = "DESC" if newest_first else "ASC"
@@ -213,12 +199,13 @@ class Database(SqliteFile):
     # Jobs
 
     def add_job(self, job: Job, events: Iterable[Event], most_open: int | None) -> None:
-        """Add a job. Raises TooMany if its owner has ``most_open`` unfinished ones."""
+        """Add a job. Raises ApiError 429 if its owner has ``most_open`` unfinished ones."""
         with self.transaction() as connection:
             query = f"SELECT COUNT(*) FROM jobs WHERE owner = ? AND status IN ({_marks(OPEN)})"
             (count,) = connection.execute(query, (job.owner, *OPEN)).fetchone()
             if most_open is not None and count >= most_open:
-                raise TooMany
+                text = f"This key has {count} jobs that have not ended, the most that it may have"
+                raise too_many(f"{text}; wait for one, or cancel one.")
             _insert(connection, job, *events)
 
     def job(self, job_id: str, owner: str | None = None) -> Job:

@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 
@@ -18,6 +18,7 @@ from qvera.data import build_datasets, data_warnings
 from qvera.data.conversations import UnaskedPreferences
 from qvera.data.images import text_only
 from qvera.data.source import has_columns
+from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.fine_tuning.database import (
     BEFORE,
     OPEN,
@@ -25,11 +26,10 @@ from qvera.serve.fine_tuning.database import (
     TRAINING,
     Event,
     Job,
+    JobAction,
     JobStatus,
-    NotMade,
-    Refused,
     StoredFile,
-    UnknownRecord,
+    not_made,
     now,
 )
 from qvera.serve.fine_tuning.directory import TrainingDirectory, remove_remains, shown
@@ -55,7 +55,6 @@ _DELETED = ".{}.deleted"  # an adapter's directory until its files are gone; no 
 _MOST_JSON_BYTES = 64 * 2**20  # to read one takes several times its size of memory; readers limit rows of other files
 _JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
 _KEYS = re.compile(rf"\b(data|training)\.({'|'.join([*DataSection.model_fields, *TrainingSection.model_fields])})\b")
-JobAction = Literal["cancel", "pause", "resume"]
 _ACTIONS: dict[JobAction, tuple[tuple[JobStatus, ...], JobStatus, str]] = {
     "cancel": ((*BEFORE, "running", "paused"), "cancelled", "Fine-tuning job cancelled"),
     "pause": ((*BEFORE, "running"), "paused", "Fine-tuning job paused"),
@@ -67,7 +66,7 @@ _ACTIONS: dict[JobAction, tuple[tuple[JobStatus, ...], JobStatus, str]] = {
 class Jobs:
     """What clients may do with jobs.
 
-    Methods may block, so call them in a thread. They raise UnknownRecord if the owner has no such job.
+    Methods may block, so call them in a thread. They raise ApiError: 404 if the owner has no such job.
     """
 
     def __init__(
@@ -112,9 +111,8 @@ class Jobs:
         ``covers``: whether the owner may use the model of a name.
 
         Raises:
-            Refused: a file does not exist, or the name can't be used.
+            ApiError: 400 if a file does not exist, or the name can't be used; 429 at ``most_open`` unfinished jobs.
             InputError: the hyperparameters do not fit together.
-            TooMany: the owner has ``most_open`` unfinished jobs.
         """
         files: list[StoredFile] = []
         for param, file_id in {"training_file": job.training_file, "validation_file": job.validation_file}.items():
@@ -122,17 +120,17 @@ class Jobs:
                 continue
             try:
                 files.append(self.database.file(file_id, job.owner))
-            except UnknownRecord:
+            except ApiError:
                 text = f"{param}: there is no file {file_id[:100]!r}; expected an id that POST /v1/files gave."
-                raise Refused(text, param, "invalid_file") from None
+                raise bad_request(text, param, "invalid_file") from None
             if (purpose := files[-1].purpose) != TRAINING:
-                raise Refused(f"{param}: {file_id} has the purpose {purpose!r}; expected {TRAINING!r}.", param)
+                raise bad_request(f"{param}: {file_id} has the purpose {purpose!r}; expected {TRAINING!r}.", param)
         if job.validation_file == job.training_file:
-            raise Refused("validation_file: is the training file; held-out rows are others.", "validation_file")
+            raise bad_request("validation_file: is the training file; held-out rows are others.", "validation_file")
         model = job.model or f"ft-{job.id.partition('-')[2]}"
         if not covers(model):
             how = "may not use a model of this name" if job.model else "has models of its own: give the name of one"
-            raise Refused(f"suffix: {shown_name(model)} would be the model's name, and this key {how}.", "suffix")
+            raise bad_request(f"suffix: {shown_name(model)} would be the model's name, and this key {how}.", "suffix")
         recipe = self._recipes.of(job, *(self.directory.place(file).name for file in files))
         job = dataclasses.replace(job, model=model, recipe=recipe.to_dict())
         said = [Event(job.id, f"Created fine-tuning job: {job.id}")]
@@ -144,25 +142,25 @@ class Jobs:
         return job
 
     def _require_free(self, model: str, replace: bool) -> None:
-        """Raise Refused unless a job may make a model of this name."""
+        """Raise ApiError 400 unless a job may make a model of this name."""
         name = shown_name(model)
         try:
             directory = self._store.directory_for(model)
         except InputError as error:
-            raise Refused(f"suffix: {error}", "suffix") from None
+            raise bad_request(f"suffix: {error}", "suffix") from None
         if self.database.job_of_model(model, OPEN) is not None:
-            raise Refused(f"suffix: another job makes {name} already; wait for it, or cancel it.", "suffix")
+            raise bad_request(f"suffix: another job makes {name} already; wait for it, or cancel it.", "suffix")
         if directory.exists() and not (directory / ADAPTER_CONFIG).is_file():
             text = f"suffix: what lies in the place of {name} is no adapter. Use another name."
-            raise Refused(text, "suffix", "name_taken")
+            raise bad_request(text, "suffix", "name_taken")
         if directory.exists() and not replace:
             text = f'suffix: there is a model {name} already. Use another name, or send "replace": true.'
-            raise Refused(text, "suffix", "name_taken")
+            raise bad_request(text, "suffix", "name_taken")
 
     def change(self, job_id: str, owner: str, how: JobAction) -> Job:
         """Cancel a job (only its events are kept), save it and free its slot, or let a paused one go on.
 
-        Raises Refused if its status does not allow it.
+        Raises ApiError 400 if its status does not allow it.
         """
         self.database.job(job_id, owner)
         expected, status, text = _ACTIONS[how]
@@ -171,7 +169,7 @@ class Jobs:
         with self._changing:
             if not self.database.move(job_id, expected, status, Event(job_id, text), **ended):
                 is_now = self.database.job(job_id).status.replace("_", " ")
-                raise Refused(f"The job {job_id} is {is_now}, so that can't be done.", code="invalid_status")
+                raise bad_request(f"The job {job_id} is {is_now}, so that can't be done.", code="invalid_status")
             if how == "resume":
                 self._unread.put(job_id)
             else:
@@ -179,20 +177,20 @@ class Jobs:
         return self.database.job(job_id)
 
     def delete_model(self, model: str, owner: str) -> None:
-        """Delete an adapter that a job of this owner made. Raises NotMade if none did, or it was replaced."""
+        """Delete an adapter that a job of this owner made. Raises ApiError: 403 if none did, or it was replaced."""
         job = self.database.job_of_model(model, ("succeeded",))
         directory = self._store.directory_for(model)
         maker = (try_read_json(directory / TRAINING_FACTS) or {}).get("job")
         if job is None or job.owner != owner or maker != job.id:
-            raise NotMade
+            raise not_made(model)
         if (other := self.database.job_of_model(model, OPEN)) is not None:
-            raise Refused(f"The job {other.id} makes this model anew; cancel it first.", "model")
+            raise bad_request(f"The job {other.id} makes this model anew; cancel it first.", "model")
         gone = directory.with_name(_DELETED.format(directory.name))
         shutil.rmtree(gone, ignore_errors=True)
         try:
             directory.rename(gone)  # at once: nobody finds half of it
         except FileNotFoundError:  # another call was first
-            raise NotMade from None
+            raise not_made(model) from None
         shutil.rmtree(gone, ignore_errors=True)
         self.database.move(job.id, ("succeeded",), "succeeded", deleted=True)
 
@@ -219,8 +217,8 @@ class Jobs:
                     files[param] = self.database.file(file_id)
             run = self._run_of(job, files)
             self.worker.add(self.database.job(job.id), run)
-        except UnknownRecord as error:
-            self.directory.fail(job.id, "invalid_job", f"The file {error.args[0]} is not there any more.")
+        except ApiError as error:
+            self.directory.fail(job.id, "invalid_job", error.message)
         except InputError as error:
             text = str(error)
             named = next((key for key, file in files.items() if str(self.directory.place(file)) in text), None)

@@ -75,14 +75,3 @@ class Recipes:
 
     def _parse(self, data: dict[str, Any], training: dict[str, Any]) -> Recipe:
         return parse_recipe({**self._common, "data": data, "training": training}, self._source, drop_idle_keys=True)
-
-
-def hyperparameters(job: Job) -> dict[str, Any]:
-    """The hyperparameters that a job uses, by OpenAI's names."""
-    training = job.recipe["training"]
-    epochs, multiplier = training["num_train_epochs"], job.asked.get("learning_rate_multiplier", "auto")
-    return {
-        "n_epochs": "auto" if training["max_steps"] >= 0 else int(epochs) if float(epochs).is_integer() else epochs,
-        "batch_size": training["global_batch_size"],
-        "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
-    }

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
 
 from qvera.serve.api.access import Action
 from qvera.serve.api.errors import DOWNLOADS, ApiError
-from qvera.serve.api.server import while_connected
-from qvera.serve.api.service import require, service_of
+from qvera.serve.api.service import Sender as AnySender
 from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
 from qvera.serve.tinker.messages import call_of, decompress
@@ -42,15 +42,15 @@ _ADAMW = {"type": "adamw"}
 Count = Annotated[int, Query(ge=0, le=2**31)]
 
 
-class Sender:
+class Sender(AnySender):
     """Who asks, and the parts of the server for the answer."""
 
     def __init__(self, request: Request, action: Action) -> None:
-        """Raises ApiError 403 as `require`."""
-        self.request, self.access, self.service = request, require(request, action), service_of(request)
-        self.owner, tinker = self.access.name, self.service.tinker
-        assert tinker is not None  # or there would be no routes
-        self.tinker, self.database, self.checkpoints = tinker, tinker.database, tinker.checkpoints
+        """Raises ApiError 403 if the key may not do the action."""
+        super().__init__(request, action)
+        assert self.service.tinker is not None  # or there would be no routes
+        self.tinker = self.service.tinker
+        self.database, self.checkpoints = self.tinker.database, self.tinker.checkpoints
         self.samples: Samples = request.app.state.samples
 
     def page(self, table: Literal["models", "sessions"], limit: int, offset: int) -> list[sqlite3.Row]:
@@ -64,7 +64,7 @@ class Sender:
         def is_over() -> bool:
             return self.service.draining or self.service.engine.stats().dead is not None
 
-        return await while_connected(self.request.receive, self.database.wait(key, look, seconds, is_over))
+        return await self.hold(self.database.wait(key, look, seconds, is_over))
 
 
 async def _reader(request: Request) -> Sender:
@@ -190,9 +190,8 @@ async def _created(sender: Sender, kind: str, form: type[CreateModel] | type[Loa
     tinker, body = sender.tinker, await sender.request.body()
     if not sender.access.covers(tinker.base.name):
         raise ApiError(404, "base_model: there is no such model, or this key may not use it.")
-    promise, model_id = await sender.service.in_thread(
-        lambda: tinker.create_model(sender.owner, kind, body, parsed(form, body)), "disk"
-    )
+    asked = parsed(form, body)
+    promise, model_id = await run_in_threadpool(tinker.create_model, sender.owner, kind, body, asked)
     return {"request_id": promise, "model_id": model_id}
 
 
@@ -377,9 +376,7 @@ def external_weights_urls(sender: Reader, run: str, checkpoint: str) -> dict[str
 
 @router.get("/downloads/{token}/{file}")
 def download(request: Request, token: str, file: str) -> FileResponse:
-    tinker = service_of(request).tinker
-    assert tinker is not None
-    return FileResponse(tinker.checkpoints.download(token, file))
+    return FileResponse(request.app.state.service.tinker.checkpoints.download(token, file))
 
 
 @router.post(f"{_OF_RUN}/publish", status_code=204)

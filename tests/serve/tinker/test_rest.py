@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qvera.utils.errors import RunFailed
 from tests.serve.tinker.conftest import StartTinker, TinkerServer
 from tests.serve.tinker.test_client import client_of
 
@@ -142,3 +143,17 @@ def test_encryption_is_refused_where_the_server_can_not_do_it(
     with pytest.raises(tinker.BadRequestError, match="it lacks pyrage"):
         training.save_weights_external("out", age_encryption_recipients=["age1x"]).result()
     training.save_weights_external("out").result()
+
+
+def test_a_full_disk_is_told_in_a_way_that_lets_the_client_ask_again(
+    start_tinker: StartTinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_tinker()
+
+    def refusing(*_: Any) -> None:
+        raise RunFailed("tinker.sqlite: the disk is full")
+
+    monkeypatch.setattr(server.tinker, "create_session", refusing)
+    answer = server.call("create_session", {})
+    assert (answer.status_code, "x-should-retry" in answer.headers) == (507, False)
+    assert answer.json()["detail"] == "The server's disk is full, or can't be written. Nothing was changed."
