@@ -187,7 +187,6 @@ def serve(
         from qvera.evaluation.generate import PromptWriter, end_tokens
         from qvera.serve.api.app import create_app
         from qvera.serve.api.service import Service
-        from qvera.serve.background import InTurn
         from qvera.serve.opening import open_served
 
         directory = jobs = tinker_api = None
@@ -215,8 +214,7 @@ def serve(
 
             tinker_api = ending.enter_context(open_tinker(directory.path / "tinker", served, answering, max_rank))
             works.append(tinker_api.tenants)
-        if works:
-            answering.set_background(InTurn(*works))
+        answering.set_background(*works)
         ends = frozenset(end_tokens(base.model, base.tokenizer))
         app = create_app(
             Service(answering, served.store, prompts, ends, served.base_name, limits, key_file, jobs, tinker_api)

@@ -26,31 +26,13 @@ class BackgroundWork(Protocol):
         """
 
 
-class InTurn:
-    """Several works as one: a slice of each that has work, in turn."""
-
-    def __init__(self, *works: BackgroundWork) -> None:
-        self._works = list(works)
-
-    def has_work(self) -> bool:
-        """See `BackgroundWork.has_work`."""
-        return any(work.has_work() for work in self._works)
-
-    def run_slice(self) -> None:
-        """See `BackgroundWork.run_slice`."""
-        work = next((work for work in self._works if work.has_work()), self._works[0])
-        self._works.remove(work)
-        self._works.append(work)  # the others come first next time, also if it fails
-        work.run_slice()
-
-
 class Background:
-    """An engine's background work and its share of the time.
+    """An engine's background works, a slice of each that has work in turn, and their share of the time.
 
     A slice begins at once if nobody was answered for ``answering_seconds``. Otherwise a slice of t seconds is followed
     by at least t · (1 - share) / share seconds of answers. That time counts as answering because a client that sends
-    one request after the other leaves milliseconds between them, and would wait for a whole slice each time. Work that
-    raises is parked until ``failure`` is None again.
+    one request after the other leaves milliseconds between them, and would wait for a whole slice each time. Where a
+    work raises, all are parked until ``failure`` is None again.
     """
 
     def __init__(
@@ -62,11 +44,11 @@ class Background:
         self.failure: str | None = None  # why the last slice failed; None: it went well
         self._pause = math.inf if share <= 0 else (1 - share) / share
         self._next_at = self._answered_at = -math.inf
-        self._work: BackgroundWork | None = None
+        self._works: list[BackgroundWork] = []
 
-    def set(self, work: BackgroundWork | None) -> None:
-        """Replace the work."""
-        self._work, self.failure = work, None
+    def set(self, *works: BackgroundWork) -> None:
+        """Replace the works."""
+        self._works, self.failure = list(works), None
 
     def answered(self) -> None:
         """Note that a step of answers has run."""
@@ -80,13 +62,13 @@ class Background:
 
     def has_slice(self, answering: bool) -> bool:
         """Whether a slice may begin now. ``answering``: requests run or wait."""
-        work = self._work
-        if work is None or self.failure is not None or self.seconds_to_wait(answering):
+        works = self._works
+        if self.failure is not None or self.seconds_to_wait(answering):
             return False
         try:
-            return work.has_work()
+            return any(work.has_work() for work in works)
         except Exception as error:
-            self._park(work, error)
+            self._park(works, error)
             return False
 
     def run_slice(self) -> bool:
@@ -94,13 +76,15 @@ class Background:
 
         Returns False if it failed. Then what it left behind in the model must be dropped.
         """
-        work, began, went_well = self._work, self.clock(), True
-        if work is None:  # taken away since
-            return True
+        works, began, went_well = self._works, self.clock(), True
         try:
+            if (work := next((work for work in works if work.has_work()), None)) is None:  # there is none since
+                return True
+            works.remove(work)
+            works.append(work)  # the others come first next time, also if it fails
             work.run_slice()
         except Exception as error:
-            self._park(work, error)
+            self._park(works, error)
             went_well = False
         ended = self.clock()
         self.seconds, self.slices = self.seconds + ended - began, self.slices + 1
@@ -108,7 +92,7 @@ class Background:
         self._next_at = ended + (self._pause * (ended - began) if ended > began else 0.0)
         return went_well
 
-    def _park(self, work: BackgroundWork, error: Exception) -> None:
+    def _park(self, works: list[BackgroundWork], error: Exception) -> None:
         _logger.exception("background work failed; it is parked until it is woken")
-        if work is self._work:  # and not another one that was set meanwhile
+        if works is self._works:  # and not others that were set meanwhile
             self.failure = f"{type(error).__name__}: {first_line(error)}"

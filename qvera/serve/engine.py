@@ -185,9 +185,9 @@ class Engine:
         with contextlib.suppress(EngineDead):
             self._in_thread(lambda: self.bank.unload(identity))
 
-    def set_background(self, work: BackgroundWork | None) -> None:
-        """Set the work for the time that answers leave (`EngineSettings.training_share`); None: none."""
-        self.background.set(work)
+    def set_background(self, *works: BackgroundWork) -> None:
+        """Set the works for the time that answers leave (`EngineSettings.training_share`)."""
+        self.background.set(*works)
         self.wake()
 
     def wake(self) -> None:

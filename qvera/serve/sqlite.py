@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from qvera.serve.api.errors import unknown_id
 from qvera.utils.errors import InputError, RunFailed
 
 
@@ -91,3 +92,17 @@ class SqliteFile:
         """The rows of a statement, in a transaction of its own."""
         with self.transaction() as connection:
             return connection.execute(query, tuple(values)).fetchall()
+
+    def own(self, table: str, key: str, owner: str | None) -> sqlite3.Row:
+        """A row by its id, of this owner only if one is named. Raises ApiError 404, for foreign ids too."""
+        found = self.rows(f"SELECT * FROM {table} WHERE id = ? AND owner = IFNULL(?, owner)", (key, owner))
+        if not found:
+            raise unknown_id(table.removesuffix("s"), key)
+        return found[0]
+
+
+def insert(connection: sqlite3.Connection, table: str, **values: object) -> None:
+    """Add a row to a table, in place of one with its key."""
+    marks = ", ".join("?" * len(values))
+    query = f"INSERT OR REPLACE INTO {table} ({', '.join(values)}) VALUES ({marks})"
+    connection.execute(query, tuple(values.values()))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qvera.models.loader import Base
-from qvera.serve.background import Background, InTurn
+from qvera.serve.background import Background
 from qvera.serve.engine import Engine
 from qvera.serve.requests import EndEvent, GenerationRequest
 from qvera.training.online import OnlineTrainer
@@ -239,7 +239,7 @@ def test_several_works_share_the_time_in_turn_and_one_that_fails_stops_no_other(
 
     works = [Slices(lambda: done.append("a")), Slices(fail), Slices(lambda: done.append("c"), lambda: len(done) < 5)]
     background = Background(0.1, Clock())
-    background.set(InTurn(*works))
+    background.set(*works)
     for _ in range(7):
         background.failure = None  # as `Engine.wake` does
         assert background.has_slice(answering=False)
@@ -289,7 +289,7 @@ def test_an_engine_sleeps_until_it_is_woken_and_an_error_parks_the_work_until_th
         work.has = lambda: True
         engine.wake()
         work.wait_for_more()
-        engine.set_background(None)
+        engine.set_background()
         assert submit(engine, request([3], max_tokens=3)).end() == LENGTH
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qvera.serve.api.errors import ApiError, too_many, unknown_id
-from qvera.serve.sqlite import SqliteFile
+from qvera.serve.sqlite import SqliteFile, insert
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of a file
 JobAction = Literal["cancel", "pause", "resume"]
@@ -132,19 +132,7 @@ class Database(SqliteFile):
 
     def _records(self, kind: type[R], rest: str, values: Iterable[object]) -> list[R]:
         """Return the records that ``SELECT * FROM`` their table and ``rest`` finds."""
-        found = []
-        for row in self.rows(f"SELECT * FROM {_TABLES[kind]} {rest}", values):
-            fields = {name: json.loads(row[name]) if name in _AS_JSON else row[name] for name in row.keys()}  # noqa: SIM118
-            fields |= {name: bool(fields[name]) for name in _AS_BOOL if name in fields}
-            del fields["number"]
-            found.append(kind(**fields))
-        return found
-
-    def _one(self, kind: type[R], key: str, owner: str | None) -> R:
-        found = self._records(kind, "WHERE id = ? AND owner = IFNULL(?, owner)", (key, owner))
-        if not found:
-            raise unknown_id(_TABLES[kind].removesuffix("s"), key)
-        return found[0]
+        return [_made(kind, row) for row in self.rows(f"SELECT * FROM {_TABLES[kind]} {rest}", values)]
 
     def _page(
         self,
@@ -173,7 +161,7 @@ class Database(SqliteFile):
 
     def file(self, file_id: str, owner: str | None = None) -> StoredFile:
         """A file, of this owner only if one is named."""
-        return self._one(StoredFile, file_id, owner)
+        return _made(StoredFile, self.own("files", file_id, owner))
 
     def files(
         self, owner: str, purpose: str | None, after: str | None, limit: int, newest_first: bool
@@ -210,7 +198,7 @@ class Database(SqliteFile):
 
     def job(self, job_id: str, owner: str | None = None) -> Job:
         """A job, of this owner only if one is named."""
-        return self._one(Job, job_id, owner)
+        return _made(Job, self.own("jobs", job_id, owner))
 
     def jobs(self, owner: str, metadata: Mapping[str, str], after: str | None, limit: int) -> list[Job]:
         """An owner's jobs with these metadata that come after the job ``after``, newest first."""
@@ -281,11 +269,16 @@ class Database(SqliteFile):
         return found
 
 
+def _made(kind: type[R], row: sqlite3.Row) -> R:
+    fields = {name: json.loads(row[name]) if name in _AS_JSON else row[name] for name in row.keys()}  # noqa: SIM118
+    fields |= {name: bool(fields[name]) for name in _AS_BOOL if name in fields}
+    del fields["number"]
+    return kind(**fields)
+
+
 def _insert(connection: sqlite3.Connection, *records: StoredFile | Job | Event) -> None:
     for record in records:
-        values = _written(dataclasses.asdict(record))
-        query = f"INSERT INTO {_TABLES[type(record)]} ({', '.join(values)}) VALUES ({_marks(values)})"
-        connection.execute(query, tuple(values.values()))
+        insert(connection, _TABLES[type(record)], **_written(dataclasses.asdict(record)))
 
 
 def _marks(values: Iterable[object]) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from qvera.serve.api.errors import ApiError, shortened_name
+from qvera.serve.api.errors import ApiError, unknown_id
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import ModelShape
 from qvera.utils.errors import InputError
@@ -132,7 +132,7 @@ class Checkpoints:
         """Return a checkpoint that a key may read. Raises ApiError 404, or InputError if it is of another ``kind``."""
         found = self._select("path = ? AND (owner = ? OR public)", path, owner)
         if not found:
-            raise ApiError(404, f"There is no checkpoint {shortened_name(path)!r}.")
+            raise unknown_id("checkpoint", path)
         if kind is not None and found[0].kind != kind:
             raise InputError(f"{path}: expected {kind}, found {found[0].kind}.")
         return found[0]
@@ -141,7 +141,7 @@ class Checkpoints:
         """Change a checkpoint of a key. Raises ApiError 404."""
         query = f"UPDATE checkpoints SET {column} = ? WHERE path = ? AND owner = ? AND {_LIVE} RETURNING path"
         if not self.database.rows(query, (value, path, owner, time.time())):
-            raise ApiError(404, f"There is no checkpoint {shortened_name(path)!r}.")
+            raise unknown_id("checkpoint", path)
         self.remove_expired()
 
     def remove_expired(self) -> None:

@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from qvera.serve.api.errors import ApiError, shortened_name
-from qvera.serve.sqlite import SqliteFile
+from qvera.serve.sqlite import SqliteFile, insert
 
 if TYPE_CHECKING:
     import sqlite3
@@ -97,9 +96,8 @@ class Database(SqliteFile):
             if found is not None:
                 return found["id"], False
             state, done_at = ("refused", self._end_microseconds()) if body is None else ("pending", None)
-            values = (promise, owner, target, seq, kind, body, size, state, moment, done_at)
-            columns = "id, owner, target, seq, kind, body, size, state, created, done_at"
-            connection.execute(f"INSERT INTO promises ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            about = {"owner": owner, "target": target, "seq": seq, "kind": kind, "body": body, "size": size}
+            insert(connection, "promises", id=promise, **about, state=state, created=moment, done_at=done_at)
             connection.execute("UPDATE models SET last_request = ? WHERE id = ?", (moment, target))
         return promise, True
 
@@ -193,13 +191,6 @@ class Database(SqliteFile):
             ):
                 connection.execute(f"DELETE FROM {query}", {"before": before})
 
-    def own(self, table: Literal["sessions", "models", "samplers"], key: str, owner: str) -> sqlite3.Row:
-        """Return a row that belongs to a key. Raises ApiError 404: unknown and foreign ones look the same."""
-        found = self.rows(f"SELECT * FROM {table} WHERE id = ? AND owner = ?", (key, owner))
-        if not found:
-            raise ApiError(404, f"There is no {table.removesuffix('s')} {shortened_name(key)!r}.")
-        return found[0]
-
     def add_model(self, shape: ModelShape, metadata: Any, **columns: object) -> None:
         """Add a model. ``metadata`` are its user's, ``columns`` the others that need a value."""
         now, about = time.time(), json.dumps({"user_metadata": metadata})
@@ -207,5 +198,5 @@ class Database(SqliteFile):
 
     def insert(self, table: str, **values: object) -> None:
         """Add a row to a table, in place of one with its key."""
-        marks = ", ".join("?" * len(values))
-        self.rows(f"INSERT OR REPLACE INTO {table} ({', '.join(values)}) VALUES ({marks})", values.values())
+        with self.transaction() as connection:
+            insert(connection, table, **values)

@@ -251,7 +251,7 @@ def dense_of(
     counts = np.diff(starts)
     if (
         len(shape) != 2
-        or len(counts) != shape[0]
+        or len(starts) != shape[0] + 1
         or (counts < 0).any()
         or ((starts < 0) | (starts > len(values))).any()  # so that no count has wrapped round
         or (starts[0], starts[-1]) != (0, len(values))

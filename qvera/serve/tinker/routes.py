@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from qvera.serve.api.access import Action
-from qvera.serve.api.errors import DOWNLOADS, ApiError
+from qvera.serve.api.errors import DOWNLOADS, ApiError, unknown_id
 from qvera.serve.api.service import Sender as AnySender
 from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
@@ -258,7 +258,7 @@ async def retrieve_future(sender: Reader, asked: Named) -> Response:
     def look() -> Response | None:
         promise, stats = sender.database.promise(asked.request_id, sender.owner), sender.service.engine.stats()
         if promise is None:
-            raise ApiError(404, f"There is no promise {asked.request_id[:100]!r}.")
+            raise unknown_id("promise", asked.request_id)
         if (state := promise["state"]) in ("json", "proto"):
             kind = "application/json" if state == "json" else "application/x-protobuf"
             return Response(promise["payload"], media_type=kind)

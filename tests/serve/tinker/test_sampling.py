@@ -13,7 +13,7 @@ import pytest
 
 from qvera.serve.engine import Engine
 from qvera.serve.tinker.calls import parsed
-from qvera.serve.tinker.sampling import SampleBody
+from qvera.serve.tinker.sampling import SampleBody, Targets, _targets
 from qvera.utils.errors import InputError
 from tests.serve.tinker.conftest import serving
 
@@ -186,6 +186,12 @@ def test_an_image_in_a_prompt_is_refused_by_name() -> None:
     body = json.dumps({"sampling_session_id": "s", "seq_id": 1, "prompt": prompt}).encode()
     with pytest.raises(InputError, match="prompt.chunks.1.type: Input should be 'encoded_text', found 'image'"):
         parsed(SampleBody, body)
+
+
+def test_targets_of_a_one_token_prompt_that_are_no_csr_tensor_are_refused() -> None:
+    nothing = Targets(data=[], shape=[0, 1], sparse_crow_indices=[])
+    with pytest.raises(InputError, match="target_prompt_logprobs: is no CSR tensor of the shape"):
+        _targets(nothing, 0)
 
 
 def test_a_pickled_client_samples_from_the_same_sampler(loop: Loop) -> None:
