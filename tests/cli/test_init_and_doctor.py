@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -70,7 +71,8 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
     assert (recipe.data.max_length, recipe.data.eval_fraction) == (64, 0.1)
     assert recipe.adapter.rank == 64  # the hidden size is small
     stats = build_datasets(recipe.data, load_tokenizer(recipe.model)).stats
-    assert f"\n  rank: {AdapterSection().rank}\n" in recipe_text(recipe, stats, 576, 2048)
+    large = recipe_text(recipe, dataclasses.replace(stats, train_rows=20_000), 576, 2048)
+    assert f"\n  rank: {AdapterSection().rank}\n" in large and "\n  # save_steps: 100\n" in large
     assert main(["preview", str(out)]) == 0
     text = out.read_text()
     assert text.startswith("# yaml-language-server: $schema=")
@@ -104,20 +106,14 @@ def test_options_of_init_that_say_too_little_or_too_much_are_told(init: Init, ou
     assert "Columns found in the header, line 1: mail, about." in init(rows, code=2)
 
 
-def test_a_short_run_of_a_new_recipe_saves_ten_times(init: Init, out: Path) -> None:
-    row = '{{"prompt": "say {}", "completion": "red"}}\n'
-    for count, save_steps in ((60, 7), (300, 17), (20_000, 100)):
-        init("".join(row.format(i) for i in range(count)), file="rows.jsonl")
-        assert load_recipe(out).training.save_steps == save_steps
-
-
 def test_the_new_recipe_learns_enough_from_few_rows_and_says_that_they_are_few(init: Init, out: Path) -> None:
     row = '{{"prompt": "say {}", "completion": "red"}}\n'
     rows = lambda count: "".join(row.format(i) for i in range(count))  # noqa: E731
-    for count, epochs, step_rows in ((60, 10, 8), (300, 5, 8), (3000, 1, 16)):
+    for count, epochs, step_rows, save_steps in ((60, 10, 8, 7), (300, 5, 8, 17), (3000, 1, 16, 17)):
         said = init(rows(count), file="rows.jsonl")
         training = load_recipe(out).training
         assert (training.num_train_epochs, training.global_batch_size) == (epochs, step_rows)
+        assert training.save_steps == save_steps  # it saves ten times
         assert (f"a model learns little from {count}" in said) == (count == 60)
         assert training.exact_match_rows == min(50, count // 10)
         assert 8 < training.sample_max_new_tokens < 20  # the base goes on for long, and nothing of that counts

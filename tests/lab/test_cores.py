@@ -214,7 +214,7 @@ def sb(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
     """The recipe and the directory of a run of LoRA-SB whose only step moves next to nothing."""
     directory = tmp_path_factory.mktemp("runs") / "sb"
     recipe = make_recipe(
-        adapter={"method": "lora-sb", "rank": 6, "gradient_rows": 8},
+        adapter={"method": "lora-sb", "rank": 6, "gradient_rows": 8, "targets": ["k_proj", "down_proj"]},
         training={"max_steps": 1, "learning_rate": 1e-30, "warmup_ratio": 0.0, "try_longest_batch": False},
         model={"quantization": "none"},
     )
