@@ -24,7 +24,7 @@ import functools
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -379,10 +379,10 @@ def results(lines: list[dict[str, Any]]) -> Iterator[Result]:
             yield Result((base, task, steps), method, chosen, final, len(mine), open_ends, differences)
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(of: Iterable[Result]) -> str:
     """A Markdown table: a row for each task and method with the best settings so far."""
     rows = []
-    for result in results(lines):
+    for result in of:
         base, task, steps = result.group
         rates = result.chosen["rates"]
         shown = f"{rates['b']:g}" + (f", others {rates['others']:g}" if rates["b"] != rates["others"] else "")
@@ -415,7 +415,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.table:
-        print(table(read_lines(args.lines)))
+        print(table(results(read_lines(args.lines))))
         return
     bases = {"smollm2": smollm2()} | ({} if args.minilm is None else {"minilm": args.minilm})
     do_one = functools.partial(do, data=args.data, bases=bases)

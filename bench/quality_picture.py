@@ -105,10 +105,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="of table.md")
     directory: Path = parser.parse_args().directory
-    lines = read_lines(RESULTS / "quality.jsonl")
-    (directory / "quality.svg").write_text(picture(list(results(lines))), encoding="utf-8")
+    found = list(results(read_lines(RESULTS / "quality.jsonl")))
+    (directory / "quality.svg").write_text(picture(found), encoding="utf-8")
     page = directory / "table.md"
-    page.write_text(with_table(page.read_text(encoding="utf-8"), "quality", table(lines)), encoding="utf-8")
+    page.write_text(with_table(page.read_text(encoding="utf-8"), "quality", table(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_every_piece_that_a_first_machine_is_asked_runs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, to save importing torch once for each; the next test has the processes."""
     # but for a command with an environment of its own
@@ -77,7 +77,7 @@ def test_every_piece_that_a_first_machine_is_asked_runs_here(tmp_path: Path, mon
     assert all(row["tokens_per_second"] > 0 for row in rows if "tokens_per_second" in row)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_command_goes_on_where_it_was_killed_and_past_a_piece_that_fails(tmp_path: Path) -> None:
     asked = ["--pieces", "ceilings", "frozen, round 1", "frozen, round 2", "--shape", "tiny", "--device", "cpu"]
     command = [sys.executable, "bench/gpu/first_machine.py", "A", "B", *asked, "--tokens", "16"]
@@ -267,7 +267,7 @@ def test_trials_of_quality_see_the_same_rows_and_are_the_same_when_repeated(
         ours, theirs, again = lines[-3:]
         assert ours["first_loss"] == theirs["first_loss"] and ours["scores"]["loss"] != theirs["scores"]["loss"]
         assert {**theirs, "cpu_seconds": 0} == {**again, "cpu_seconds": 0}
-    assert quality.table(lines).count("smollm2 rte, 2") == 2
+    assert quality.table(quality.results(lines)).count("smollm2 rte, 2") == 2
 
 
 def test_each_method_of_the_table_is_a_whole_recipe(
@@ -284,10 +284,10 @@ def test_the_pages_show_the_committed_results() -> None:
         page.name: page.read_text(encoding="utf-8") for page in [*docs.glob("*.md"), docs / "methods" / "table.md"]
     }
     text = pages["table.md"]
-    lines = read_lines(RESULTS / "quality.jsonl")
-    tables = {"table": family.table(), "e2e": family.e2e_table(), "quality": quality.table(lines)}
+    results = list(quality.results(read_lines(RESULTS / "quality.jsonl")))
+    tables = {"table": family.table(), "e2e": family.e2e_table(), "quality": quality.table(results)}
     assert all(text == with_table(text, name, table) for name, table in tables.items())
-    pictures = {"table": family_picture.picture(), "quality": quality_picture.picture(list(quality.results(lines)))}
+    pictures = {"table": family_picture.picture(), "quality": quality_picture.picture(results)}
     for name, drawn in pictures.items():
         assert (docs / "methods" / f"{name}.svg").read_text(encoding="utf-8") == drawn
     text = pages["benchmarks.md"]

@@ -101,18 +101,23 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
     assert time.process_time() - began < 8, "thirty starts"
 
 
-def a_silent_hub_is_left(command: str, words: str) -> None:
+def a_silent_hub_is_left(recipe: str, adapter: str) -> None:
     import contextlib
     import io
     import time
 
     from qvera.cli.main import main
 
-    began, said = time.monotonic(), io.StringIO()
+    began = time.monotonic()
     os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
-    with contextlib.redirect_stderr(said):
-        assert main(command.split()) == 2
-    assert words in said.getvalue() and "Retrying" not in said.getvalue(), said.getvalue()
+    unknown = "--set data.path=nobody/nothing --set model.path=nobody/no-model"
+    for command, words in (
+        (f"train {recipe} {unknown}", "or the hub did not answer"),
+        (f"generate {adapter} --prompt x", "has no key 'peft_type'"),
+    ):
+        with contextlib.redirect_stderr(said := io.StringIO()):
+            assert main(command.split()) == 2
+        assert words in said.getvalue() and "Retrying" not in said.getvalue(), said.getvalue()
     assert time.monotonic() - began < 120, "imports, and no retries"
 
 
@@ -192,12 +197,10 @@ def test_an_unknown_attribute_is_an_attribute_error() -> None:
 
 if __name__ == "__main__" and len(sys.argv) == 2:
     forked(wrong_starts_import_no_torch, sys.argv[1])
-    hub = "--set data.path=nobody/nothing --set model.path=nobody/no-model"
-    forked(a_silent_hub_is_left, f"train {sys.argv[1]} {hub}", "or the hub did not answer")
     config = Path(sys.argv[1]).with_name("of_the_hub") / "adapter_config.json"
     config.parent.mkdir()
     config.write_text('{"base_model_name_or_path": "nobody/no-model"}')
-    forked(a_silent_hub_is_left, f"generate {config.parent} --prompt x", "has no key 'peft_type'")
+    forked(a_silent_hub_is_left, sys.argv[1], str(config.parent))
 elif __name__ == "__main__":
     forked(light_commands_import_no_torch, *sys.argv[1:])
     import transformers.modeling_utils  # noqa: F401

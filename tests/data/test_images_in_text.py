@@ -181,9 +181,9 @@ def test_the_preview_says_how_large_the_images_are(
 
 
 def test_several_processes_read_images_too(read: Callable[..., Datasets]) -> None:
-    row = asked({"type": "image", "image": "cat.png"})
-    alone = read(*[row] * 300, tokenize_processes=1)
-    both = read(*[row] * 300, tokenize_processes=2)
+    image, text = asked({"type": "image", "image": "cat.png"}), asked({"type": "text", "text": "no image"})
+    rows = [image, *[text] * 298, image]  # one for each process
+    alone, both = (read(*rows, tokenize_processes=processes) for processes in (1, 2))
     np.testing.assert_array_equal(both.train.ids_hash, alone.train.ids_hash)
 
 

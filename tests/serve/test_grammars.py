@@ -52,21 +52,28 @@ def test_whatever_allowed_tokens_are_drawn_the_text_is_json_of_the_schema(tokeni
     assert len(seen) > 10
 
 
-@pytest.mark.parametrize("kind", ENGINES)
-def test_requests_with_and_without_grammars_share_batches_of_vera_and_lora(
-    kind: str, engine_with: Any, alone: Any, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    write_adapters(tmp_path, tiny_model_dir, {"vera": 1})
-    write_adapters(tmp_path, tiny_model_dir, {"lora": 2}, method="lora", rank=4)
-    store, ends, asked = store_of(tmp_path), frozenset({TOKENIZER.eos_token_id}), []
-    for i, name in enumerate(["base", "vera", "lora"] * 3):
+@pytest.fixture(scope="module")
+def mixed(alone: Any, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[Any]]:
+    """Requests to each of three models, with a grammar and without, and what each gets alone."""
+    root = tmp_path_factory.mktemp("mixed")
+    write_adapters(root, tiny_model_dir, {"vera": 1})
+    write_adapters(root, tiny_model_dir, {"lora": 2}, method="lora", rank=4)
+    store, ends, asked = store_of(root), frozenset({TOKENIZER.eos_token_id}), []
+    for i, name in enumerate(["base", "vera", "lora"] * 2):
         settings: dict[str, Any] = {"stop_tokens": ends, "temperature": 1.0, "seed": i, "top_logprobs": 1}
         if i % 2 == 0:
             settings["grammar"] = GRAMMARS.of_schema(MUG, "schema")
             settings["logit_bias"] = tuple((token, -100.0) for token in range(290) if TOKENIZER.decode(token).isspace())
         asked.append(request([3 + i, 9, 7], store.resolve(name), 100, **settings))
-    expected = expected_of(alone, tmp_path, asked)
-    with engine_with(kind, max_running=5) as engine:
+    return asked, expected_of(alone, root, asked)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_requests_with_and_without_grammars_share_batches_of_vera_and_lora(
+    kind: str, engine_with: Any, mixed: tuple[list[Any], list[Any]]
+) -> None:
+    asked, expected = mixed
+    with engine_with(kind, max_running=4) as engine:
         answers = [submit(engine, one) for one in asked]
         for i, (answer, events) in enumerate(zip(answers, expected, strict=True)):
             assert_same(answer, events)

@@ -52,21 +52,20 @@ def models(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def test_an_answer_is_an_object_of_the_class_that_was_asked_for(models: tuple[openai.OpenAI, list[str]]) -> None:
-    client, names = models
-    for seed, name in enumerate(names):
-        asked: Any = {"model": name, "seed": seed, "logit_bias": NO_SPACE, "max_tokens": 100, **ASK}
-        [choice] = client.chat.completions.parse(response_format=Mug, **asked).choices
-        assert (choice.finish_reason, type(choice.message.parsed)) == ("stop", Mug)
-        with client.chat.completions.stream(response_format=Mug, **asked) as stream:
-            assert stream.get_final_completion().choices[0].message.content == choice.message.content
-        found = client.responses.parse(
-            model=name, text_format=Mug, input="3 red mugs", temperature=0, max_output_tokens=150
-        )
-        assert found.status == "incomplete" or type(found.output_parsed) is Mug
-        plain = client.chat.completions.create(
-            **asked, n=2, response_format={"type": "json_object"}, top_logprobs=0, logprobs=True
-        )
-        assert all(one.message.content.startswith("{") for one in plain.choices)
+    client, (base, vera, lora) = models
+    asked: Any = {"seed": 1, "logit_bias": NO_SPACE, "max_tokens": 100, **ASK}
+    [choice] = client.chat.completions.parse(model=vera, response_format=Mug, **asked).choices
+    assert (choice.finish_reason, type(choice.message.parsed)) == ("stop", Mug)
+    with client.chat.completions.stream(model=vera, response_format=Mug, **asked) as stream:
+        assert stream.get_final_completion().choices[0].message.content == choice.message.content
+    found = client.responses.parse(
+        model=lora, text_format=Mug, input="3 red mugs", temperature=0, max_output_tokens=150
+    )
+    assert found.status == "incomplete" or type(found.output_parsed) is Mug
+    plain = client.chat.completions.create(
+        model=base, n=2, response_format={"type": "json_object"}, top_logprobs=0, logprobs=True, **asked
+    )
+    assert all(one.message.content.startswith("{") for one in plain.choices)
     with pytest.raises(openai.BadRequestError, match=r"json_schema.schema.properties.a: .*uniqueItems") as refused:
         schema: Any = {"properties": {"a": {"type": "array", "uniqueItems": True}}}
         wish: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
@@ -77,17 +76,17 @@ def test_an_answer_is_an_object_of_the_class_that_was_asked_for(models: tuple[op
 def test_a_tool_that_must_be_called_is_called_with_arguments_of_its_class(
     models: tuple[openai.OpenAI, list[str]],
 ) -> None:
-    client, names = models
+    client, (base, vera, lora) = models
     tools: Any = [openai.pydantic_function_tool(each) for each in (Mug, Order)]
-    for seed, name in enumerate(names):
-        asked: Any = {"model": name, "seed": seed, "logit_bias": NO_SPACE, "max_tokens": 150, "tools": tools, **ASK}
-        named: Any = {"type": "function", "function": {"name": "Order"}}
-        [choice] = client.chat.completions.parse(tool_choice=named, **asked).choices
-        [call] = choice.message.tool_calls or []
-        assert (choice.finish_reason, type(call.function.parsed_arguments)) == ("tool_calls", Order)
-        [choice] = client.chat.completions.parse(tool_choice="required", parallel_tool_calls=False, **asked).choices
-        [call] = choice.message.tool_calls or []
-        assert type(call.function.parsed_arguments) in (Mug, Order)
-        with client.chat.completions.stream(response_format=Mug, **asked) as stream:  # an answer or calls
-            message = stream.get_final_completion().choices[0].message
-        assert message.parsed is not None or message.tool_calls
+    asked: Any = {"seed": 1, "logit_bias": NO_SPACE, "max_tokens": 150, "tools": tools, **ASK}
+    named: Any = {"type": "function", "function": {"name": "Order"}}
+    [choice] = client.chat.completions.parse(model=vera, tool_choice=named, **asked).choices
+    [call] = choice.message.tool_calls or []
+    assert (choice.finish_reason, type(call.function.parsed_arguments)) == ("tool_calls", Order)
+    required: Any = {"model": lora, "tool_choice": "required", "parallel_tool_calls": False}
+    [choice] = client.chat.completions.parse(**required, **asked).choices
+    [call] = choice.message.tool_calls or []
+    assert type(call.function.parsed_arguments) in (Mug, Order)
+    with client.chat.completions.stream(model=base, response_format=Mug, **asked) as stream:  # an answer or calls
+        message = stream.get_final_completion().choices[0].message
+    assert message.parsed is not None or message.tool_calls
