@@ -32,7 +32,7 @@ from qvera.config.sections import ModelSection, TrainingSection
 from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.forward import hidden_states
 from qvera.models.loader import load_base
-from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.loss import Head, target_loss
 
 
 def write_rows(path: Path, tokens: int, count: int) -> None:
@@ -103,7 +103,8 @@ def frozen_steps(model: Path, tokens: int, steps: int) -> list[float]:
     for _ in range(steps):
         began = time.perf_counter()
         hidden = hidden_states(base.model, {"input_ids": ids})
-        loss, _ = fused_linear_cross_entropy(hidden, ids, Head.of(base.model), TrainingSection().loss_chunk_tokens)
+        rows, targets = hidden[0, :-1], ids[0, 1:, None]
+        loss, _ = target_loss(rows, targets, Head.of(base.model), TrainingSection().loss_chunk_tokens)
         loss.backward()
         seconds.append(time.perf_counter() - began)
         print(f"frozen base: {seconds[-1]:.1f} s", file=sys.stderr)

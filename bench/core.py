@@ -173,6 +173,12 @@ def layer_of_7b(rounds: int, dtype: torch.dtype, tokens: int = 512) -> dict[str,
     return over_frozen(interleaved(cases, rounds))
 
 
+def whole_batch(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows [B, T] of which every token but the first is trained."""
+    trained = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "trained": trained}
+
+
 def checkpointed(section: ModelSection, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
     """A whole step with our loss under gradient checkpointing."""
     path, base = section.path, load_base(section).model
@@ -182,7 +188,7 @@ def checkpointed(section: ModelSection, ids: torch.Tensor, rounds: int) -> dict[
         models[f"ours r={rank}"] = attach(load_base(section).model, AdapterSection(rank=rank), path)
         enable_checkpointing(models[f"ours r={rank}"])
         perturb(models[f"ours r={rank}"])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    batch = whole_batch(ids)
     for model in models.values():
         model.train()
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -286,7 +292,7 @@ def main() -> None:
                 user = times[name]["user_median"] / lora["user_median"]
                 result["ratios"][f"{name} over stock PEFT LoRA r=16, user CPU"] = user
     if "ours r=256" in models:
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        batch = whole_batch(ids)
         whole = lambda: batch_nll(models["ours r=256"], batch, 512)[0]  # noqa: E731
         result["whole_step_kept_bytes"] = kept_bytes(models["ours r=256"], whole)
         result["whole_step_alive_bytes"] = alive_bytes(models["ours r=256"], whole)

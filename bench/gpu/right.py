@@ -30,7 +30,7 @@ from qvera.kernels import dequantize, elementwise
 from qvera.models.attention import varlen_attention
 from qvera.models.forward import batch_nll, make_batch
 from qvera.models.loader import load_base
-from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.loss import Head, target_loss
 from qvera.training.engine import trained_vectors
 from qvera.utils import accelerator
 
@@ -99,7 +99,7 @@ def operators(args: argparse.Namespace, lines: Lines) -> None:
     def loss(x: torch.Tensor, cap: float | None = None, smoothing: float = 0.0) -> torch.Tensor:
         module = torch.nn.Linear(h, vocabulary, bias=False, device="meta")
         module.weight = torch.nn.Parameter(head.weight.to(x.dtype), requires_grad=False)
-        return fused_linear_cross_entropy(x, labels, Head(module, cap, 1.0), 256, label_smoothing=smoothing)[0]
+        return target_loss(x[0, :-1], labels[0, 1:, None], Head(module, cap, 1.0), 256, label_smoothing=smoothing)[0]
 
     def vera(x: Any, A: Any, B: Any, base: Any, d: Any, b: Any) -> torch.Tensor:
         return expand(base.clone(), project(x, A), d, b, B, 0.3)

@@ -15,14 +15,7 @@ from qvera.data.rows import pad_batch, round_up_length, rounds_lengths
 from qvera.distributed.zero import gathered
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask, rows_joined
-from qvera.models.loss import (
-    Head,
-    Weigh,
-    fused_linear_cross_entropy,
-    states_and_targets,
-    target_logprobs,
-    target_loss,
-)
+from qvera.models.loss import Head, Weigh, states_at, target_logprobs, target_loss
 from qvera.models.structure import causal_model, decoder_of, image_model
 from qvera.utils import accelerator
 
@@ -123,37 +116,38 @@ def batch_nll(
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, int]:
     """Summed negative log likelihood (scalar) of the trained tokens, and their number; see `qvera.models.loss`."""
-    hidden, head, trained = hidden_states(model, batch, decoder), Head.of(causal_model(model)), batch.get("trained")
-    with gathered(head.module.parameters(recurse=False)):
-        return fused_linear_cross_entropy(
-            hidden, batch["labels"], head, chunk_tokens, expected_grad, trained, label_smoothing
-        )
-
-
-def _trained(
-    model: nn.Module, batch: dict[str, Any], decoder: Callable[..., Any] | None = None
-) -> tuple[torch.Tensor, torch.Tensor, Head]:
-    """Hidden states [n, hidden] that predict the trained tokens, row after row; these tokens [n, 1]; and the head."""
-    hidden = hidden_states(model, batch, decoder)
-    return *states_and_targets(hidden, batch["labels"], batch["trained"]), Head.of(causal_model(model))
+    loss, logprobs = weighed_loss(
+        model, batch, chunk_tokens, None, decoder, expected_grad, label_smoothing=label_smoothing
+    )
+    return loss, len(logprobs)
 
 
 def weighed_loss(
     model: nn.Module,
     batch: dict[str, Any],
     chunk_tokens: int,
-    weigh: Weigh,
+    weigh: Weigh | None,
     decoder: Callable[..., Any] | None = None,
     expected_grad: torch.Tensor | None = None,
     temperature: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the summed loss (scalar) that ``weigh`` makes of the trained tokens' log-probabilities, and these [n, 1].
+    """Return the `target_loss` of the trained tokens, and their log-probabilities [n, 1].
 
     They come row after row, and are those of softmax(logits / temperature).
     """
     rows, targets, head = _trained(model, batch, decoder)
     with gathered(head.module.parameters(recurse=False)):
-        return target_loss(rows, targets, head.at(temperature), chunk_tokens, weigh, expected_grad)
+        return target_loss(rows, targets, head.at(temperature), chunk_tokens, weigh, expected_grad, label_smoothing)
+
+
+def _trained(
+    model: nn.Module, batch: dict[str, Any], decoder: Callable[..., Any] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Head]:
+    """Hidden states [n, hidden] that predict the trained tokens, row after row; these tokens [n, 1]; and the head."""
+    hidden, places = hidden_states(model, batch, decoder), batch["trained"]
+    targets = batch["labels"].reshape(-1, 1).index_select(0, places + 1)
+    return states_at(hidden, places), targets, Head.of(causal_model(model))
 
 
 def trained_logprobs(
@@ -172,7 +166,6 @@ def row_nll(
     The sum is a scalar and differentiable once, the others have no graph. A NaN in a row leaves the gradients of the
     other rows as they are.
     """
-    rows, targets, head = _trained(model, batch)
     # the row of each trained token, from its place in the flattened batch
     if "cu_seq_lens_q" in batch:
         of_trained = torch.searchsorted(batch["cu_seq_lens_q"], batch["trained"], right=True) - 1
@@ -183,5 +176,5 @@ def row_nll(
     def weigh(logprobs: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return -logprobs * weights[part], weights[part]
 
-    total, logprobs = target_loss(rows, targets, head, chunk_tokens, weigh, label_smoothing=label_smoothing)
+    total, logprobs = weighed_loss(model, batch, chunk_tokens, weigh, label_smoothing=label_smoothing)
     return total, logprobs.new_zeros(len(row_weights)).index_add_(0, of_trained, -logprobs.squeeze(1))

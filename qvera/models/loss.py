@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import FunctionCtx
 
-from qvera.data import IGNORED
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.kernels import once_differentiable
 from qvera.kernels.cross_entropy import LogitRows, capped, rows_at_a_time
@@ -189,62 +188,28 @@ def states_at(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
 
 
-def states_and_targets(
-    hidden: torch.Tensor, labels: torch.Tensor, places: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`states_at`, and the labels int64 [n, 1] that they predict, those at the next place of [B, T]."""
-    return states_at(hidden, places), labels.reshape(-1, 1).index_select(0, places + 1)
-
-
-def fused_linear_cross_entropy(
-    hidden: torch.Tensor,
-    labels: torch.Tensor,
-    head: Head,
-    chunk_tokens: int,
-    expected_grad: torch.Tensor | None = None,
-    trained: torch.Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[torch.Tensor, int]:
-    """Summed cross entropy of the trained tokens (fp32 or wider, differentiable once in hidden), and their number.
-
-    Args:
-        hidden: [B, T, hidden], the decoder's last hidden states (after its final norm).
-        labels: [B, T] token ids aligned with the input. Position t predicts label t + 1.
-        chunk_tokens: tokens whose logits exist at one time.
-        expected_grad: the gradient (scalar, fp32) that backward will probably bring. It is multiplied in before
-            rounding to 16 bits, so that with a loss scale small gradients do not vanish in float16. Backward may bring
-            another one.
-        trained: int64 [n], places in the flattened hidden states that predict a trained token. Without it the host
-            waits for the device.
-        label_smoothing: ε; the target is 1 - ε on the label and ε spread evenly over the vocabulary (arXiv 1512.00567,
-            section 7).
-    """
-    if trained is None:
-        row, place = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
-        trained = row * labels.shape[1] + place
-    rows, targets = states_and_targets(hidden, labels, trained)
-    total, _ = _FusedLinearCrossEntropy.apply(rows, targets, head, chunk_tokens, expected_grad, None, label_smoothing)
-    return total, trained.numel()
-
-
 def target_loss(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     head: Head,
     chunk_tokens: int,
-    weigh: Weigh,
+    weigh: Weigh | None = None,
     expected_grad: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of explicit targets that ``weigh`` makes of their log-probabilities, summed, and these without a graph.
-
-    Every target of a token has a weight of its own, of any sign and size (`qvera.models.token_losses`).
+    """The summed loss of explicit targets, and their log-probabilities without a graph.
 
     Args:
-        hidden: [n, hidden], last hidden states.
+        hidden: [n, hidden], the decoder's last hidden states, after its final norm.
         targets: int64 [n, K], token ids that each position is to predict.
-        expected_grad: see `fused_linear_cross_entropy`.
-        label_smoothing: see there too; the log-probabilities are smoothed then.
+        chunk_tokens: tokens whose logits exist at one time.
+        weigh: makes the loss of log-probabilities, with a weight of any sign and size for every target
+            (`qvera.models.token_losses`); None: the negative log likelihood.
+        expected_grad: the gradient (scalar, fp32) that backward will probably bring. It is multiplied in before
+            rounding to 16 bits, so that with a loss scale small gradients do not vanish in float16. Backward may bring
+            another one.
+        label_smoothing: ε; the target is 1 - ε on the label and ε spread evenly over the vocabulary (arXiv 1512.00567,
+            section 7), and the log-probabilities are smoothed too.
 
     Returns:
         A scalar, fp32 or wider, differentiable once in hidden, and log-probabilities [n, K].

@@ -212,7 +212,7 @@ class Task(ABC):
     ) -> tuple[torch.Tensor, int]:
         """Return the training loss of a forward pass, summed over its targets (scalar), and the number of targets.
 
-        ``expected_grad``: see `qvera.models.loss.fused_linear_cross_entropy`.
+        ``expected_grad``: see `qvera.models.loss.target_loss`.
         """
 
     def count_pass(self) -> None:  # noqa: B027

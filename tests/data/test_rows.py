@@ -33,12 +33,13 @@ from qvera.data.rows import (
 )
 from qvera.models import forward
 from qvera.models.attention import CAUSAL, JOINABLE_TYPES, VARLEN, open_mask, rows_joined
-from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.loss import Head
 from qvera.utils import memory
 from tests.conftest import small_llama
 from tests.data.rows import rows_of
 from tests.families import FAMILIES
 from tests.helpers import start_process
+from tests.models.helpers import summed_loss
 
 BF16 = torch.bfloat16
 
@@ -213,7 +214,7 @@ def test_rows_added_to_the_last_chunk_change_no_loss_and_no_gradient(tokens: int
     head = torch.nn.Linear(24, 50, bias=False, dtype=BF16).requires_grad_(False)
     hidden = torch.randn(1, tokens + 1, 24, dtype=BF16, requires_grad=True)
     labels = torch.randint(0, 50, (1, tokens + 1))
-    nll, count = fused_linear_cross_entropy(hidden, labels, Head(head, softcap, 1.5), 20)
+    nll, count = summed_loss(hidden, labels, Head(head, softcap, 1.5), 20)
     nll.backward()
     plain = hidden.detach().float().requires_grad_()
     logits = plain[0, :-1] @ head.weight.float().t() * 1.5

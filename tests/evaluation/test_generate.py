@@ -214,7 +214,7 @@ def test_exact_match() -> None:
 def test_scoring_holds_weights_only_where_the_loss_stays_the_same(tiny_model_dir: Path, dtype: str) -> None:
     model, _ = load(tiny_model_dir, "nf4", dtype)
     ids = torch.tensor([[5, 9, 20, 31, 7, 50, 42]])
-    batch = {"input_ids": ids, "labels": ids.clone()}
+    batch = {"input_ids": ids, "labels": ids.clone(), "trained": torch.arange(6)}
     with torch.no_grad():
         alone, _ = forward.batch_nll(model, batch, 64)
         with held_out.scoring(model):

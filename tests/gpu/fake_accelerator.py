@@ -352,7 +352,7 @@ class FakeAccelerator:
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=False))
         self._recorder = self._stack.enter_context(_Recorder())
         self._stack.enter_context(mock.patch.object(nn.functional, "scaled_dot_product_attention", _attention))
-        self._stack.enter_context(mock.patch.object(forward, "fused_linear_cross_entropy", self._loss))
+        self._stack.enter_context(mock.patch.object(forward, "target_loss", self._loss))
         # A and B have no values here, and drawing them takes seconds
         self._stack.enter_context(mock.patch.object(projection, "uniform_matrix", _no_values))
         self._stack.enter_context(mock.patch.object(adapter_file, "load_file", _load_file))
@@ -371,7 +371,7 @@ class FakeAccelerator:
     def _loss(self, *arguments: Any, **named: Any) -> Any:
         self._recorder.in_loss = True
         try:
-            return loss.fused_linear_cross_entropy(*arguments, **named)
+            return loss.target_loss(*arguments, **named)
         finally:
             self._recorder.in_loss = False
 

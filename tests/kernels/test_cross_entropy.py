@@ -12,9 +12,10 @@ from torch import nn
 
 from qvera.kernels import cross_entropy
 from qvera.kernels.cross_entropy import LogitRows
-from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.loss import Head
 from tests.adapters.helpers import relative
 from tests.kernels.conftest import Calls
+from tests.models.helpers import summed_loss
 
 Kernels = Callable[[], Any]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}  # the interpreter cuts bf16 off, unrounded
@@ -88,11 +89,11 @@ def test_two_kernels_go_over_the_logits_of_a_chunk_and_nothing_is_as_large(
     hidden = torch.randn(1, 41, 24).bfloat16().requires_grad_(gradient)
     labels = torch.randint(0, 301, (1, 41))
     with as_on_an_accelerator(), Calls() as calls:
-        loss, _ = fused_linear_cross_entropy(hidden, labels, head, 20)
+        loss, _ = summed_loss(hidden, labels, head, 20)
     expected = ["aten::mm", "aten::gather", "qvera::logit_sums", "qvera::logit_gradient", "aten::scatter_", "aten::mm"]
     large = [name for name, size in calls.sizes if size >= 20 * 301]
     assert large == 2 * (expected if gradient else expected[:3])
-    plain, _ = fused_linear_cross_entropy(hidden, labels, head, 20)
+    plain, _ = summed_loss(hidden, labels, head, 20)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     if gradient:
         found, other = (torch.autograd.grad(each, hidden)[0] for each in (loss, plain))
@@ -105,7 +106,7 @@ def test_a_cpu_takes_as_many_rows_as_its_cache_holds_and_gets_the_same_bits(monk
     found = []
     for elements in (2**19, 1000):
         monkeypatch.setattr(cross_entropy, "CACHED_ELEMENTS", elements)
-        loss, _ = fused_linear_cross_entropy(hidden, labels, head, 20)
+        loss, _ = summed_loss(hidden, labels, head, 20)
         found.append((loss, torch.autograd.grad(loss, hidden)[0]))
     assert cross_entropy.rows_at_a_time(torch.empty(20, 301)) == 3 * torch.get_num_threads()
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

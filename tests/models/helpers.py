@@ -1,4 +1,4 @@
-"""Checkpoints in 4 bits as stock transformers makes them."""
+"""Checkpoints in 4 bits as stock transformers makes them, and the loss of labels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qvera.data import IGNORED
+from qvera.models.loss import Head, states_at, target_loss
 from tests.conftest import small_tokenizer
 
 
@@ -23,3 +25,13 @@ def stock_four_bit(source: Path, out: Path, **settings: Any) -> Path:
     stock_load(source, **settings).save_pretrained(out)
     small_tokenizer().save_pretrained(out)
     return out
+
+
+def summed_loss(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int, **more: Any
+) -> tuple[torch.Tensor, int]:
+    """The `target_loss` of hidden states [B, T, hidden] for labels [B, T], and how many of these count."""
+    row, place = torch.nonzero(labels[:, 1:] != IGNORED, as_tuple=True)
+    places = row * labels.shape[1] + place
+    targets = labels.reshape(-1, 1)[places + 1]
+    return target_loss(states_at(hidden, places), targets, head, chunk_tokens, **more)[0], len(places)

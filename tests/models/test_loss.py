@@ -20,9 +20,8 @@ from qvera.data.rows import pad_batch
 from qvera.models import loss as loss_module
 from qvera.models.loss import (
     Head,
-    fused_linear_cross_entropy,
     require_own_logits,
-    states_and_targets,
+    states_at,
     target_logprobs,
     target_loss,
 )
@@ -30,6 +29,7 @@ from qvera.utils.errors import InputError
 from tests.adapters.helpers import base_layer, dense_weight, relative
 from tests.conftest import small_llama
 from tests.live_bytes import PeakBytes
+from tests.models.helpers import summed_loss
 
 HIDDEN, VOCABULARY = 24, 301
 ALL: dict[str, Any] = {"bias": True, "softcap": 3.0, "scale": 1.7}
@@ -53,7 +53,7 @@ def fused(
     hidden: torch.Tensor, labels: torch.Tensor, *args: Any, **more: Any
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Value, gradient, and the number of trained tokens."""
-    loss, count = fused_linear_cross_entropy(hidden, labels, *args, **more)
+    loss, count = summed_loss(hidden, labels, *args, **more)
     return loss.detach(), torch.autograd.grad(loss, hidden)[0], count
 
 
@@ -91,7 +91,7 @@ def test_value_and_gradient_are_torchs(settings: dict[str, Any], chunk: int, smo
     untrained = torch.cat([labels[:, 1:] == IGNORED, torch.ones(3, 1, dtype=torch.bool)], dim=1)
     assert torch.count_nonzero(grad[untrained]) == 0
     with torch.no_grad():
-        evaluated, _ = fused_linear_cross_entropy(hidden, labels, head(**settings), chunk, label_smoothing=smoothing)
+        evaluated, _ = summed_loss(hidden, labels, head(**settings), chunk, label_smoothing=smoothing)
     assert not evaluated.requires_grad and torch.equal(evaluated, loss)
 
 
@@ -124,7 +124,7 @@ def test_rows_that_count_differently() -> None:
     weights = torch.tensor([0.5, 2.0])
     trained = torch.nonzero((labels[:, 1:] != IGNORED).flatten()).flatten()
     rows, places = trained // 18, trained % 18
-    states, targets = states_and_targets(hidden, labels, rows * 19 + places)
+    states, targets = states_at(hidden, rows * 19 + places), labels[rows, places + 1].unsqueeze(1)
     each = weights[rows].unsqueeze(1)
     total, logprobs = target_loss(
         states, targets, head(), 5, lambda lps, part: (-lps * each[part], each[part]), label_smoothing=0.2
@@ -154,7 +154,7 @@ def test_a_gradient_below_the_smallest_float16_is_kept_where_its_factor_is_known
     scaled = small * 2.0**20
     # the last brings another one than was expected
     for expected, brought, lost in ((scaled, scaled, False), (None, small, True), (scaled, 2 * scaled, False)):
-        loss, _ = fused_linear_cross_entropy(hidden, labels, head(torch.float16), 16, expected_grad=expected)
+        loss, _ = summed_loss(hidden, labels, head(torch.float16), 16, expected_grad=expected)
         (grad,) = torch.autograd.grad(loss, hidden, brought)
         assert (relative(grad, wanted * brought) > 0.1) if lost else (relative(grad, wanted * brought) < 1.5e-2)
 
@@ -162,8 +162,8 @@ def test_a_gradient_below_the_smallest_float16_is_kept_where_its_factor_is_known
 def test_gradcheck_in_double_precision_and_a_second_derivative_is_refused() -> None:
     hidden, labels = batch(1, 5, torch.float64)
     h = head(torch.float64, bias=True, softcap=4.0, scale=0.7)
-    assert torch.autograd.gradcheck(lambda x: fused_linear_cross_entropy(x, labels, h, 2)[0], (hidden,))
-    loss, _ = fused_linear_cross_entropy(hidden, labels, h, 8)
+    assert torch.autograd.gradcheck(lambda x: summed_loss(x, labels, h, 2)[0], (hidden,))
+    loss, _ = summed_loss(hidden, labels, h, 8)
     (first,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
@@ -211,7 +211,7 @@ def test_equals_the_models_own_loss(tied: bool, dtype: torch.dtype) -> None:
     ids = torch.randint(3, 300, (2, 19))
     labels = ids.clone()
     labels[:, :6] = IGNORED
-    loss, count = fused_linear_cross_entropy(model.model(ids).last_hidden_state, labels, Head.of(model), 5)
+    loss, count = summed_loss(model.model(ids).last_hidden_state, labels, Head.of(model), 5)
     wanted = model(input_ids=ids, labels=labels).loss
     assert (loss / count).item() == pytest.approx(wanted.item(), rel=1e-5 if dtype == torch.float32 else 5e-3)
 
@@ -301,7 +301,7 @@ def test_a_model_that_scales_or_caps_its_logits_has_its_own_loss_or_is_refused(f
         return
     require_own_logits(model)
     ids = torch.randint(3, 120, (2, 11))
-    loss, count = fused_linear_cross_entropy(model.model(ids).last_hidden_state, ids, Head.of(model), 4)
+    loss, count = summed_loss(model.model(ids).last_hidden_state, ids, Head.of(model), 4)
     assert (loss / count).item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
 
 
@@ -309,7 +309,7 @@ def test_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
     """Of the loss and its backward, less hidden states, which are there anyway and grow with tokens."""
 
     def chunked(hidden: torch.Tensor, labels: torch.Tensor, module: Any) -> torch.Tensor:
-        return fused_linear_cross_entropy(hidden, labels, Head(module, None, 1.0), 32)[0]
+        return summed_loss(hidden, labels, Head(module, None, 1.0), 32)[0]
 
     def whole(hidden: torch.Tensor, labels: torch.Tensor, module: Any) -> torch.Tensor:
         return F.cross_entropy(module(hidden)[0, :-1], labels[0, 1:], reduction="sum")
@@ -329,7 +329,7 @@ def test_memory_does_not_grow_with_vocabulary_times_tokens() -> None:
 
 
 @pytest.mark.parametrize("kind", ["padded", "padded further", "joined"])
-def test_places_from_the_host_give_the_loss_of_looking_for_them(kind: str) -> None:
+def test_places_from_the_host_are_those_that_labels_show(kind: str) -> None:
     """The places of the trained tokens, which `qvera.data.rows` knows."""
     rows = []
     for seed, tokens, prompt in ((0, 9, 4), (1, 5, 1), (2, 12, 11)):
@@ -339,12 +339,8 @@ def test_places_from_the_host_give_the_loss_of_looking_for_them(kind: str) -> No
     assert made is not None
     if kind == "padded further":
         made = pad_batch(made, 17, 0)
-    hidden = torch.randn(*made["labels"].shape, HIDDEN, requires_grad=True)
-    known, looked_for = (
-        fused(hidden, made["labels"], head(), 4, trained=trained) for trained in (made["trained"], None)
-    )
-    assert known[2] == 5 + 4 + 1
-    torch.testing.assert_close(known, looked_for, rtol=0, atol=0)
+    row, place = torch.nonzero(made["labels"][:, 1:] != IGNORED, as_tuple=True)
+    assert torch.equal(made["trained"], row * made["labels"].shape[1] + place) and len(row) == 5 + 4 + 1
 
 
 def test_a_head_with_rows_of_single_tokens_is_refused_by_name() -> None:

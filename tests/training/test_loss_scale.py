@@ -37,7 +37,8 @@ def gradients(directory: Path, dtype: str, trained_tokens: int, scale: float | N
     model = attach(base.model, AdapterSection(rank=8))
     perturb(model)
     ids = torch.arange(3, 51).view(2, 24)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    places = torch.arange(48).view(2, 24)[:, :-1].flatten()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "trained": places}
     factor = torch.tensor((scale or 1.0) / trained_tokens)
     nll, _ = forward.batch_nll(model, batch, 16, None, None if scale is None else factor)
     (nll * factor).backward()

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 from qvera.adapters.save_load import attach
 from qvera.config.schema import Recipe
 from qvera.models.checkpointing import enable_checkpointing
-from qvera.models.loss import Head, fused_linear_cross_entropy
+from qvera.models.loss import Head
 from tests.conftest import small_llama
 from tests.live_bytes import LiveBytes
+from tests.models.helpers import summed_loss
 
 
 def tiny(recipe: Recipe, dtype: torch.dtype, **changes: Any) -> Any:
@@ -78,7 +79,7 @@ def step_peak_bytes(
         p.grad = torch.zeros_like(p)
     with _Peak() as live:
         hidden = base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False, **others).last_hidden_state
-        nll, _ = fused_linear_cross_entropy(hidden, labels, Head.of(base), chunk)
+        nll, _ = summed_loss(hidden, labels, Head.of(base), chunk)
         del hidden
         nll.backward()
     return live.peak
