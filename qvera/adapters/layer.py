@@ -22,7 +22,6 @@ from qvera.adapters.methods import LinearSpec, Method, method_of
 from qvera.adapters.methods.base import Change, trains_pair
 from qvera.adapters.methods.vera import RowNorms
 from qvera.adapters.products import functional, fused
-from qvera.adapters.products.joined import joined_linear
 from qvera.adapters.products.low_rank import Sampler, trained_linear
 from qvera.adapters.projection import OwnProjection, Pair, SharedProjection
 from qvera.distributed.zero import is_sharded
@@ -147,7 +146,7 @@ class AdaptedForward:
 
         - A trained pair (LoRA): `trained_linear`, which keeps less for backward.
         - VeRA: one product with W + ΔW where that is cheaper and as exact (`fused.pays`). Else, on an accelerator, the
-          low-rank path with the frozen product in it (`joined_linear`).
+          low-rank path with the frozen product in it (`functional.joined_linear`).
         """
         base, grad = self.base_layer, torch.is_grad_enabled()
         dtype, method = linear.compute_dtype(base, x), self.method(adapter)
@@ -169,7 +168,7 @@ class AdaptedForward:
             factors = self.parts(adapter)
             y = trained_linear(base, x.to(dtype), factors.A, factors.B, factors.scale, self.input_sampler)
             return y.to(x.dtype)
-        if method.change is not Change.LOW_RANK or (factors := self.parts(adapter)).vectors is None:
+        if method.change is not Change.LOW_RANK or (vectors := (factors := self.parts(adapter)).vectors) is None:
             return None
         if torch.compiler.is_compiling():  # one path for all numbers of tokens (`qvera.models.checkpointing`)
             return None
@@ -181,7 +180,8 @@ class AdaptedForward:
             # the low-rank path in one node, for accelerators only: there the host's time for a node shows
             if not grad or scaled or x.dtype != dtype or not accelerator.is_accelerator(device_type):
                 return None
-            return joined_linear(base, x, self.project(x, adapter, factors.A), factors)
+            joined = x, self.project(x, adapter, factors.A), *vectors, factors.B, factors.scale
+            return functional.joined_linear(base, *joined)
         z = None
         if grad and not fused.keeps_input(*sizes, scaled):
             # z only helps backward to the vectors' gradients: the gradient of x goes through W + ΔW

@@ -37,6 +37,7 @@ from qvera.kernels.low_rank import (
     vector_gradients,
     wide_product,
 )
+from qvera.models import linear, quantization
 from qvera.utils import accelerator
 
 
@@ -211,10 +212,23 @@ def times(left: Tensor, right: Tensor, factor: float) -> Tensor:
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool
+        ctx: Any,
+        base: Tensor | None,
+        z: Tensor,
+        d: Tensor,
+        b: Tensor,
+        B: Tensor,
+        scale: float,
+        overwrite: bool,
+        joined: tuple[torch.nn.Linear, Tensor, GradientSums | None] | None,
     ) -> Tensor:
         ctx.save_for_backward(z, d, b, B)
-        ctx.scale = scale
+        ctx.scale, ctx.module = scale, None
+        if base is None:
+            assert joined is not None
+            ctx.module, x, ctx.sums = joined
+            # else of three dimensions it may be a product for each row
+            base = linear.frozen_product(ctx.module, x.contiguous())
         return _expand(base, z, d, b, B, scale, overwrite)
 
     @staticmethod
@@ -232,15 +246,20 @@ class _Expand(torch.autograd.Function):
             grad_d, grad_b, C = vector_gradients(M, B, d, b, ctx.scale, need_d, need_b, in_c, dtype)
         if need_z:
             # in fp16 g ⊙ b would lose what C does not
-            few = z.dtype != torch.float16 and few_tokens(z_flat.shape[0], B, b.numel() // B.shape[0])
-            if C is None and few:
+            may = C is None and ctx.module is None and z.dtype != torch.float16
+            if may and few_tokens(z_flat.shape[0], B, b.numel() // B.shape[0]):
                 each = zip(as_groups(b).to(z.dtype), B.to(z.dtype).chunk(b.numel() // B.shape[0], 1), strict=True)
                 inward = torch.cat([(g_flat * own) @ columns for own, columns in each], 1)
-                grad_z = scaled_columns(inward, d, ctx.scale)
+                grad_z = scaled_columns(inward, d, ctx.scale).view(z.shape)
             else:
-                grad_z = times(g_flat, combined(B, d, b, in_c, z.dtype) if C is None else C, after)
-            grad_z = grad_z.view(z.shape)
-        return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None
+                C = combined(B, d, b, in_c, z.dtype) if C is None else C
+                if ctx.module is None:
+                    grad_z = times(g_flat, C, after).view(z.shape)
+                else:
+                    # the node of z has these sums, and turns them into ∂x once all layers over x have added theirs: so
+                    # no gradient of z is returned, and autograd adds none
+                    ctx.sums.add(g_flat, quantization.dequantized_weight(ctx.module, g.dtype), C, after)
+        return (g if need_base else None), grad_z, grad_d, grad_b, None, None, None, None
 
 
 def expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float, overwrite: bool = False) -> Tensor:
@@ -252,4 +271,16 @@ def expand(base: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: floa
     """
     if not torch.is_grad_enabled():  # a decoding step is short enough for the bookkeeping of autograd to show
         return _expand(base, z, d, b, B, scale, overwrite)
-    return _Expand.apply(base, z, d, b, B, scale, overwrite)
+    return _Expand.apply(base, z, d, b, B, scale, overwrite, None)
+
+
+def joined_linear(
+    module: torch.nn.Linear, x: Tensor, z: Tensor, d: Tensor, b: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """y = x Wᵀ + bias + b ⊙ ((s d ⊙ z) Bᵀ) as one node, [..., m] in x's dtype; W and bias get no gradient.
+
+    On an accelerator, where a short batch waits for the host, and a node takes some 30 µs of it. x [..., n] is in the
+    compute dtype. The others are those of `expand`.
+    """
+    # x is no input of the node: its gradient goes by way of z
+    return _Expand.apply(None, z, d, b, B, scale, True, (module, x, getattr(z.grad_fn, "sums", None)))
