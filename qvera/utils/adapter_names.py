@@ -29,8 +29,12 @@ def escape_name(name: str) -> str:
 
 
 def unescape_name(directory: str) -> str:
-    """Return the adapter's name for a directory. A directory that was named by hand gives its own name."""
-    composed = unicodedata.normalize("NFC", directory)  # a copy by way of an older macOS has decomposed names
+    """Return the adapter's name for a directory. A directory that was named by hand gives its own name.
+
+    What is no UTF-8 in that becomes ``?``: no terminal and no JSON takes it.
+    """
+    whole = directory.encode(errors="replace").decode()
+    composed = unicodedata.normalize("NFC", whole)  # a copy by way of an older macOS has decomposed names
     try:
         return _ESCAPED.sub(lambda found: unquote_to_bytes(found[0].replace("=", "%")).decode(), composed)
     except UnicodeDecodeError:

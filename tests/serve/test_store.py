@@ -154,6 +154,14 @@ def test_adapters_come_and_go_while_the_store_is_open(tmp_path: Path) -> None:
         store.resolve("a")
 
 
+def test_a_directory_that_is_called_by_no_text_is_listed_with_the_others(tmp_path: Path) -> None:
+    write_files(tmp_path / "a")
+    write_files(tmp_path / os.fsdecode(b"b\xff"))
+    store = AdapterStore(tmp_path)
+    assert store.names() == ["a", "b?"]
+    assert _found(store, "b?").parts[0].sha256 == _found(store, "a").parts[0].sha256
+
+
 def test_a_name_is_taken_for_a_blend_only_where_no_adapter_has_it(tmp_path: Path) -> None:
     named = "a*0.5+b*0.5"
     for name, directory in directory_names(["a", "b", named, *(f"n{i}" for i in range(9))]).items():

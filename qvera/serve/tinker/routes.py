@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from qvera.serve.api.access import Action
 from qvera.serve.api.errors import DOWNLOADS, ApiError, unknown_id
 from qvera.serve.api.service import Sender as AnySender
-from qvera.serve.tinker.calls import SAVES, CreateModel, LoadWeights, parsed
+from qvera.serve.tinker.calls import SAVES, CreateModel, Form, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
 from qvera.serve.tinker.messages import call_of, decompress
 from qvera.serve.tinker.sampling import CLONE, NewSampler, Samples
@@ -79,12 +79,12 @@ Reader = Annotated[Sender, Depends(_reader)]
 Trainer = Annotated[Sender, Depends(_trainer)]
 
 
-class NewSession(BaseModel):
+class NewSession(Form):
     user_metadata: dict[str, Any] | None = None
     display_name: str | None = None
 
 
-class Named(BaseModel):
+class Named(Form):
     """The session, model, promise or checkpoint that a call is about."""
 
     session_id: str = ""
@@ -98,24 +98,24 @@ class OfModel(BaseModel):
     seq_id: int
 
 
-class OfSampler(BaseModel):
+class OfSampler(Form):
     """A sampler, or one of its joined clients."""
 
     sampling_session_id: str
     cloned_sampler_id: Annotated[int, Field(ge=0, le=2**63 // CLONE - 1)] = 0
 
 
-class Poll(BaseModel):
+class Poll(Form):
     target: OfSampler
     prev_cursor: Annotated[int, Field(ge=0, lt=2**63)] = 0
     timeout: Annotated[float, Field(ge=0)] = 30.0
 
 
-class NewTtl(BaseModel):
+class NewTtl(Form):
     ttl_seconds: Ttl
 
 
-class Copy(BaseModel):
+class Copy(Form):
     """A checkpoint to be copied. There are no projects here, so the one that the client names is not read."""
 
     source_path: str

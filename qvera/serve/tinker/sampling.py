@@ -38,7 +38,7 @@ from qvera.serve.requests import (
     TokenEvent,
 )
 from qvera.serve.text import TextStream
-from qvera.serve.tinker.calls import parsed
+from qvera.serve.tinker.calls import Form, parsed
 from qvera.serve.tinker.database import SAMPLE
 from qvera.serve.tinker.messages import FLOAT32, INT32, INT64, MESSAGES, dense_of, packed
 from qvera.serve.tinker.tenancy import Tinker, require_room
@@ -60,7 +60,7 @@ Int32 = Annotated[int, Field(ge=-1, lt=2**31)]
 Top = Annotated[int, Field(ge=0, le=_MOST_TOP)]
 
 
-class NewSampler(BaseModel):
+class NewSampler(Form):
     session_id: str
     sampling_session_seq_id: Annotated[int, Field(ge=0)]
     model_path: str | None = None

@@ -480,6 +480,8 @@ def test_metrics_name_routes_and_no_paths_that_clients_invent(server: TinkerServ
         "save_weights_for_sampler",
         "forward_backward",
         "retrieve_future",
+        "retrieve_futures",
+        "copy_weights",
         "nothing/of/this/kind",
     ],
 )
@@ -499,7 +501,12 @@ def test_bad_bodies_get_an_answer_and_never_a_failure(server: TinkerServer, path
     bodies += [{**place, "seq_id": seq} for seq in seqs]
     bodies += [{**place, "model_seq_id": 10**30, "base_model": [], "path": 3, "optimizer": "no"}]
     bodies += [{"model_id": "\0", "session_id": "\0", "request_id": "\0' OR 1", "seq_id": 1}]
-    for body in bodies:
-        answer = server.call(path, body)
-        assert answer.status_code in (200, 400, 404, 422), (body, answer.text)
+    half = dict.fromkeys(("model_id", "session_id", "request_id", "source_path", "user_metadata"), "\ud800")
+    sent = json.dumps({**half, "target": {"sampling_session_id": "\ud800"}, "sampling_session_seq_id": 1}).encode()
+    answers = [server.call(path, body) for body in bodies]
+    answers.append(
+        httpx.post(f"{server.url}/api/v1/{path}", content=sent, headers={"Content-Type": "application/json"})
+    )
+    for answer in answers:
+        assert answer.status_code in (200, 400, 404, 422), answer.text
         assert answer.status_code == 200 or isinstance(answer.json()["detail"], str)
