@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -72,6 +73,26 @@ def _one_thread() -> None:
     """Products of tiny models are faster on one thread. The commands that tests start inherit it."""
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Later collections leave out what is there by now: all that is imported would take each of them a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Else libraries tell of what is frozen as leaks."""
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_flush() -> Iterator[None]:
+    """No file of a test has to outlive a power cut, and a run of a second flushes thirty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
