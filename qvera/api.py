@@ -65,6 +65,9 @@ def _checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
     @functools.wraps(function)
     def call(*given: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
         for name, value in (*zip(names, given, strict=False), *named.items()):
+            if name not in names and "settings" not in names:
+                of_recipe = " A key of the recipe stands in the recipe." if "recipe" in names else ""
+                raise TypeError(f"{function.__name__}() takes no {name!r}{did_you_mean(name, names)}{of_recipe}")
             if name in checks:
                 try:
                     checks[name].validate_python(value)

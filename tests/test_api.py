@@ -231,6 +231,17 @@ def test_an_argument_of_a_wrong_type_is_named(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_argument_that_a_function_does_not_take_is_named_with_what_is_near(trained_run: Path) -> None:
+    wrong: dict[str, Any] = {"max_steps": 3}
+    with pytest.raises(
+        TypeError, match=r"^train\(\) takes no 'max_steps'\. A key of the recipe stands in the recipe\.$"
+    ):
+        qvera.train("recipe.yaml", **wrong)
+    wrong = {"max_tokens": 3}
+    with pytest.raises(TypeError, match=r"^generate\(\) takes no 'max_tokens'; did you mean 'max_new_tokens'\?$"):
+        qvera.generate(trained_run, "hello", **wrong)
+
+
 def test_each_prompt_may_have_an_adapter_of_its_own(small: dict[str, Any], tmp_path: Path) -> None:
     names = ["anna", "ben", "chloe"]
     tree = {**small, "data": {"path": "customers.csv", "adapter_column": "customer"}, "training": {}}
