@@ -148,7 +148,7 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
         )
     is_nowhere = not run.exists() and run.parent.exists() and not takes_bases  # and no id of the hub
     if run.is_file() or is_nowhere:
-        raise InputError(f"{no_directory(run)}. Expected a run, an adapter directory or an exported checkpoint.")
+        raise InputError(f"{no_directory(run)} Expected a run, an adapter directory or an exported checkpoint.")
     refuse_runs(run)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)

@@ -148,7 +148,7 @@ def find_target(
     """
     path = local_directory(path)
     if not path.is_dir():
-        raise InputError(f"{no_directory(path)}. Expected a run, an adapter directory or an exported checkpoint.")
+        raise InputError(f"{no_directory(path)} Expected a run, an adapter directory or an exported checkpoint.")
     given, run = None, None
     if recipe is not None:
         run = recipe if recipe.is_dir() else None

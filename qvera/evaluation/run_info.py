@@ -48,7 +48,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
     """
     path = local_directory(Path(path))
     if not path.is_dir():
-        raise InputError(f"{no_directory(path)}. Expected a run, an adapter directory or a merged export of qvera.")
+        raise InputError(f"{no_directory(path)} Expected a run, an adapter directory or a merged export of qvera.")
     root, is_run = adapters_root(path), (path / RECIPE_FILE).is_file()
     if root is None:
         refuse_name(path, name)

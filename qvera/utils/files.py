@@ -30,7 +30,7 @@ from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 
 from qvera.utils import formatting
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError, RunFailed, did_you_mean
 
 
 def existing_parent(path: Path) -> Path:
@@ -39,10 +39,12 @@ def existing_parent(path: Path) -> Path:
 
 
 def no_directory(path: Path) -> str:
-    """Begin a message about a path that should be a directory and is not."""
+    """Say that a path should be a directory and is not, with a directory beside it that may be meant."""
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return f"{path}: is a recipe. Name the directory of its run (runs/{path.stem}, or its training.output_dir)"
-    return f"{path}: " + ("is a file, not a directory" if path.exists() else "no such directory")
+        return f"{path}: is a recipe. Name the directory of its run (runs/{path.stem}, or its training.output_dir)."
+    if path.exists():
+        return f"{path}: is a file, not a directory."
+    return f"{path}: no such directory{did_you_mean(path.name, (place.name for place in path.parent.glob('*/')))}"
 
 
 def refuse_runs(directory: Path) -> None:

@@ -169,6 +169,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "a recipe without its ending": ("train recipe", "recipe: no such recipe file; did you mean recipe.yaml?"),
     "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
     "no such run": ("info nothing", "no such directory"),
+    "the name of a run with a slip": ("chat runn", "runn: no such directory; did you mean 'run'? Expected a run"),
     "rows in place of a recipe's name": ("init rows.jsonl", "in .yaml. Rows go to --data rows.jsonl."),
     "a run for a base": (
         "init new.yaml --model run --data rows.jsonl",

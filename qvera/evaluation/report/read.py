@@ -239,7 +239,7 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
     """
     root = Path(run_dir)
     if not root.is_dir():
-        raise InputError(f"{no_directory(root)}. Give the directory that `qvera train` wrote its run into.")
+        raise InputError(f"{no_directory(root)} Give the directory that `qvera train` wrote its run into.")
     if not any((root / name).is_file() for name in RUN_FILES):
         raise InputError(
             f"{root}: not a run directory: it holds none of {', '.join(RUN_FILES)}. Give the directory that "

@@ -34,7 +34,7 @@ class RunDirectories:
         self._roots: dict[str, Path] = {}
         for place in places:
             if not place.is_dir():
-                raise InputError(f"{no_directory(place)}. Give a directory that holds runs, or the directory of a run.")
+                raise InputError(f"{no_directory(place)} Give a directory that holds runs, or the directory of a run.")
             root = place.resolve()
             if root in self._roots.values():
                 continue
