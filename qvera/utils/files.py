@@ -55,7 +55,9 @@ def refuse_runs(directory: Path) -> None:
     if directory.parent.name == "checkpoints" and (run / RECIPE_FILE).is_file():
         raise InputError(f"{directory}: is a checkpoint from which `qvera train --resume` goes on. Name the run {run}.")
     if runs := runs_in(directory):
-        raise InputError(f"{directory}: is a directory of runs. Name one of them, such as {runs[0]}.")
+        raise InputError(
+            f"{directory}: is a directory of runs. Name one of them: {formatting.first_of([*map(str, runs)], 8)}."
+        )
 
 
 def runs_in(directory: Path) -> list[Path]:

@@ -225,7 +225,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "eval of no run": ("eval empty", "nor an exported checkpoint (no config.json)", write("empty/notes.txt")),
     "eval of a directory of runs": (
         "eval .",
-        "is a directory of runs. Name one of them, such as run",
+        "is a directory of runs. Name one of them: run",
         drop("recipe.yaml"),
     ),
     "a checkpoint in place of its run": (

@@ -105,11 +105,11 @@ def require_comparable(number: int) -> None:
 
 
 def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Comparison:
-    """Read runs and compare them, or these ``adapters`` where each run trained several.
+    """Read runs and compare them, or these ``adapters`` of those that trained many.
 
-    InputError: too few or too many runs, one twice, a directory without a run, or several adapters and no name.
+    InputError: too few or too many runs, one twice, a directory without a run, or many adapters and no name, or a name
+    and no run with many.
     """
-    require_comparable(len(paths) * max(1, len(adapters)))
     places = [path.resolve() for path in paths]
     for named in (places, list(adapters)):
         twice = next((one for i, one in enumerate(named) if one in named[:i]), None)
@@ -118,16 +118,22 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
     parts = 1
     while len({place.parts[-parts:] for place in places}) < len(places):
         parts += 1
+    begun = {path: read_run(path, metrics=False) for path in paths}
+    many = [path for path, run in begun.items() if trained_many(run.info, run.recipe)]
+    if many and not adapters:
+        raise InputError(f"{many[0]}: trained many adapters; name those to compare with --adapter NAME.")
+    if adapters and not many:
+        raise InputError(f"--adapter {adapters[0]}: {paths[0]} did not train many adapters.")
     runs: dict[str, RunFiles] = {}
     for place, path in zip(places, paths, strict=True):
         label = "/".join(place.parts[-parts:])  # the shortest ends of the paths that tell them apart
+        if path not in many:
+            runs[label] = read_run(path, evaluation=True)
+            continue
         for name in adapters:
             both = label if len(adapters) == 1 else f"{label}: {name}"
             runs[name if len(paths) == 1 else both] = read_adapter_of_run(path, name)
-        if not adapters:
-            runs[label] = read_run(path, evaluation=True)
-            if trained_many(runs[label].info, runs[label].recipe):
-                raise InputError(f"{path}: trained many adapters; name those to compare with --adapter NAME.")
+    require_comparable(len(runs))
     return compare(runs)
 
 

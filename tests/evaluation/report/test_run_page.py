@@ -358,5 +358,8 @@ def test_adapters_are_compared_within_a_run_and_between_runs(many_run: Path, bui
     with pytest.raises(InputError, match=r"--adapter chlo: .* has no adapter of this name; did you mean 'chloe'\?"):
         compare_runs([many_run, other], ["chlo"])
     plain = build_run(name="plain")
+    assert list(compare_runs([many_run, plain], ["chloe", "dan"]).runs) == [
+        "quickstart: chloe", "quickstart: dan", "plain",
+    ]  # fmt: skip
     with pytest.raises(InputError, match="did not train many adapters"):
-        compare_runs([many_run, plain], ["chloe"])
+        compare_runs([plain, build_run(name="bare")], ["chloe"])
