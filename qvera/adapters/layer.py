@@ -387,13 +387,12 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
                 modules[adapter_name].to(device)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """See `AdaptedForward.forward`. While `mixed` is set, each token uses its own adapter."""
+        """Compute `AdaptedForward.forward`, or `mixed` where each token uses its own adapter."""
         if self.mixed is not None:
             return self.mixed.forward(self, x, *args, **kwargs)
         return super().forward(x, *args, **kwargs)
 
     def carries(self, adapter: str) -> bool:
-        """See `AdaptedForward.carries`."""
         return adapter in self.qvera_settings
 
     def vectors(self, adapter: str) -> dict[str, nn.Parameter]:
@@ -409,11 +408,9 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return own if shared is None else {**own, **shared}
 
     def method(self, adapter: str) -> Method:
-        """See `AdaptedForward.method`."""
         return self.qvera_settings[adapter][0]
 
     def parts(self, adapter: str) -> Factors:
-        """See `AdaptedForward.parts`."""
         method, config = self.qvera_settings[adapter]
         return method.factors(config, self.spec, self.tensors(adapter), self.pair(adapter))
 
@@ -426,12 +423,10 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return projection.slices(method.rank_at(config, self.spec), self.in_features, self.out_features)
 
     def dropout_of(self, adapter: str) -> nn.Module:
-        """See `AdaptedForward.dropout_of`."""
         held: Any = self._modules["qvera_dropout"]
         return held._modules[adapter]
 
     def shared_z(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """See `AdaptedForward.shared_z`."""
         projections: Any = self._modules["qvera_projection"]
         if not isinstance(projection := projections._modules.get(adapter), SharedProjection):
             return None
@@ -439,7 +434,6 @@ class QveraLinear(AdaptedForward, nn.Module, BaseTunerLayer):
         return projection.project(x, method.rank_at(config, self.spec), dtype)
 
     def int8_dtype(self) -> torch.dtype:
-        """See `AdaptedForward.int8_dtype`: the dtype of a frozen pair, else `made_in`."""
         return next((pair.A.dtype for pair in self.qvera_projection.values()), self.made_in)
 
     get_delta_weight = AdaptedForward.delta_weight_fp32  # PEFT's name for it

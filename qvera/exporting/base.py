@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -201,7 +201,14 @@ def open_adapter_on_base(adapter_dir: Path, section: ModelSection) -> AdapterOnB
     own, _ = read_adapter(adapter_dir)  # a broken adapter is found before a base is downloaded
     model_class = getattr(own, "model_class", CAUSAL_LM)
     directory = base_directory(section)
-    if is_decoded((try_read_json(directory / "config.json") or {}).get("quantization_config")):
+    stored_as: Any = (try_read_json(directory / "config.json") or {}).get("quantization_config")
+    if is_decoded(stored_as):
+        if section.quantization not in ("nf4", "fp4"):
+            raise InputError(
+                f"{directory}: the weights are in {stored_as['quant_method']}, and are read here for an adapter that "
+                f"was trained on them in 4 bits, not with model.quantization: {section.quantization}. `qvera export "
+                "--to lora` needs no weights."
+            )
         directory = cached_base(section, model_class=model_class)
     compute = pick_compute_dtype(section.compute_dtype, accelerator.current_device())
     config = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)

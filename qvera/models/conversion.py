@@ -234,7 +234,7 @@ DECODED = ("mxfp4", "fp8")
 """transformers' ``quant_method`` of the checkpoints that are decoded."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127
-_SCALES = ("_scale_inv", "_scale")
+_SCALES = ("_scale", "_scale_inv")  # the last one that is there counts
 
 
 def is_decoded(stored: Any) -> bool:
@@ -281,13 +281,8 @@ def mxfp4_stacks(entries: Sequence[TensorEntry], shapes: Mapping[str, tuple[int,
 def fp8_factors(entries: Sequence[TensorEntry]) -> dict[str, TensorEntry]:
     """Map the name of each tensor in FP8 to the tensor of its factors."""
     stored = {entry.name: entry for entry in entries}
-    candidates = ((entry.name, [f"{entry.name}{end}" for end in _SCALES]) for entry in entries if is_fp8(entry.dtype))
-    return {name: stored[key] for name, keys in candidates for key in keys[::-1] if key in stored}
-
-
-def is_fp8(dtype: torch.dtype) -> bool:
-    """Whether a dtype is FP8."""
-    return dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    names = [entry.name for entry in entries if entry.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    return {name: stored[key] for end in _SCALES for name in names if (key := f"{name}{end}") in stored}
 
 
 def from_fp8(rows: torch.Tensor, factors: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -316,12 +316,12 @@ def run_experts(self: Any, hidden: Tensor, top_experts: Tensor, top_weights: Ten
         outer = outer + getattr(self, f"{second}_bias")[routing.experts].to(outer.dtype)
     if self.has_post_expert_norm:
         outer = self.post_expert_norm(outer)
-    outer = outer * top_weights.reshape(-1)[order].unsqueeze(-1)
-    return sum_of_tokens(outer, order, top_experts).to(hidden.dtype)
+    return sum_of_tokens(outer, order, top_experts, top_weights).to(hidden.dtype)
 
 
-def sum_of_tokens(rows: Tensor, order: Tensor, top_experts: Tensor) -> Tensor:
-    """The sum of each token's rows, which are sorted by expert: [T k, n] gives [T, n]."""
+def sum_of_tokens(rows: Tensor, order: Tensor, top_experts: Tensor, shares: Tensor | None = None) -> Tensor:
+    """The sum of each token's rows, times their ``shares`` [T, k]; sorted by expert, [T k, n] gives [T, n]."""
+    rows = rows if shares is None else rows * shares.reshape(-1)[order].unsqueeze(-1)
     # in a fixed order: adding up by index is not deterministic on an accelerator
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return rows[back].view(*top_experts.shape, -1).sum(1)
@@ -380,8 +380,7 @@ def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     routing, order = route(top_k_index, self.num_experts)
     gate, up = (stack(hidden, routing, of_tokens=True) for stack in (own.w1, own.v1))
     outer = own.w2(own.activation_fn(gate) * up, routing)
-    outer = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    return sum_of_tokens(outer, order, top_k_index).view(hidden_states.shape)
+    return sum_of_tokens(outer, order, top_k_index, top_k_weights).view(hidden_states.shape)
 
 
 def _longcat(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -398,8 +397,7 @@ def _longcat(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
     wide = routing._replace(ends=routing.ends + [end] * self.zero_expert_num)
     gate, up = self.gate_up_proj(hidden_states, wide, of_tokens=True).chunk(2, dim=-1)
     outer = torch.cat([self.down_proj(self.act_fn(gate) * up, routing), same])
-    outer = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    return sum_of_tokens(outer, order, top_k_index).to(hidden_states.dtype)
+    return sum_of_tokens(outer, order, top_k_index, top_k_weights).to(hidden_states.dtype)
 
 
 def _jetmoe_router(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Routing, Tensor]:
@@ -411,16 +409,12 @@ def _jetmoe_router(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
     return order, routing.tokens, shares.reshape(-1)[order], routing, logits
 
 
-def _jetmoe(self: Any, inputs: Tensor, expert_size: Routing) -> Tensor:
-    return self.weight(inputs, expert_size)
-
-
 _FORWARD = {
     "Llama4TextMoe": _llama4,
     "DbrxExperts": _dbrx,
     "LongcatFlashExperts": _longcat,
     "JetMoeTopKGating": _jetmoe_router,
-    "JetMoeParallelExperts": _jetmoe,
+    "JetMoeParallelExperts": lambda self, inputs, expert_size: self.weight(inputs, expert_size),
 }
 
 

@@ -121,7 +121,8 @@ def base_directory(section: ModelSection, progress: StageProgress | None = None)
     if Path(name).is_dir():
         return Path(name)
     patterns = [*FILES, *(["*.py"] if section.trust_remote_code else [])]
-    again = ["original/*", "consolidated*.safetensors"]  # the same weights in another format
+    # the same weights in another format, and those of checkpoints: weights are read beside the config only
+    again = ["original/*", "consolidated*.safetensors", "*/*.safetensors"]
     try:
         return Path(
             snapshot_download(
@@ -133,10 +134,7 @@ def base_directory(section: ModelSection, progress: StageProgress | None = None)
             )
         )
     except Exception as error:
-        raise InputError(
-            f"model.path: the base {name!r} is no directory here, and can't be downloaded from the hub "
-            f"({type(error).__name__}: {first_line(error)}) {hub_hint()}"
-        ) from None
+        raise not_on_hub("model.path", name, f"{type(error).__name__}: {first_line(error)}".rstrip(".")) from None
 
 
 def _bar_for(progress: StageProgress) -> type:

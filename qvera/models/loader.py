@@ -101,7 +101,7 @@ def load_base(
         # config and headers are compared before weights are loaded
         directory, empty = base_directory(section, progress), empty_model(section, None, model_class)
         require_own_weights(directory, as_named(checkpoint_tensors(directory), empty), empty, model_class)
-        model = _load_mapped(section, config, dtype, device, progress, sharder, model_class)
+        model = _load_mapped(section, config, directory, dtype, device, progress, sharder, model_class)
         if model is None and sharder is not None:
             four_bit = "" if section.quantization in ("nf4", "fp4") else "model.quantization: nf4, or "
             raise InputError(
@@ -145,24 +145,23 @@ def load_base(
 def _load_mapped(
     section: ModelSection,
     config: PretrainedConfig,
+    base: Path,
     dtype: torch.dtype,
     device: torch.device,
     progress: StageProgress | None,
     sharder: BaseSharder | None,
     model_class: ModelClass,
 ) -> PreTrainedModel | None:
-    """The model from its mapped 4-bit file, which is written on first use. None: transformers has to load it."""
+    """The model, mapped from the 4-bit file in ``base`` or its copy in the cache. None: transformers has to load it."""
     stored: Any = getattr(config, "quantization_config", None)
     if stored is not None:
         if not (stored if isinstance(stored, dict) else stored.to_dict()).get("load_in_4bit"):
             return None
     elif section.quantization not in ("nf4", "fp4"):
         return None
-    trusted, chosen = section.trust_remote_code, section.attn_implementation
     try:
-        if stored is not None:
-            directory = base_directory(section)
-        else:
+        directory = base
+        if stored is None:
             directory = quantize_checkpoint.cached_base(
                 section, device=device, progress=progress, model_class=model_class
             )
@@ -173,9 +172,9 @@ def _load_mapped(
         if section.stream == "auto" and sharder is None:
             stored_bytes = sum(entry.size_bytes for entry in checkpoint_tensors(directory))
             streamed = stream.streams_by_itself(stored_bytes, device)
-        attn = None if chosen == "auto" else chosen
-        own = base_directory(section)
-        model = load_mapped(directory, config, dtype, device, attn, trusted, sharder, streamed, model_class, own)
+        attn = None if section.attn_implementation == "auto" else section.attn_implementation
+        trusted = section.trust_remote_code
+        model = load_mapped(directory, config, dtype, device, attn, trusted, sharder, streamed, model_class, base)
         if streamed:
             stream.stream_layers(model, device)
         return model

@@ -240,10 +240,9 @@ def each_in_halves(
             if not isinstance(result, Shortage):
                 yield part, result
                 continue
-            if len(part) == 1:
-                raise OutOfMemory(f"Memory ran out with one of the {rows} at a time: {result}. {advice}")
-            if together:
-                raise OutOfMemory(f"Memory ran out with {len(part)} {rows} at a time: {result}. {advice}")
+            if len(part) == 1 or together:
+                many = f"one of the {rows}" if len(part) == 1 else f"{len(part)} {rows}"
+                raise OutOfMemory(f"Memory ran out with {many} at a time: {result}. {advice}")
             most = len(part) // 2
             waiting.appendleft(part)
             warnings.warn(

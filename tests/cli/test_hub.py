@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from qvera.cli.main import main
+from qvera.config.sections import ModelSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.models.hub import is_hub_id
+from qvera.models.loader import load_base
 from qvera.serve import opening
 from qvera.training.trainer import train
 from tests.hub_server import Hub, hub_server
@@ -120,6 +123,17 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(
     misnamed, failed = commands(capsys, ["push", str(trained_run), "anna"], push)
     assert misnamed[0] == 2 and "Expected USER/NAME" in misnamed[2]
     assert failed[0] == 2 and "Look at the network, HF_ENDPOINT" in failed[2]
+
+
+def test_of_a_base_only_the_weights_beside_its_config_are_fetched(hub: Hub, tiny_model_dir: Path) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
+    weights = files["model.safetensors"]
+    others = ("checkpoint-500/model.safetensors", "original/model.safetensors", "consolidated.safetensors")
+    hub.repositories["anna/base"] = files | dict.fromkeys(others, weights)
+    base = load_base(ModelSection(path="anna/base"), torch.device("cpu"))
+    assert base.facts["four_bit_modules"] and base.facts["fingerprint"]
+    asked = "\n".join(hub.requests)
+    assert "/model.safetensors" in asked and not any(name in asked for name in others)
 
 
 def test_a_misspelt_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,17 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from qvera.adapters.save_load import attach, save_adapter
 from qvera.config.sections import AdapterSection, ExportSection, ModelSection
+from qvera.exporting.deltas import read_deltas
+from qvera.exporting.lora import export_lora, require_kept_by_peft
 from qvera.exporting.merged import export_merged
 from qvera.models.conversion import from_fp8
 from qvera.models.loader import load_base
+from qvera.models.model_class import empty_model
 from qvera.models.quantize_checkpoint import cached_base
 from qvera.training.trainer import train
+from qvera.utils.errors import InputError
 from qvera.utils.safetensors_io import checkpoint_tensors
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
@@ -134,6 +139,22 @@ def test_a_run_on_it_is_planned_and_its_merged_export_opened(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_that_was_trained_on_the_decoded_weights_in_16_bits_is_exported_as_a_lora_alone(
+    mxfp4: tuple[Path, Path], tmp_path: Path
+) -> None:
+    whole = ModelSection(path=str(mxfp4[0]), quantization="none")
+    base = load_base(whole)
+    save_adapter(perturb(attach(base.model, AdapterSection(rank=8), whole.path)), tmp_path / "adapter")
+    with pytest.raises(
+        InputError, match=r"are in mxfp4, .* not with model.quantization: none. `qvera export --to lora`"
+    ):
+        export_merged(tmp_path / "adapter", whole, tmp_path / "merged", ExportSection())
+    empty = empty_model(whole)
+    adapter = read_deltas(tmp_path / "adapter", empty)
+    export_lora(adapter, tmp_path / "lora", torch.float32, places=require_kept_by_peft(adapter, empty))
+    assert PeftModel.from_pretrained(load_base(whole).model, str(tmp_path / "lora")).peft_config["default"].r == 8
 
 
 @pytest.mark.parametrize(
