@@ -23,7 +23,7 @@ from bench.common import perturb
 from bench.gpu.common import BASE_LAYERS, ROOT, Lines, base_on_disk, do_piece, qvera, recipe, write_rows
 from bench.synthesise import SHAPES
 from qvera.adapters.products.functional import expand, project, scale_input
-from qvera.adapters.save_load import attach
+from qvera.adapters.save_load import attach, trained_vectors
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import Example
 from qvera.kernels import dequantize, elementwise
@@ -31,7 +31,6 @@ from qvera.models.attention import varlen_attention
 from qvera.models.forward import batch_nll, make_batch
 from qvera.models.loader import load_base
 from qvera.models.loss import Head, target_loss
-from qvera.training.engine import trained_vectors
 from qvera.utils import accelerator
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -197,6 +197,11 @@ def named_vectors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Pa
     return vectors | head_tensors(model, adapter)
 
 
+def trained_vectors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's vectors that need a gradient, by their keys in its file."""
+    return {name: vector for name, vector in named_vectors(model).items() if vector.requires_grad}
+
+
 def head_tensors(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """The tensors of modules that are trained whole (PEFT's ``modules_to_save``), by their keys in the file."""
     return {

@@ -20,12 +20,12 @@ from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.methods.lora import start_generator
 from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.save_load import trained_vectors
 from qvera.config.plugins import Schedule
 from qvera.data import planned_steps
 from qvera.data.sampler import random_order
 from qvera.lab.keys import Settings
 from qvera.lab.tasks import LEVELS, PartBatches
-from qvera.training.engine import trained_vectors
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:

@@ -18,12 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.methods import method_of
-from qvera.adapters.save_load import rate_factors
+from qvera.adapters.save_load import rate_factors, trained_vectors
 from qvera.config.plugins import Schedule
 from qvera.data.rows import Rows, concatenated, lengths_of
 from qvera.data.sampler import Batches, random_order, steps_per_epoch
 from qvera.evaluation import held_out
-from qvera.training.engine import trained_vectors
 from qvera.training.optim import build_optimizer
 from qvera.utils.errors import InputError, NotFinite, did_you_mean
 

@@ -11,7 +11,7 @@ from typing import Any
 from qvera.adapters.methods import method_of
 from qvera.adapters.methods.base import Method
 from qvera.adapters.products.fused import BUILDS_UNHELD
-from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter
+from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter, trained_vectors
 from qvera.config import plugins
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import planned_steps
@@ -19,7 +19,6 @@ from qvera.distributed.group import for_all
 from qvera.evaluation import held_out
 from qvera.training import checkpoint
 from qvera.training.checkpoint import Checkpoint, TrainState
-from qvera.training.engine import trained_vectors
 from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import build_schedule, optimizer_bytes

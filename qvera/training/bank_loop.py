@@ -176,8 +176,7 @@ class BankLoop(Loop[BankStep]):
         """Halve the passes beside answers; an adapter of which not one row fits ends. In a run raise OutOfMemory."""
         assert shortage is not None
         if not self.beside_answers:
-            rows = self.in_flight[0].datasets.train
-            raise step_error(f"Round {step.number}", shortage, step.examples, self.plan, rows, ALONE)
+            raise step_error(f"Round {step.number}", shortage, step.examples, self.plan, ALONE)
         runs = [run for run, _ in step.passes[0]]
         if len(runs) > 1:
             self.pass_rows = len(runs) // 2

@@ -12,7 +12,7 @@ import torch
 
 from qvera.adapters.config import PREFIX
 from qvera.distributed.group import Group, for_all
-from qvera.training.plan import Plan, make_plan
+from qvera.training.plan import Plan
 from qvera.training.plan.plan import change_lines
 from qvera.training.plan.run import changed
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
@@ -22,7 +22,7 @@ from qvera.utils.memory import Shortage
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
-    from qvera.data import Example, Rows
+    from qvera.data import Example
 
 _CHANGES = 3
 _LEAST_SHARE = 0.05  # a change has to take at least this share less than was planned, since the plan was too low
@@ -119,12 +119,7 @@ def require_gradients(gradients: Mapping[str, torch.Tensor | None]) -> None:
 
 
 def step_error(
-    step: str,
-    shortage: Shortage,
-    examples: Sequence[Example] | None,
-    plan: Plan | None,
-    rows: Rows | None,
-    group: Group,
+    step: str, shortage: Shortage, examples: Sequence[Example] | None, plan: Plan | None, group: Group
 ) -> OutOfMemory:
     """Return the error of a step that memory does not suffice for. Every rank has undone the step and calls this.
 
@@ -132,39 +127,37 @@ def step_error(
         step: begins the message.
         shortage: the worst of all ranks.
         examples: of the pass that failed on this rank; empty: before its first pass; None: it did not fail here.
-        rows: the training rows, to plan the changes with; None: `make_plan` assumes some.
     """
     rank = f"rank {group.rank}" if group.world_size > 1 else None
     what = next(
         text for text in group.gather(None if examples is None else _what_failed(examples, rank)) if text is not None
     )
-    return for_all(OutOfMemory(f"{step}: {what}: {shortage}. The step was undone.\n{_advice(plan, rows, shortage)}"))
+    return for_all(OutOfMemory(f"{step}: {what}: {shortage}. The step was undone.\n{_advice(plan, shortage)}"))
 
 
 def lone_error(
-    step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, rows: Rows | None, group: Group
+    step: int, shortage: Shortage, examples: Sequence[Example], plan: Plan | None, group: Group
 ) -> OutOfMemory:
     """Return the error of one rank under ZeRO. It can't tell the others: they wait inside DeepSpeed's passes."""
     what = _what_failed(examples, f"rank {group.rank} on {group.host}")
     return OutOfMemory(
         f"Step {step}: {what}: {shortage}. Under ZeRO a step that one rank can't take ends the run; "
         "earlier checkpoints are kept, and training.save_steps says how many there are.\n"
-        f"{_advice(plan, rows, shortage)}"
+        f"{_advice(plan, shortage)}"
     )
 
 
-def _advice(plan: Plan | None, rows: Rows | None, shortage: Shortage) -> str:
+def _advice(plan: Plan | None, shortage: Shortage) -> str:
     if plan is None:
         return _ANY_RUN
     recipe = plan.recipe
     if recipe.training.on_oom == "halve":  # a pass has one row by now, so another key must help
         smaller = changed(recipe, {"training.per_device_train_batch_size": 1})
-        plan = make_plan(smaller, plan.machine, rows, plan.sharing)
+        plan = dataclasses.replace(plan, recipe=smaller, batch=plan.batch_of(smaller))
     # the mildest changes by which the plan takes as much less as was missing
     missing = max((shortage.asked_bytes or 0) - shortage.free_bytes, int(_LEAST_SHARE * plan.needed_bytes))
     fitting = min(plan.needed_bytes, plan.machine.available_bytes) - missing
-    machine = dataclasses.replace(plan.machine, available_bytes=max(fitting, 0))
-    lines = change_lines(make_plan(plan.recipe, machine, rows, plan.sharing))[: 1 + _CHANGES]
+    lines = change_lines(plan.within(max(fitting, 0)))[: 1 + _CHANGES]
     if recipe.training.on_oom == "save" and recipe.deepspeed is None and not recipe.data.has_adapters:
         lines.append("Or set training.on_oom=halve, which goes on with half as many rows in a pass.")
     return "\n".join(lines) or _ANY_RUN

@@ -16,19 +16,20 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+from torch import nn
+from torch.amp import GradScaler
 
 from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.adapters.methods import method_of
 from qvera.adapters.projection import forget_inputs
-from qvera.adapters.save_load import rate_factors
+from qvera.adapters.save_load import rate_factors, trained_vectors
 from qvera.config import plugins
 from qvera.data import Example, batches_of, planned_steps
 from qvera.distributed.group import ALONE
 from qvera.models.attention import rows_joined
 from qvera.training.checkpoint import TrainState, generator_states, set_generator_states
-from qvera.training.engine import LocalEngine, ZeroEngine, trained_vectors
-from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error
-from qvera.training.optim import build_optimizer, build_range_test, build_schedule, require_all_stepped
+from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, require_gradients, step_error
+from qvera.training.optim import build_optimizer, build_range_test, build_schedule, current_rate, require_all_stepped
 from qvera.training.plan import Plan, longest_rows
 from qvera.utils import memory
 from qvera.utils.errors import OwnCodeFailed, RunFailed
@@ -184,6 +185,88 @@ class AloneStep(Step[int]):
     total: float = 0.0
 
 
+class LocalEngine:
+    """Takes an optimizer step with plain torch. All ranks call each method together.
+
+    Every rank holds whole vectors. Their gradients are summed as one bucket of a few MB a step.
+    """
+
+    core: Callable[..., torch.Tensor] | None = None  # called in place of the model's `core_of`, unless None
+
+    def __init__(
+        self,
+        vectors: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        max_grad_norm: float,
+        group: Group,
+        scaler: GradScaler | None = None,
+    ) -> None:
+        self.vectors, self.optimizer, self.schedule = vectors, optimizer, schedule
+        self.max_grad_norm, self.group, self.scaler = max_grad_norm, group, scaler
+        self.loss_scale = 1.0  # that the latest `step` was taken with
+        self._is_first_step = True
+
+    def loss_gradient(self) -> torch.Tensor:
+        """Return the factor that `backward` puts before its loss: the loss scale (scalar, fp32)."""
+        gradient = torch.ones((), device=next(iter(self.vectors.values())).device)
+        return gradient if self.scaler is None else self.scaler.scale(gradient)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Accumulate the gradient of this rank's part of the loss. ``last``: this is the step's last pass."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def forget_module_order(self) -> None:
+        """Let an engine that learns the order of modules from the first pass learn it from the next one."""
+
+    def undo(self) -> None:
+        """Drop the gradients of a step that could not be taken."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _sum_gradients(self) -> None:
+        if self.group.world_size > 1:
+            # all ranks must send as much, and an expert that got no token on this rank has no gradient
+            for vector in self.vectors.values():
+                if vector.grad is None and vector.requires_grad:
+                    vector.grad = torch.zeros_like(vector)
+            self.group.all_reduce([vector.grad for vector in self.vectors.values() if vector.grad is not None])
+
+    def step(self) -> tuple[float, float]:
+        """Clip and step; returns the gradient norm before clipping and the learning rate.
+
+        A gradient that is not finite takes no step. With loss scaling, it lowers the scale.
+        """
+        self._sum_gradients()
+        if self._is_first_step:  # on sums over the ranks: one rank's rows may miss a layer
+            require_gradients({name: vector.grad for name, vector in self.vectors.items()})
+            self._is_first_step = False
+        limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
+        scale = self.loss_gradient()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        total = torch.nn.utils.clip_grad_norm_(list(self.vectors.values()), limit)
+        norm, self.loss_scale = torch.stack([total, scale]).tolist()  # one wait for the device
+        rate = current_rate(self.schedule)
+        if math.isfinite(norm):  # `GradScaler.step` would find it out anew
+            self.optimizer.step()
+            self.schedule.step()
+        if self.scaler is not None:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, rate
+
+    def can_step_again(self) -> bool:
+        """Whether to retry a step whose gradient was not finite: the scale was above 1 and is lower now."""
+        return self.scaler is not None and self.loss_scale > 1.0 and self.scaler.get_scale() < self.loss_scale
+
+    def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+        """Return the trained vectors and the optimizer as one process would hold them, for a checkpoint."""
+        return self.vectors, self.optimizer
+
+    def gather_vectors(self) -> None:
+        """Make the model's vectors whole on every rank, before they are written as an adapter."""
+
+
 class AloneLoop(Loop[AloneStep]):
     """The loop of one adapter. All processes call each method together, each with its share of the rows.
 
@@ -244,6 +327,8 @@ class AloneLoop(Loop[AloneStep]):
         if session.zero is None:
             vectors = trained_vectors(self.model)
             return LocalEngine(vectors, *stepped, training.max_grad_norm, self.group, session.scaler)
+        from qvera.training.zero_engine import ZeroEngine  # that module imports this one
+
         scratch = session.run_dir / "offload"
         return ZeroEngine(session.zero, training, self.model, *stepped, self.group, scratch, session.scaler)
 
@@ -308,7 +393,7 @@ class AloneLoop(Loop[AloneStep]):
         """Add up losses and tokens. Under ZeRO a shortage raises: the others wait inside DeepSpeed's passes."""
         group, train = self.group, step.source
         if shortage is not None and self.session.zero is not None and group.world_size > 1:
-            raise lone_error(step.number, shortage, step.examples, self.plan, self.datasets.train, group)
+            raise lone_error(step.number, shortage, step.examples, self.plan, group)
         # all passes at once, so that the device is waited for once
         step.sums = torch.stack(step.losses).tolist() if step.losses and shortage is None else []
         input_tokens = sum(sum(train[i].row_tokens) for rows in step.pass_rows for i in rows) if step.sums else 0
@@ -361,7 +446,7 @@ class AloneLoop(Loop[AloneStep]):
 
     def make_smaller(self, step: AloneStep, shortage: Shortage | None) -> Records:
         """Halve the passes. OutOfMemory with ``training.on_oom: save``, or where a pass had a single row."""
-        group, train, packed = self.group, self.datasets.train, self.recipe.data.packing
+        group, packed = self.group, self.recipe.data.packing
         examples = None if shortage is None else step.examples
         size = sum(len(example.input_ids) for example in step.examples) if packed else len(step.examples)
         half = size // 2 if len(step.examples) > 1 else 0  # 0, too, where no pass had begun
@@ -371,7 +456,7 @@ class AloneLoop(Loop[AloneStep]):
         shortage = Shortage(max((each for each in asked if each is not None), default=None), min(free))
         most = min(halves)  # one limit for all ranks: each cuts the rows of all of them, to have as many passes
         if self.recipe.training.on_oom == "save" or most == 0:
-            raise step_error(f"Step {step.number}", shortage, examples, self.plan, train, group)
+            raise step_error(f"Step {step.number}", shortage, examples, self.plan, group)
         self.batches.limit(most)
         limit, seconds = {"pass_tokens" if packed else "pass_rows": most}, step.seconds
         self.state.halvings = [*self.state.halvings, {"step": step.number, **limit}]

@@ -19,7 +19,7 @@ from qvera.data import Batches
 from qvera.distributed import zero
 from qvera.distributed.group import Group
 from qvera.distributed.zero import STAGES, ZeroConfig, abandoned_build, load_zero_config, zero_config_of
-from qvera.training import rank_checks
+from qvera.training import session
 from qvera.training.plan import Machine, Sharing, make_plan
 from qvera.training.plan.activations import goes_by_tiles
 from qvera.training.plan.decisions import can_stream
@@ -104,12 +104,12 @@ def test_a_disk_without_room_for_the_base_is_said(tmp_path: Path, monkeypatch: p
 
     asked = []
     monkeypatch.setattr(
-        rank_checks.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
+        session.shutil, "disk_usage", lambda place: asked.append(place) or shutil._ntuple_diskusage(0, 0, 0)
     )
-    rank_checks.check_disk_space(tmp_path / "run" / "offload", 99, Four())
+    session.check_disk_space(tmp_path / "run" / "offload", 99, Four())
     assert asked == [tmp_path]  # what is there of the path
     with pytest.raises(InputError, match="200 B of the base go to .*run/offload on right, where 199 B are free"):
-        rank_checks.check_disk_space(tmp_path / "run" / "offload", 100, Four())
+        session.check_disk_space(tmp_path / "run" / "offload", 100, Four())
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["of the run", "named by the user"])

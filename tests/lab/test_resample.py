@@ -21,12 +21,15 @@ from qvera.adapters.projection import uniform_pair
 from qvera.adapters.save_load import attach, load_adapter
 from qvera.cli.main import main
 from qvera.config.sections import AdapterSection
+from qvera.distributed.group import Group
 from qvera.evaluation.run_info import directory_facts
 from qvera.lab.resample import carried_share, phase_count
-from qvera.training.plan import make_plan
+from qvera.training.failures import step_error
+from qvera.training.plan import Machine, make_plan
 from qvera.training.plan.plan import print_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
+from qvera.utils.memory import Shortage
 from tests.adapters.helpers import logits, perturb, relative
 from tests.conftest import small_llama
 from tests.lab.authors import numbers_of
@@ -165,6 +168,15 @@ def test_a_plan_is_that_of_the_last_phase_or_says_that_it_can_not_count_them(
     assert first.to_dict()["first_phase_only"]
     print_plan(first, Console(file=text, width=200))
     assert "This is the first phase alone" in text.getvalue()
+
+
+def test_what_helps_where_memory_ran_out_is_no_rank_of_all_phases(make_recipe: Any) -> None:
+    """adapter.rank is that of one phase."""
+    training = {"resample_every": 3, "max_steps": 9, "gradient_checkpointing": False}
+    recipe = make_recipe(data={"max_length": 1024}, adapter={"rank": 64}, training=training)
+    plan = make_plan(recipe, Machine("a GPU", "cuda", torch.bfloat16, False, 10**10))
+    said = str(step_error("Step 1", Shortage(plan.needed_bytes, 0), [], plan, Group()))
+    assert "--set data.max_length=" in said and "adapter.rank" not in said
 
 
 def test_phases_are_refused_by_the_key_that_they_do_not_go_with(make_recipe: Any) -> None:

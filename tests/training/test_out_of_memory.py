@@ -118,7 +118,7 @@ def test_the_message_has_the_three_mildest_changes_that_save_what_was_missing(ma
     missing = plan.needed_bytes // 5
     short = Shortage(missing + 100, 100)
     row = Example(np.zeros(9, np.int32), np.ones(9, bool), "row 1", np.zeros(0, np.int32), "", None)
-    first, header, *changes, halve = str(step_error(7, short, [row], plan, None, Group())).splitlines()
+    first, header, *changes, halve = str(step_error(7, short, [row], plan, Group())).splitlines()
     assert first.endswith(f"pass (1 row, the longest of 9 tokens): {short}. The step was undone.")
     assert header == "Any one of these makes it fit:"
     assert len(changes) == 3
@@ -129,7 +129,7 @@ def test_the_message_has_the_three_mildest_changes_that_save_what_was_missing(ma
         other = make_plan(changed(recipe, {key: json.loads(value)}), plan.machine)
         assert other.needed_bytes <= plan.needed_bytes - missing
     halving = make_plan(changed(recipe, {"training.on_oom": "halve"}), plan.machine)
-    text = str(step_error(7, Shortage(100, 0), [row], halving, None, Group()))
+    text = str(step_error(7, Shortage(100, 0), [row], halving, Group()))
     assert "--set" in text
     assert "on_oom" not in text and "per_device_train_batch_size" not in text  # a pass has one row already
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qvera.distributed.group import Group
 from qvera.distributed.processes import Processes
 from qvera.models.hub import fingerprint_of
-from qvera.training import rank_checks
+from qvera.training import session
 from qvera.training.plan import Machine, Sharing, make_plan
 from qvera.utils.errors import InputError
 
@@ -52,7 +52,7 @@ def differing(key: str, value: str) -> Any:
 
 def test_nodes_that_are_alike_are_named_with_what_the_network_does(make_recipe: Any) -> None:
     console = Console(record=True, width=300)
-    rank_checks.check_same_setup(make_recipe(), Four(), console)
+    session.check_same_setup(make_recipe(), Four(), console)
     text = " ".join(console.export_text().split())
     assert "4 processes on 2 nodes (node0, node1) with the same versions, recipe and base model" in text
     assert "an all-reduce takes 1.00 ms, and 4 MB of it pass at 100 MB/s" in text
@@ -62,7 +62,7 @@ def test_nodes_that_are_alike_are_named_with_what_the_network_does(make_recipe: 
 def test_a_difference_is_refused_with_the_node_and_what(make_recipe: Any, key: str) -> None:
     recipe = make_recipe().replace(deepspeed="zero1")
     with pytest.raises(InputError) as caught:
-        rank_checks.check_same_setup(recipe, Four(others=differing(key, "another")), Console(quiet=True))
+        session.check_same_setup(recipe, Four(others=differing(key, "another")), Console(quiet=True))
     text = str(caught.value)
     assert f"{key} is another on rank 2 (node1) and " in text
     assert "on rank 0 (node0)" in text
@@ -80,7 +80,7 @@ def test_the_base_s_fingerprint_is_of_its_content(make_recipe: Any, tiny_model_d
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     there = str(fingerprint_of(recipe.model.replace(path=str(other))))
     with pytest.raises(InputError, match=r"the base's fingerprint \(model.path\) is .* on rank 2 \(node1\)"):
-        rank_checks.check_same_setup(recipe, Four(others=differing(BASE, there)), Console(quiet=True))
+        session.check_same_setup(recipe, Four(others=differing(BASE, there)), Console(quiet=True))
 
 
 def short_on(rank_: int, free: int) -> Any:
@@ -95,9 +95,9 @@ def test_a_gpu_without_room_is_refused_by_rank_and_node_and_one_that_is_a_little
     make_recipe: Any,
 ) -> None:
     plan = planned(make_recipe, Machine("a GPU", "cuda", torch.bfloat16, False, 10**10, 0, 0))
-    rank_checks.check_memory(plan, Four(), Console(quiet=True))
+    session.check_memory(plan, Four(), Console(quiet=True))
     with pytest.raises(InputError) as caught:
-        rank_checks.check_memory(plan, Four(others=short_on(3, 1000)), Console(quiet=True))
+        session.check_memory(plan, Four(others=short_on(3, 1000)), Console(quiet=True))
     text = str(caught.value)
     assert "rank 3 on node1 needs " in text
     assert "its GPU has 1.00 kB" in text
@@ -105,7 +105,7 @@ def test_a_gpu_without_room_is_refused_by_rank_and_node_and_one_that_is_a_little
     assert "qvera plan RECIPE --nodes 2 --gpus 2" in text
     assert caught.value.shared
     console = Console(record=True, width=300)
-    rank_checks.check_memory(plan, Four(others=short_on(3, int(plan.needed_bytes / 1.1))), console)
+    session.check_memory(plan, Four(others=short_on(3, int(plan.needed_bytes / 1.1))), console)
     assert "rank 3 on node1 needs " in console.export_text()
 
 
@@ -115,12 +115,12 @@ def test_ranks_of_a_node_share_its_ram_and_too_little_is_a_warning(make_recipe: 
     one_needs = plan.memory.needed_bytes(machine) - machine.runtime_bytes
     for free, fits in ((2 * one_needs, True), (2 * one_needs - 1, False)):
         console = Console(record=True, width=300)
-        rank_checks.check_memory(plan, Four(others=short_on(2, free)), console)
+        session.check_memory(plan, Four(others=short_on(2, free)), console)
         text = console.export_text()
         assert ("ranks 2, 3 on node1 will need" in text) is not fits
         assert "node0" not in text
 
 
 def test_ranks_are_counted_by_node() -> None:
-    assert rank_checks.count_nodes(Four()) == (2, 2)
-    assert rank_checks.count_nodes(Group()) == (1, 1)
+    assert session.count_nodes(Four()) == (2, 2)
+    assert session.count_nodes(Group()) == (1, 1)

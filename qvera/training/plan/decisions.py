@@ -360,10 +360,11 @@ class Change:
         return " ".join("--set " + shlex.quote(f"{key}={json.dumps(value)}") for key, value in self.settings.items())
 
 
-def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
+def nearest_changes(run: PlannedRun, batch_of: BatchOf, kept: Sequence[str] = ()) -> list[Change]:
     """Return single changes that make the recipe fit, each with its mildest value. Where none does, they are added up.
 
-    The last resort, all changes at their extreme, is given even where it does not fit.
+    The last resort, all changes at their extreme, is given even where it does not fit. No change names the keys
+    ``kept``.
     """
 
     def tried(settings: dict[str, Any]) -> Change | None:
@@ -374,7 +375,7 @@ def nearest_changes(run: PlannedRun, batch_of: BatchOf) -> list[Change]:
         planned = replace(run, recipe=other, batch=batch_of(other))
         return Change(settings, planned.memory.total_bytes, planned.fits)
 
-    steps = _steps(run)
+    steps = {key: values for key, values in _steps(run).items() if key not in kept}
     singles: list[Change] = []
     for key, values in steps.items():
         attempts = (tried({key: value}) for value in values)

@@ -1,7 +1,8 @@
 """Bytes that a process, or one rank of several, holds throughout a run and in each moment of a step.
 
-The parts that ranks divide follow `qvera.distributed`, the optimizers of DeepSpeed 0.19 and `qvera.training.engine`.
-tests/distributed/test_stages.py counts them in live objects, and bench/zero.py in whole processes.
+The parts that ranks divide follow `qvera.distributed`, the optimizers of DeepSpeed 0.19 and
+`qvera.training.zero_engine`. tests/distributed/test_stages.py counts them in live objects, and bench/zero.py in whole
+processes.
 """
 
 from __future__ import annotations

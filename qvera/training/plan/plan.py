@@ -37,6 +37,7 @@ from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.plan.activations import offloaded_bytes, recurrences
 from qvera.training.plan.decisions import (
+    BatchOf,
     Change,
     Checkpointing,
     Streaming,
@@ -75,12 +76,19 @@ class Plan(PlannedRun):
     """The memory, files and time of a run, and changes that make it fit where it does not."""
 
     changes: list[Change]  # empty where the run fits
+    batch_of: BatchOf  # the longest batch of a changed recipe
+    kept_keys: tuple[str, ...]  # that no change may name
     decided: Checkpointing  # `recipe` has its mode written out
     streaming: Streaming  # `recipe` has this decision written out too
     ways: Sequence[PlannedRun] = ()  # every way of sharing the model, where these were asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
     peft_note: str | None = None  # what stock PEFT can't read of the adapter as a LoRA
     context_note: str | None = None  # rows that are longer than the base's context
+
+    def within(self, available_bytes: int) -> Plan:
+        """Return the plan of this run for so much memory, with the changes that make it fit."""
+        plan = replace(self, machine=replace(self.machine, available_bytes=available_bytes))
+        return replace(plan, changes=[] if plan.fits else nearest_changes(plan, self.batch_of, self.kept_keys))
 
     @property
     def is_refused(self) -> bool:
@@ -269,13 +277,13 @@ def make_plan(
     run, decided, streaming = decide(run)  # writes out what the recipe leaves to auto
     ways = plan_ways(run, sharing.nodes, sharing.per_node) if every_way else []
     run = with_fitting_slots(hold_weights(run))
-    changes = [] if run.fits else nearest_changes(run, batch_of)
-    if whole.adapter.rank != given.adapter.rank:  # a schedule sets it, and not the recipe's key
-        changes = [change for change in changes if "adapter.rank" not in change.settings]
     of_run = {each.name: getattr(run, each.name) for each in fields(run)}
-    about: dict[str, Any] = {"changes": changes, "decided": decided, "streaming": streaming, "ways": ways}
-    beyond = context_note(config, int(lengths.max()))
-    return Plan(**of_run, **about, peft_note=_peft_note(run, model), context_note=beyond)
+    # a schedule may set the rank, and not the recipe's key
+    kept = ("adapter.rank",) if whole.adapter.rank != given.adapter.rank else ()
+    about: dict[str, Any] = {"changes": [], "batch_of": batch_of, "kept_keys": kept, "ways": ways}
+    about |= {"decided": decided, "streaming": streaming, "peft_note": _peft_note(run, model)}
+    plan = Plan(**of_run, **about, context_note=context_note(config, int(lengths.max())))
+    return plan.within(machine.available_bytes)
 
 
 def _peft_note(run: PlannedRun, model: PreTrainedModel) -> str | None:
