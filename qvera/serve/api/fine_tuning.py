@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 
+from qvera.serve.api.access import Action
 from qvera.serve.api.errors import ApiError, bad_request, shortened_name
 from qvera.serve.api.schemas import JobBody
-from qvera.serve.api.service import Sender
+from qvera.serve.api.service import Sender, sent_by
 from qvera.serve.fine_tuning.database import Job, JobAction
 from qvera.utils.errors import did_you_mean
 
@@ -17,9 +18,9 @@ from qvera.utils.errors import did_you_mean
 class Training(Sender):
     """Who trains, and the jobs of the server."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, action: Action) -> None:
         """Raises ApiError 403 if the sender or the server does not train."""
-        super().__init__(request, "train")
+        super().__init__(request, action)
         if self.service.jobs is None:
             has_tinker = self.service.tinker is not None
             why = "with --tinker and without --adapters DIR" if has_tinker else "without --training-dir"
@@ -27,11 +28,7 @@ class Training(Sender):
         self.jobs, self.database = self.service.jobs, self.service.jobs.database
 
 
-async def _trainer(request: Request) -> Training:
-    return Training(request)
-
-
-Trainer = Annotated[Training, Depends(_trainer)]
+Trainer = Annotated[Training, sent_by(Training, "train")]
 
 
 def page(cards: Sequence[dict[str, Any]], limit: int) -> dict[str, Any]:

@@ -6,26 +6,20 @@ import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.fine_tuning import Trainer
 from qvera.serve.api.schemas import AdapterBody, LoadLoraBody, UnloadLoraBody
-from qvera.serve.api.service import Sender, Service, User
+from qvera.serve.api.service import Sender, Service, User, sent_by
 from qvera.serve.fine_tuning.database import not_made
 from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError
 
 router = APIRouter()
-
-
-async def _loader(request: Request) -> Sender:
-    return Sender(request, "load")
-
-
-Loader = Annotated[Sender, Depends(_loader)]
+Loader = Annotated[Sender, sent_by(Sender, "load")]
 
 
 @router.get("/v1/models")

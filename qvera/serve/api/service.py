@@ -204,8 +204,13 @@ class Sender:
         return await while_connected(self.request.receive, work)
 
 
-async def _user(request: Request) -> Sender:
-    return Sender(request, "use")
+def sent_by(kind: type[Sender], action: Action) -> Any:
+    """What `Annotated` needs to give a route the sender of its call, who may do the action."""
+
+    async def make(request: Request) -> Sender:
+        return kind(request, action)
+
+    return Depends(make)
 
 
-User = Annotated[Sender, Depends(_user)]
+User = Annotated[Sender, sent_by(Sender, "use")]

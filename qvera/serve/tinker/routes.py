@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
@@ -22,7 +22,8 @@ from starlette.concurrency import run_in_threadpool
 from qvera.serve.api.access import Action
 from qvera.serve.api.errors import DOWNLOADS, ApiError, unknown_id
 from qvera.serve.api.service import Sender as AnySender
-from qvera.serve.tinker.calls import SAVES, CreateModel, Form, LoadWeights, parsed
+from qvera.serve.api.service import sent_by
+from qvera.serve.tinker.calls import SAVES, Form, parsed
 from qvera.serve.tinker.checkpoints import Checkpoint, Ttl
 from qvera.serve.tinker.messages import call_of, decompress
 from qvera.serve.tinker.sampling import CLONE, NewSampler, Samples
@@ -67,16 +68,8 @@ class Sender(AnySender):
         return await self.hold(self.database.wait(key, look, seconds, is_over))
 
 
-async def _reader(request: Request) -> Sender:
-    return Sender(request, "use")
-
-
-async def _trainer(request: Request) -> Sender:
-    return Sender(request, "train")
-
-
-Reader = Annotated[Sender, Depends(_reader)]
-Trainer = Annotated[Sender, Depends(_trainer)]
+Reader = Annotated[Sender, sent_by(Sender, "use")]
+Trainer = Annotated[Sender, sent_by(Sender, "train")]
 
 
 class NewSession(Form):
@@ -175,7 +168,7 @@ def finish(sender: Reader, session: str) -> None:
 
 @router.post("/create_model")
 async def create_model(sender: Trainer) -> dict[str, str]:
-    return await _created(sender, "create_model", CreateModel)
+    return await _created(sender, "create_model")
 
 
 @router.post("/load_weights")
@@ -183,15 +176,14 @@ async def load_weights(sender: Trainer) -> dict[str, str]:
     """Make a model from a saved state, or (the older form) load a state into one that has done nothing yet."""
     if parsed(Named, await sender.request.body()).model_id:
         return await _training(sender, "load_weights")
-    return await _created(sender, "load_weights", LoadWeights)
+    return await _created(sender, "load_weights")
 
 
-async def _created(sender: Sender, kind: str, form: type[CreateModel] | type[LoadWeights]) -> dict[str, str]:
+async def _created(sender: Sender, kind: str) -> dict[str, str]:
     tinker, body = sender.tinker, await sender.request.body()
     if not sender.access.covers(tinker.base.name):
         raise ApiError(404, "base_model: there is no such model, or this key may not use it.")
-    asked = parsed(form, body)
-    promise, model_id = await run_in_threadpool(tinker.create_model, sender.owner, kind, body, asked)
+    promise, model_id = await run_in_threadpool(tinker.create_model, sender.owner, kind, body)
     return {"request_id": promise, "model_id": model_id}
 
 

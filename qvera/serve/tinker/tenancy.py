@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from qvera.models.structure import context_limit
 from qvera.serve.api.errors import ApiError
 from qvera.serve.fine_tuning.directory import remove_remains
-from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights
+from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape, Tenants, TenantSettings
@@ -245,11 +245,12 @@ class Tinker:
 
     # Models
 
-    def create_model(self, owner: str, kind: str, body: bytes, asked: CreateModel | LoadWeights) -> tuple[str, str]:
+    def create_model(self, owner: str, kind: str, body: bytes) -> tuple[str, str]:
         """Make a model from a seed or a saved state. Returns its creation's promise, and its id.
 
         Raises ApiError (`hear`; 429 at the key's limit), or InputError if it can't be made as asked.
         """
+        asked = parsed(CreateModel, body) if kind == "create_model" else parsed(LoadWeights, body)
         session, seed = asked.session_id or "", None
         model_id = f"{session}:train:{asked.model_seq_id}"
         if isinstance(asked, CreateModel):
