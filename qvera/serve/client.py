@@ -56,38 +56,40 @@ class ServerClient:
         models = self._models()
         adapters = [model for model, parent in models.items() if parent is not None]
         bases = [model for model, parent in models.items() if parent is None]
-        if base and not bases:
-            raise InputError(f"--base: this key may not use the base of {self.url}.")
-        if not models:
-            raise InputError(f"{self.url}: has no model that this key may use.")
         if base:
+            if not bases:
+                raise InputError(f"--base: this key may not use the base of {self.url}.")
             return dict.fromkeys(names, bases[0])
         for name in names:
             if name is None and len(adapters) > 1:
                 some = _some_of(adapters)
                 raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {some}.")
             if name is not None and name not in models and "*" not in name:  # a blend is not listed
-                hint = f"{did_you_mean(name, models)} There are {_some_of(list(models))}."
-                raise InputError(f"--adapter {name}: {self.url} has no model of this name{hint}")
+                raise self._unknown(f"--adapter {name}", name, models)
         return {name: (adapters or bases)[0] if name is None else name for name in names}
 
     def pick_judge(self, name: str | None) -> str:
         """The model that judges: this one, or the server's only one. Raises InputError as `pick_models`."""
         models = self._models()
         if name is not None and name not in models:
-            hint = f"{did_you_mean(name, models)} There are {_some_of(list(models))}."
-            raise InputError(f"--judge-model {name}: {self.url} has no model of this name{hint}")
+            raise self._unknown(f"--judge-model {name}", name, models)
         if name is None and len(models) != 1:
             raise InputError(
                 f"{self.url}: has {len(models):,} models. Name one with --judge-model: {_some_of(list(models))}."
             )
         return name or next(iter(models))
 
+    def _unknown(self, option: str, name: str, models: Collection[str]) -> InputError:
+        hint = f"{did_you_mean(name, models)} There are {_some_of(list(models))}."
+        return InputError(f"{option}: {self.url} has no model of this name{hint}")
+
     def _models(self) -> dict[str, str | None]:
-        """Return each model with its base, or with None where it is a base itself."""
+        """Return each model with its base, or with None where it is a base itself. InputError: there is none."""
         try:
             with self._call("/v1/models") as answer:
-                return {model["id"]: model.get("parent") for model in json.load(answer)["data"]}
+                if not (found := {model["id"]: model.get("parent") for model in json.load(answer)["data"]}):
+                    raise InputError(f"{self.url}: has no model that this key may use.")
+                return found
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RunFailed(f"{self.url}: /v1/models is no list of models. Is this a server of OpenAI's API?") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from typing import Any
@@ -10,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from qvera.serve.api.server import ClientGone
 from qvera.serve.requests import Busy, EngineDead
@@ -154,17 +156,23 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         return bad_request(text, where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
-            asked = request.url.path
-            near = [path for path in request.app.openapi()["paths"] if path.endswith(asked) or asked.endswith(path)]
+            asked, paths = request.url.path, request.app.openapi()["paths"]
+            near = [path for path in paths if path.endswith(asked) or asked.endswith(path)]
+            near = near or difflib.get_close_matches(asked, paths, 1, 0.85)
             hint = f" Did you mean {max(near, key=len)}?" if near else ""
             return ApiError(404, f"There is no such path; this server has those of /openapi.json.{hint}")
-        detail, takes = str(error.detail), (error.headers or {}).get("Allow")
+        detail, headers = str(error.detail), dict(error.headers or {})
         if detail == "There was an error parsing the body":  # FastAPI's words
             detail = "The body can't be read. Expected JSON in UTF-8."
-        if error.status_code == 405 and takes:
-            detail = f"{request.method}: this path takes {takes}."
+        if error.status_code == 405:  # of several routes with this path, Starlette names the methods of the first
+            places = request.app.openapi()["paths"].items()
+            takes = [
+                how.upper() for path, hows in places if compile_path(path)[0].match(request.url.path) for how in hows
+            ]
+            headers |= {"Allow": ", ".join(takes)} if takes else {}
+            detail = f"{request.method}: this path takes {' and '.join(takes) or headers.get('Allow')}."
         refused = ApiError(error.status_code, detail)
-        refused.headers.update(error.headers or {})
+        refused.headers.update(headers)
         return refused
     if isinstance(error, ClientGone):
         return ApiError(499, "The client has gone.")

@@ -248,7 +248,7 @@ async def retrieve_future(sender: Reader, asked: Named) -> Response:
     """Answer with the result of a promise. The call is held for it, and answered ``try_again`` if it takes longer."""
 
     def look() -> Response | None:
-        promise, stats = sender.database.promise(asked.request_id, sender.owner), sender.service.engine.stats()
+        promise = sender.database.promise(asked.request_id, sender.owner)
         if promise is None:
             raise unknown_id("promise", asked.request_id)
         if (state := promise["state"]) in ("json", "proto"):
@@ -256,8 +256,8 @@ async def retrieve_future(sender: Reader, asked: Named) -> Response:
             return Response(promise["payload"], media_type=kind)
         if state != "pending":
             return JSONResponse({"error": promise["payload"].decode(), "category": state})
-        if stats.dead is not None:
-            return JSONResponse({"error": f"The engine has ended: {stats.dead}", "category": "server"})
+        if (dead := sender.service.engine.stats().dead) is not None:
+            return JSONResponse({"error": f"The engine has ended: {dead}", "category": "server"})
         return None
 
     if (found := await sender.wait(asked.request_id, look, _HELD_SECONDS)) is not None:

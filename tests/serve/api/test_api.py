@@ -289,13 +289,18 @@ def test_what_is_no_call_at_all_is_refused(served: Served) -> None:
         )
         assert empty.json()["error"]["message"] == "The body is empty. Expected JSON."
         assert cut.json()["error"]["message"].endswith("in double quotes, at character 2.")
-        for path in ("/chat/completions", "//v1/chat/completions", "/v1/v1/chat/completions"):
+        for path in ("/chat/completions", "//v1/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completion"):
             assert "Did you mean /v1/chat/completions?" in client.post(f"{served.url}{path}", json={}).text
         assert "response_format: Input should be an object." in served.chat(response_format="json").text
         assert client.head("/health").status_code == 200
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
         other = client.get("/v1/chat/completions")
         assert (other.status_code, other.json()["error"]["message"]) == (405, "GET: this path takes POST.")
+        other = client.put("/v1/models/anna")
+        assert (other.headers["Allow"], other.json()["error"]["message"]) == (
+            "GET, DELETE",
+            "PUT: this path takes GET and DELETE.",
+        )
 
 
 def test_an_engine_that_fails_says_so(served: Served) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qvera.cli.main import main
-from qvera.serve.client import KEY_VARIABLE, server_url
+from qvera.serve.client import KEY_VARIABLE, ServerClient, server_url
+from qvera.utils.errors import InputError
 from tests.cli.helpers import stopped_after
 from tests.serve.api.conftest import Served, Start
 
@@ -94,6 +95,8 @@ def test_what_a_server_refuses_is_said(start: Start, monkeypatch: pytest.MonkeyP
     )
     assert "--base: this key may not use the base" in refused("anna", "--base")
     assert "has no model that this key may use" in refused("later")
+    with pytest.raises(InputError, match="has no model that this key may use"):
+        ServerClient.at(served.url).pick_judge(None)
     served.engine.fails = "the engine broke"
     assert "the engine broke" in refused("all", "--adapter", "anna", code=1)
 
