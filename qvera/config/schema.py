@@ -5,6 +5,7 @@ text. Repeated keys, and aliases that expand to more than a recipe can hold, are
 """
 
 import copy
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,30 +161,28 @@ class Recipe(Section):
         if self.model.stream is True and training.torch_compile:
             yield "training.torch_compile", "compiled code does not wait for streamed layers; remove one of the two."
         if self.deepspeed is not None and training.optim != "adamw":
-            text = (
+            yield (
+                "training.optim",
                 f"{training.optim} keeps its state in blocks that ZeRO would cut elsewhere with every other number of "
+                "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB.",
             )
-            text += "processes. With a deepspeed key use adamw; VeRA's whole optimizer state is a few MB."
-            yield "training.optim", text
         if self.deepspeed is not None and training.on_oom == "halve":
             yield "training.on_oom", "halve: DeepSpeed can't undo a step that its ranks have begun; use save."
 
     def many_adapters_contradictions(self, names: str) -> Iterator[tuple[str, str]]:
         """Yield keys with which no adapters can be trained together. ``names``: what asks for many of them."""
-        adapter, training = self.adapter, self.training
+        adapter, training, name = self.adapter, self.training, f"many adapters ({names})"
         if adapter.dropout:
             yield (
                 "adapter.dropout",
                 f"each adapter ({names}) equals the same one trained alone, but for random drops; set it to 0.",
             )
         if adapter.magnitude:
-            yield "adapter.magnitude", f"its norms are not kept for many adapters ({names}); remove one of the two."
-        if self.model.added_tokens:
-            yield "model.added_tokens", f"are not built for many adapters ({names}); remove one of the two."
+            yield "adapter.magnitude", f"its norms are not kept for {name}; remove one of the two."
         if self.model.compute_dtype == "float16":
             yield (
                 "model.compute_dtype",
-                f"float16 needs a loss scale, which many adapters ({names}) would share; use bfloat16 or float32.",
+                f"float16 needs a loss scale, which {name} would share; use bfloat16 or float32.",
             )
         if self.deepspeed is not None:
             yield (
@@ -191,14 +190,18 @@ class Recipe(Section):
                 f"processes share out the adapters ({names}), and each trains its own without DeepSpeed; remove it.",
             )
         if training.objective != "sft":
-            yield "training.objective", f"{training.objective} is not built for many adapters ({names}); use sft."
+            yield "training.objective", f"{training.objective} is not built for {name}; use sft."
         if training.optim != "adamw":
-            yield "training.optim", f"many adapters ({names}) are stepped together by adamw; use that."
-        for key in ("torch_compile", "exact_match_rows"):
-            if getattr(training, key):
-                yield f"training.{key}", f"is not built for many adapters ({names}); remove one of the two."
+            yield "training.optim", f"{name} are stepped together by adamw; use that."
+        yield from self._not_built(name, "model.added_tokens", "training.torch_compile", "training.exact_match_rows")
         if training.on_oom == "halve":
-            yield "training.on_oom", f"halve is not built for many adapters ({names}); use save."
+            yield "training.on_oom", f"halve is not built for {name}; use save."
+
+    def _not_built(self, name: str, *keys: str) -> Iterator[tuple[str, str]]:
+        """Yield those of the keys that are set; ``name``: what does not go with them."""
+        for key in keys:
+            if operator.attrgetter(key)(self):
+                yield key, f"is not built for {name}; remove one of the two."
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, every key written out."""
@@ -217,9 +220,8 @@ def _reward_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key in ("packing", "group_by_length"):
         if getattr(data, key):
             yield f"data.{key}", f"{name} trains on answers that are not known before; remove one of the two."
-    for key in ("label_smoothing", "torch_compile", "exact_match_rows"):
-        if getattr(training, key):
-            yield f"training.{key}", f"is not built for {name}; remove one of the two."
+    keys = "training.label_smoothing", "training.torch_compile", "training.exact_match_rows"
+    yield from recipe._not_built(name, *keys)
     if training.on_oom == "halve":
         yield "training.on_oom", f"halve is not built for {name}; use save."
 
@@ -241,9 +243,7 @@ def _preference_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, source in data.sources("data.label_names"):
         if source.label_names:
             yield key, f"has no meaning for {name}; remove it."
-    for key in ("label_smoothing", "torch_compile"):
-        if getattr(training, key):
-            yield f"training.{key}", f"is not built for {name}; remove one of the two."
+    yield from recipe._not_built(name, "training.label_smoothing", "training.torch_compile")
     if training.loss_chunk_tokens != type(training).model_fields["loss_chunk_tokens"].default:
         yield "training.loss_chunk_tokens", f"{name} computes its loss in TRL, which has its own chunks; remove it."
     if training.gradient_checkpointing == "offload":
@@ -337,10 +337,10 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int]]:
     """The values, and the line of each key by its path; InputError if the text is not valid YAML or too large."""
-    loader = _Loader(text)
-    loader.name = source
     lines: dict[tuple[str, ...], int] = {}
     try:
+        loader = _Loader(text)
+        loader.name = source
         node = loader.get_single_node()
         if node is None:
             return None, lines
@@ -348,6 +348,11 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         tree = loader.construct_document(node)
         _note_lines(node, (), lines)  # again: merge keys have been replaced by what they stand for
         return tree, lines
+    except yaml.reader.ReaderError as error:
+        line, name = text.count("\n", 0, error.position) + 1, f"U+{ord(text[error.position]):04X}"
+        raise InputError(
+            f"{source}: line {line} holds the character {name}, which YAML does not take. Remove it."
+        ) from None
     except yaml.YAMLError as error:
         hint, indentation = "", _without_colon(error, text) or _indentation(error, text)
         if "character '\\t'" in str(error):
@@ -361,8 +366,6 @@ def read_yaml(text: str, source: str) -> tuple[object, dict[tuple[str, ...], int
         raise InputError(
             f"{source}: not a recipe: its values are nested too deeply, or one contains itself by an alias."
         ) from None
-    finally:
-        loader.dispose()
 
 
 def _without_colon(error: yaml.YAMLError, text: str) -> str | None:
@@ -390,13 +393,13 @@ def _indentation(error: yaml.YAMLError, text: str) -> str | None:
     """What is wrong with the indentation at an error of PyYAML's, which speaks of blocks and tokens; None: nothing."""
     mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", None))
     lines = text.splitlines()
-    if mark is None or mark.line >= len(lines):
+    written = [n for n, line in enumerate(lines, start=1) if line.strip() and not line.lstrip().startswith("#")]
+    if mark is None or mark.line + 1 not in written:
         return None
     # A line that is too deep is read on as the value above it, so its first colon comes as a surprise.
     is_too_deep = problem.startswith("mapping values") and ":" not in lines[mark.line][: mark.column]
     if not is_too_deep and not problem.startswith(("expected <block end>", "expected '<document start>'")):
         return None
-    written = [n for n, line in enumerate(lines, start=1) if line.strip() and not line.lstrip().startswith("#")]
     indent = {number: len(lines[number - 1]) - len(lines[number - 1].lstrip(" ")) for number in written}
     here, place = mark.line + 1, written.index(mark.line + 1)
     beside = written[max(place - 1, 0) : place] + written[place + 1 : place + 2]

@@ -230,6 +230,8 @@ def test_a_key_written_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
         (rb'model: "C:\Users\me"', "In double quotes a backslash begins an escape: use single quotes."),
         (rb'model: "C:\models\me"', "In double quotes a backslash begins an escape: use single quotes."),
         (b"model: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        (b"model: a\ndata: b\x0cc", "line 2 holds the character U+000C, which YAML does not take. Remove it."),
+        (b'model: "a\n# b" : c', "mapping values are not allowed here"),  # a text with a line that looks like a comment
     ],
 )
 def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, words: str) -> None:

@@ -264,7 +264,7 @@ KEYS = {"path": "rows.jsonl", "adapter_column": "customer"}
         ({"data": {"sampling": "task", "task_column": "t"}}, "data.sampling: task draws steps over tasks"),
         ({"adapter": {"dropout": 0.1}}, "adapter.dropout: each adapter"),
         ({"adapter": {"magnitude": True}}, "adapter.magnitude: its norms"),
-        ({"model": {"path": "m", "added_tokens": ["<x>"]}}, "model.added_tokens: are not built for many"),
+        ({"model": {"path": "m", "added_tokens": ["<x>"]}}, "model.added_tokens: is not built for many"),
         ({"model": {"path": "m", "compute_dtype": "float16"}}, "model.compute_dtype: float16 needs a loss scale"),
         ({"deepspeed": "zero3"}, "deepspeed: processes share out the adapters"),
         ({"training": {"optim": "adamw_8bit"}}, "training.optim: many adapters"),
