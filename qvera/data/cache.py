@@ -58,7 +58,7 @@ def tokenized(
         InputError: as `tokenize_source`; or a file of the source changed while it was read.
         RunFailed: the disk of the cache or of temporary files is full.
     """
-    key = _key_of(section, encoder, ROWS.hashes) if cached else None
+    key = _key_of(section, encoder) if cached else None
     with contextlib.ExitStack() as stack:
         if key is not None:
             root, sha256 = ROWS.root, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -99,7 +99,7 @@ def _stamp(file: Path) -> list[int] | None:
 def _make_entry(
     section: DataSection, encoder: Encoder | ImageEncoder, key: dict[str, Any], target: Path, show: Phase
 ) -> TokenizedSource:
-    unfinished, hashes = target.with_name(f"{UNFINISHED}{target.name.removeprefix(PREFIX)}"), ROWS.hashes
+    unfinished = target.with_name(f"{UNFINISHED}{target.name.removeprefix(PREFIX)}")
     shutil.rmtree(unfinished, ignore_errors=True)
     ROWS.clear_removed()
     with disk_errors(str(target.parent), "Make room, or set QVERA_CACHE to a directory on another disk."):
@@ -108,7 +108,7 @@ def _make_entry(
             source = tokenize_source(section, encoder, unfinished, show)
             # The key is older than the rows. Were a file changed between the two, the entry would have wrong rows for
             # ever.
-            if source_content(section, hashes) != key["content"]:
+            if source_content(section) != key["content"]:
                 raise InputError(
                     f"{section.path}: was changed while it was read. Run the same command again when nothing writes to "
                     "it."
@@ -117,10 +117,12 @@ def _make_entry(
             known = {str(Path(name).absolute()) for name, _ in key["content"]}
             if not known.issuperset(source.train.image_files + source.eval.image_files):
                 return source  # what is mapped stays mapped
-            files = {}
+            files, hashes = {}, {}
             for file in sorted(unfinished.glob("*.arrow")):
                 flush(file)
-                files[file.name] = {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+                stat, sha256 = file.stat(), file_sha256(file)
+                files[file.name] = {"bytes": stat.st_size, "sha256": sha256}
+                hashes[target / file.name] = file_stamp(stat), sha256
             # The record comes last and the directory is renamed when whole, so a kill leaves no entry that looks
             # finished.
             record = {
@@ -139,11 +141,11 @@ def _make_entry(
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         flush(target.parent)
-        hashes.add({target / n: (file_stamp((target / n).stat()), str(each["sha256"])) for n, each in files.items()})
+        ROWS.hashes.add(hashes)
     return source
 
 
-def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashIndex) -> dict[str, Any] | None:
+def _key_of(section: DataSection, encoder: Encoder | ImageEncoder) -> dict[str, Any] | None:
     """Everything that decides a source's rows, as JSON; None if they are not cached."""
     by_path = [source_files(section, path) for path, _ in source_paths(section)]
     files = [file for found in by_path for file in found or ()]
@@ -154,7 +156,7 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     names_images = section.format == "image" or images_of(encoder.tokenizer) is not None
     if names_images and suffixes.intersection(EXTENSIONS) - {".parquet"}:
         return None  # a text file names images: its content is not theirs
-    content, tokenizer_hash = source_content(section, hashes), encoder.sha256()
+    content, tokenizer_hash = source_content(section), encoder.sha256()
     if content is None or tokenizer_hash is None:
         return None
     no_keys = {*_NOT_OF_THE_ROWS, *plugins.added_keys(section)}
@@ -171,13 +173,13 @@ def _key_of(section: DataSection, encoder: Encoder | ImageEncoder, hashes: HashI
     }
 
 
-def source_content(section: DataSection, hashes: HashIndex) -> list[list[str]] | None:
+def source_content(section: DataSection) -> list[list[str]] | None:
     """Each file with its SHA-256, or each hub dataset with its fingerprint; None if a dataset has no fingerprint."""
     content: list[list[str]] = []
     for path, split in source_paths(section):
         files = source_files(section, path)
         if files is not None:
-            sha256_of = hashes.hashed(files, hashes.known(files), None)
+            sha256_of = ROWS.hashes.hashed(files, ROWS.hashes.known(files), None)
             content += [[str(file), sha256_of[file]] for file in files]
             continue
         dataset = load_hub(path, split, section.config_name, section.revision)

@@ -18,7 +18,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -539,11 +539,11 @@ def _content_place(
         return len(before), len(through) - len(behind)
     if not last["content"].strip():
         # The template writes less around nothing at all: what it shares with the other text at its end is behind it.
-        opening = _shared(through, before)
-        return opening, max(opening, len(through) - _shared(through[::-1], behind[::-1]))
+        opening = shared(through, before)
+        return opening, max(opening, len(through) - shared(through[::-1], behind[::-1]))
     return None
 
 
-def _shared(one: str, other: str) -> int:
-    """Length of the common prefix of two texts."""
+def shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """Length of the common prefix of two texts, or lists of tokens."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

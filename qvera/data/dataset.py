@@ -85,28 +85,21 @@ class Adapters:
 
     def warnings(self) -> list[str]:
         """Warnings to show before the first step."""
-        texts = (
-            (
-                self.without_rows,
-                "Adapters without a row after cutting, which are not trained: {}. Raise data.max_length, or change "
-                "data.too_long.",
-            ),
-            (self.without_held_out, "Adapters without held-out rows, which are trained but not scored: {}."),
-            (
-                self.only_held_out,
-                "Adapters with held-out rows alone, which nothing trains or scores: {}. Are these names the same in "
-                "data.path?",
-            ),
-        )
-        lines = []
-        for names, text in texts:
-            more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-            lines += [text.format(", ".join(map(repr, names[:_SHOWN])) + more)] if names else []
-        if self.similar:
-            groups = "; ".join(" and ".join(map(repr, group)) for group in self.similar[:_SHOWN])
-            more = f", and {len(self.similar) - _SHOWN:,} more groups" if len(self.similar) > _SHOWN else ""
-            lines.append(f"Names that are nearly the same, of different adapters: {groups}{more}.")
-        return lines
+        texts = {
+            "Adapters without a row after cutting, which are not trained: {}. Raise data.max_length, or change "
+            "data.too_long.": self.without_rows,
+            "Adapters without held-out rows, which are trained but not scored: {}.": self.without_held_out,
+            "Adapters with held-out rows alone, which nothing trains or scores: {}. Are these names the same in "
+            "data.path?": self.only_held_out,
+            "Names that are nearly the same, of different adapters: {}.": self.similar,
+        }
+        return [text.format(_listed(names)) for text, names in texts.items() if names]
+
+
+def _listed(names: Sequence[str | Sequence[str]]) -> str:
+    """The first names, or groups of names, as text."""
+    groups = [[each] if isinstance(each, str) else each for each in names]
+    return first_of([" and ".join(map(repr, group)) for group in groups], _SHOWN)
 
 
 def take_adapters(names: Sequence[str], train: Rows, held_out: Rows, holds_out: bool = False) -> Adapters:
@@ -151,14 +144,10 @@ class SourceStats:
     template: str
 
     @property
-    def template_text(self) -> str:
-        """The template's name for messages."""
-        return "the tokenizer's own" if self.template == OWN else self.template
-
-    @property
     def layout(self) -> str:
         """Format and template, for messages."""
-        return self.format + ("" if self.format in UNRENDERED else f", template: {self.template_text}")
+        template = "the tokenizer's own" if self.template == OWN else self.template
+        return self.format if self.format in UNRENDERED else f"{self.format}, template: {template}"
 
 
 @dataclass(slots=True)
@@ -201,9 +190,8 @@ class DataStats(RowCounts):
             return f"the loss covers {self.trained_tokens:,} of {self.tokens:,} tokens"
         if self.labels.is_regression:
             return "each row's label is a number"
-        counts = zip(self.labels.names, self.label_rows, strict=True)
-        shown = ", ".join(f"{name}: {count:,}" for name, count in itertools.islice(counts, 8))
-        return f"{len(self.labels.names)} classes ({shown}" + (", ...)" if len(self.labels.names) > 8 else ")")
+        counts = [f"{name}: {rows:,}" for name, rows in zip(self.labels.names, self.label_rows, strict=True)]
+        return f"{len(counts)} classes ({', '.join(counts[:8])}{', ...' * (len(counts) > 8)})"
 
     @property
     def format(self) -> str:
@@ -521,8 +509,7 @@ def data_warnings(stats: DataStats) -> list[str]:
             "max_target_length), or see data.too_long."
         )
     for reason, sources in stats.dropped.items():
-        shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
-        lines.append(f"Dropped, {reason}: {shown}")
+        lines.append(f"Dropped, {reason}: {first_of(sources, 3)}")
     if stats.adapters is not None:
         lines += stats.adapters.warnings()
     if stats.repeated_rows:
@@ -542,8 +529,9 @@ def data_warnings(stats: DataStats) -> list[str]:
             "data.eval_limit takes the first rows of a file; shuffle the file, or hold out more."
         )
     if stats.labels is not None and (similar := similar_names(stats.labels.names)):
-        shown = "; ".join(" and ".join(map(repr, group)) for group in similar[:3])
-        lines.append(f"Labels that differ only by case or spaces are classes of their own: {shown}. Is that meant?")
+        lines.append(
+            f"Labels that differ only by case or spaces are classes of their own: {_listed(similar)}. Is that meant?"
+        )
     names = stats.labels.names if stats.labels is not None else ()
     if any("," in name for name in names) and all(re.fullmatch(r"-?\d+(,\d+)?", name) for name in names):
         lines.append(

@@ -17,7 +17,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -325,10 +325,6 @@ class StoredImage:
         """The model's input, fp32 [3, height, width]."""
         assert isinstance(self.processor, ImageProcessor)  # `build_datasets` gives it to all rows
         return self.processor.pixels(self.open(), self.source, self.draw)
-
-    def drawn(self, draw: Draw) -> StoredImage:
-        """The same image, cropped and flipped at random."""
-        return replace(self, draw=draw)
 
 
 def pixel_batch(images: Sequence[StoredImage]) -> np.ndarray:

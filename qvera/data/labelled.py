@@ -39,7 +39,7 @@ class LabelledTokenizer(RowTokenizer):
 
     def empty_rows_message(self, sources: Sequence[str]) -> str:
         """See `RowTokenizer.empty_rows_message`."""
-        return f"{first_of(list(sources))}: the text is empty. Fill it in, or remove the row."
+        return f"{first_of(sources)}: the text is empty. Fill it in, or remove the row."
 
     def encode(self, rows: Sequence[LabelledRow]) -> tuple[list[Example], RowCounts]:
         """See `RowTokenizer.encode`."""

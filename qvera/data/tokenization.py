@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow as pa
 
 from qvera.config.sections import DataSection
-from qvera.data.chat_template import AnswerSpan, ChatTemplate
+from qvera.data.chat_template import AnswerSpan, ChatTemplate, shared
 from qvera.data.conversations import PREFERENCES, Conversation, RowFormat, Text, Turn, parse_row
 from qvera.data.images import StoredImage, images_of
 from qvera.data.readers import RawRow
 from qvera.data.rows import Example, record_batch
 from qvera.utils.errors import InputError
+from qvera.utils.formatting import counted, first_of
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -165,9 +166,7 @@ class Encoder:
         def tokens_before(at: int) -> int:
             if at >= len(text):
                 return len(ids)
-            prefix = self.tokenizer(text[:at], add_special_tokens=False)["input_ids"] if at else []
-            pairs = zip(prefix, ids, strict=False)
-            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            return shared(self.tokenizer(text[:at], add_special_tokens=False)["input_ids"], ids) if at else 0
 
         return [(tokens_before(header), tokens_before(start), tokens_before(end)) for header, start, end in answers]
 
@@ -336,12 +335,11 @@ class RowTokenizer:
 
     def empty_rows_message(self, sources: Sequence[str]) -> str:
         """The error text for rows without a token to train on."""
-        shown = ", ".join(sources[:5]) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")
         what = "its answer (or text) is empty" if len(sources) == 1 else "their answers (or texts) are empty"
         if self.section.train_on == "last" or self.row_format.name in ("messages", "sharegpt"):
             what += ", or there is no assistant turn to train"
-        rows = f"{len(sources)} row{'s' if len(sources) > 1 else ''}"
-        return f"{shown}: {rows} with no token to train on: {what}. Fill in or remove them."
+        rows = f"{first_of(sources, 5)}: {counted(len(sources), 'row')} with no token to train on"
+        return f"{rows}: {what}. Fill in or remove them."
 
     def _trained_turns(self, conversation: Conversation) -> list[int]:
         answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]

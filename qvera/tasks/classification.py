@@ -186,7 +186,8 @@ class ImageClassification(Classification):
         if data.augment == "none":
             return row
         assert row.image is not None
-        return dataclasses.replace(row, images=(row.image.drawn(Draw(data.seed, step, number)),))
+        drawn = dataclasses.replace(row.image, draw=Draw(data.seed, step, number))
+        return dataclasses.replace(row, images=(drawn,))
 
     def row_logits(self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Core = None) -> torch.Tensor:
         inner, device = causal_model(model), next(model.parameters()).device

@@ -101,7 +101,7 @@ _HOLLOW = [{"prompt": "p", "completion": "" if i % 2 else "c"} for i in range(60
             [{"messages": [*messages_of("x"), {"role": "assistant", "content": "y", "weight": 0}]}],
             "no token to train on",
         ),
-        (_HOLLOW, r":2, .*:4, .*:6, .*:8, .*:10 and 295 more: 300 rows"),
+        (_HOLLOW, r":2, .*:4, .*:6, .*:8, .*:10 \(and 295 more\): 300 rows"),
     ],
     ids=["empty", "blank", "text", "no answer", "untrained", "many"],
 )
