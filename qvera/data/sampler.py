@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -137,13 +136,18 @@ class Batches:
     def passes(self, rows: Sequence[int], rank: int = 0, world_size: int = 1) -> list[list[int]]:
         """The forward passes of one rank over a global batch.
 
-        Each rank gets a run of consecutive rows; the runs differ by one row at most. All ranks get equally many passes,
-        because some walk through the layers together. A pass without rows is ``[]``.
+        Each rank gets its `share_of` the rows. All ranks get equally many passes, because some walk through the layers
+        together. A pass without rows is ``[]``.
         """
-        share, more = divmod(len(rows), world_size)
-        starts = [each * share + min(each, more) for each in range(world_size + 1)]
-        shares = [self.cut(rows[low:high]) for low, high in itertools.pairwise(starts)]
+        shares = [self.cut(share_of(rows, each, world_size)) for each in range(world_size)]
         return shares[rank] + [[] for _ in range(max(map(len, shares)) - len(shares[rank]))]
+
+
+def share_of(rows: Sequence[Row], rank: int, world_size: int) -> Sequence[Row]:
+    """A rank's run of consecutive rows. The runs of the ranks differ by one row at most."""
+    share, more = divmod(len(rows), world_size)
+    start = rank * share + min(rank, more)
+    return rows[start : start + share + (rank < more)]
 
 
 def microbatches(indices: Sequence[Row], size: int) -> Iterator[list[Row]]:

@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ import torch
 
 from qvera.adapters.hooks import TrainingHook
 from qvera.data import Example, microbatches
+from qvera.data.sampler import share_of
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.generate import end_tokens, generate_tokens
 from qvera.models import forward
@@ -79,9 +81,10 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
                 "rewards.py:score."
             )
         if path not in modules:
-            modules[path] = ModuleType(path.stem)
+            # among all modules, where dataclasses look for the names in their annotations
+            modules[path] = sys.modules[str(path)] = ModuleType(str(path))
             try:
-                SourceFileLoader(path.stem, str(path)).exec_module(modules[path])
+                SourceFileLoader(str(path), str(path)).exec_module(modules[path])
             except (Exception, SystemExit) as error:
                 raise InputError(
                     f"training.reward: {path} can't be imported: {type(error).__name__}: {first_line(error)}"
@@ -154,10 +157,8 @@ class Rewards(CausalLM, TrainingHook):
         """Return the answers that this step trains on. Their rewards become its metrics."""
         training, datasets = self.training, self.datasets
         if (step - 1) % training.updates_per_answers == 0 or not self._kept:
-            # each rank answers a run of consecutive prompts, `group_size` times each
-            share, more = divmod(len(rows), group.world_size)
-            start = group.rank * share + min(group.rank, more)
-            own = rows[start : start + share + (group.rank < more)]
+            # each prompt is answered `group_size` times
+            own = share_of(rows, group.rank, group.world_size)
             numbers = [row for row in own for _ in range(training.group_size)]
             prompts = [datasets.train[row] for row in numbers]
             # by step and rank, so that a resumed run draws the same answers

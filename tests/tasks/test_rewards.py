@@ -224,6 +224,9 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
     (tmp_path / "two.py").write_text("def score(prompt, answer):\n    return 1.0\n")
     with pytest.raises(InputError, match="score in .* is called with the prompt, the answer and the row: too many"):
         load_rewards(f"{tmp_path}/two.py:score")
+    lines = "from __future__ import annotations", "import dataclasses as d", "@d.dataclass", "class A: x: int = 1"
+    (tmp_path / "own.py").write_text("\n".join([*lines, "def score(prompt, answer, row): return A().x"]))
+    assert load_rewards(f"{tmp_path}/own.py:score")[0].score("", "", {}) == 1
     (tmp_path / "bad.py").write_text("import nothing_of_this_name")
     (tmp_path / "ends.py").write_text("raise SystemExit(3)")
     for reward, message in (
