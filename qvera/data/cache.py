@@ -39,8 +39,7 @@ WORTH_BYTES = 256 * 1024
 """Smaller local files are tokenized in less than a second, so they get no entry."""
 _NOT_OF_THE_ROWS = (
     *("mixture", "weight", "shuffle", "prefix_once", "packing", "group_by_length", "tokenize_processes"),
-    "max_row_characters",
-    *("adapter_column", "regression", "rows_per_label"),
+    *("max_row_characters", "augment", "adapter_column", "regression", "rows_per_label"),
 )
 """These keys decide how rows are used, not what they are. Any other key, also a new one, makes another entry."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")

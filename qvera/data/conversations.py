@@ -224,7 +224,8 @@ def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_n
     """
     cells = _Cells(row, format, system, label_names)
     parsed = FORMATS[format.name].parse(cells)
-    calls = [turn.extra.get("tool_calls") for turn in parsed.turns] if isinstance(parsed, Conversation) else []
+    turns = [*parsed.turns, parsed.rejected] if isinstance(parsed, Conversation) else []
+    calls = [turn.extra.get("tool_calls") for turn in turns if turn is not None]
     for call in (call for each in calls if isinstance(each, list) for call in each):
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and not isinstance(function["arguments"], dict):

@@ -85,7 +85,7 @@ class Adapters:
 
     def warnings(self) -> list[str]:
         """Warnings to show before the first step."""
-        texts = {
+        texts: dict[str, Sequence[str | Sequence[str]]] = {
             "Adapters without a row after cutting, which are not trained: {}. Raise data.max_length, or change "
             "data.too_long.": self.without_rows,
             "Adapters without held-out rows, which are trained but not scored: {}.": self.without_held_out,
@@ -399,15 +399,15 @@ def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
     return np.concatenate([np.tile(np.arange(count), passes), chosen])
 
 
-def length_histogram(lengths: np.ndarray, bins: int = 10) -> tuple[list[int], list[int]]:
-    """At most ``bins`` intervals of equal, round width that cover ``lengths``.
+def length_histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
+    """At most ten intervals of equal, round width that cover ``lengths``.
 
     Returns:
         edges [k + 1] and counts [k]. Only the last interval includes its right edge.
     """
     low, high = int(lengths.min()), int(lengths.max())
     round_widths = (factor * 10**power for power in itertools.count() for factor in (1, 2, 5))
-    width = next(w for w in round_widths if low // w * w + bins * w > high)
+    width = next(w for w in round_widths if low // w * w + 10 * w > high)
     edges = list(range(low // width * width, (high // width + 2) * width, width))
     counts, _ = np.histogram(lengths, bins=edges)
     return edges, counts.tolist()

@@ -98,9 +98,7 @@ def read_rows(
 
 
 def read_file(
-    file: Path,
-    reader: Callable[[Path], Iterator[RawRow]] | None = None,
-    most_characters: int = MOST_ROW_CHARACTERS,
+    file: Path, reader: Callable[[Path], Iterator[RawRow]] | None = None, most_characters: int = MOST_ROW_CHARACTERS
 ) -> Iterator[RawRow]:
     """Yield the rows of one file. Raises as `read_rows`.
 

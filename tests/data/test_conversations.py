@@ -166,6 +166,8 @@ def test_a_call_that_is_none_is_named() -> None:
     turns = [USER, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "arguments": "{team: bug}"}]}]
     with pytest.raises(InputError, match=r"the arguments of a call of 'f' must be a JSON object .*, got .*Fix the row"):
         parse({"messages": turns})
+    with pytest.raises(InputError, match=r"the arguments of a call of 'f' must be a JSON object"):
+        parse({"prompt": "hi", "chosen": [ASSISTANT], "rejected": turns[1:]}, format="preference")
     assert read_messages(turns, "a request")[1].extra["tool_calls"], (
         "what another model has called is no row to train on"
     )
