@@ -242,7 +242,7 @@ def hold_dense(model: nn.Module) -> None:
 def row_scores(model: Any, task: Any, rows: Any, datasets: Any) -> dict[str, np.ndarray]:
     """``loss`` (mean of a row's targets) and ``targets`` of each row, and of classes whether they are ``right``."""
     if datasets.labels is not None:
-        logits = task.held_out_logits(model, rows, datasets.pad_id, task.training.per_device_eval_batch_size)
+        logits = task.held_out_logits(model, rows)
         wanted = torch.from_numpy(datasets.labels.targets(rows))
         loss, right = F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(1) == wanted
         return {"loss": loss.numpy(), "targets": np.ones(len(rows)), "right": right.numpy()}
@@ -271,7 +271,7 @@ def do(trial: Trial, data: Path, bases: dict[str, str]) -> dict[str, Any]:
             of_base = {"attn_implementation": "sdpa", "compute_dtype": "bfloat16"}
         recipe = recipe.replace(model=recipe.model.replace(**of_base))
         task = task_of(recipe)
-        datasets = build_datasets(recipe.data, load_tokenizer(recipe.model))
+        task.datasets = datasets = build_datasets(recipe.data, load_tokenizer(recipe.model))
         model_class = task.model_class(datasets)
         base = load_base(recipe.model, model_class=model_class)
         hold_dense(base.model)

@@ -101,11 +101,9 @@ def evaluate(
 
     from qvera.evaluation.load import find_target, require_comparable
     from qvera.tasks.evaluate import evaluate as evaluate_target
-    from qvera.tasks.evaluate import refuse_base_of_labels
 
     target = find_target(run, recipe, name=adapter, needs_name=not base)
     if target.model_class.has_own_head:
-        refuse_base_of_labels(target, {"--base": base, "--with-base": with_base and judging is None})
         for_text = {"--no-generation": no_generation, "--html": html is not None, "--judge": judge is not None}
         for name, is_given in {**for_answers, **for_text}.items():
             if is_given:
@@ -172,7 +170,7 @@ def _judge_of(
     if no_generation:
         raise InputError("--judge: compares answers, and --no-generation asks for none; drop one of them.")
 
-    from qvera.evaluation.judge import Judge, JudgePrompt
+    from qvera.evaluation.judge import Judge, read_prompt
     from qvera.serve.client import ServerClient, server_url
 
     if (address := server_url(Path(url))) is None:
@@ -183,7 +181,7 @@ def _judge_of(
             f"--judge-against {against}: takes `base`, `reference`, or a file that `qvera eval --predictions` "
             "wrote, and there is no such file."
         )
-    text = JudgePrompt.read(prompt)
+    text = read_prompt(prompt)
     client = ServerClient.at(address)
     picked = client.pick_judge(model)
 

@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,42 +47,29 @@ class Verdict(NamedTuple):
     scores: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True)
-class JudgePrompt:
-    """The text for a judge, with the places ``{question}``, ``{answer_a}``, ``{answer_b}`` and ``{reference}``."""
+def read_prompt(path: Path | None = None) -> str:
+    """Read what a judge is asked from a file, or our own. InputError: the file can't be read, or lacks a place."""
+    try:
+        text = (path or Path(__file__).with_name("judge_prompt.txt")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--judge-prompt {path}: can't be read as UTF-8 text: {error}.") from None
+    found = {match[1] for match in _PLACES.finditer(text)}
+    if missing := [f"{{{name}}}" for name in _NEEDED if name not in found]:
+        raise InputError(
+            f"--judge-prompt {path}: has no place for {', '.join(missing)}. A judge's prompt has {{question}}, "
+            "{answer_a}, {answer_b} and, if you like, {reference}, and asks for a last line such as [[7, 4]] (the "
+            "scores of A and B) or [[A]], [[B]] or [[C]] (a tie)."
+        )
+    return text
 
-    text: str
 
-    @classmethod
-    def read(cls, path: Path | None = None) -> JudgePrompt:
-        """Read a file, or our own prompt. InputError: the file can't be read, or lacks a place."""
-        if path is None:
-            return cls(files("qvera.evaluation").joinpath("judge_prompt.txt").read_text(encoding="utf-8"))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--judge-prompt {path}: can't be read as UTF-8 text: {error}.") from None
-        found = {match[1] for match in _PLACES.finditer(text)}
-        if missing := [f"{{{name}}}" for name in _NEEDED if name not in found]:
-            raise InputError(
-                f"--judge-prompt {path}: has no place for {', '.join(missing)}. A judge's prompt has {{question}}, "
-                "{answer_a}, {answer_b} and, if you like, {reference}, and asks for a last line such as [[7, 4]] (the "
-                "scores of A and B) or [[A]], [[B]] or [[C]] (a tie)."
-            )
-        return cls(text)
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the text, which tells one prompt from another."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-    def filled(self, pair: Pair, swapped: bool) -> str:
-        """Fill in a pair. ``swapped``: its answer is B, and the other one is A."""
-        first, second = (pair.other, pair.answer) if swapped else (pair.answer, pair.other)
-        values = {"question": pair.question, "answer_a": first, "answer_b": second}
-        values["reference"] = "\n\n".join(pair.references) or "(none)"
-        # in one pass, so that a {place} inside an answer stays as it is
-        return _PLACES.sub(lambda place: values[place[1]].strip(), self.text)
+def filled(prompt: str, pair: Pair, swapped: bool) -> str:
+    """Fill a pair into the places of a prompt. ``swapped``: its answer is B, and the other one is A."""
+    first, second = (pair.other, pair.answer) if swapped else (pair.answer, pair.other)
+    values = {"question": pair.question, "answer_a": first, "answer_b": second}
+    values["reference"] = "\n\n".join(pair.references) or "(none)"
+    # in one pass, so that a {place} inside an answer stays as it is
+    return _PLACES.sub(lambda place: values[place[1]].strip(), prompt)
 
 
 def read_verdict(reply: str) -> Verdict | None:
@@ -100,7 +86,7 @@ def read_verdict(reply: str) -> Verdict | None:
 
 def judge_pairs(
     pairs: Sequence[Pair],
-    prompt: JudgePrompt,
+    prompt: str,
     ask: Callable[[str], str],
     at_once: int = 8,
     progress: Callable[[int], None] | None = None,
@@ -115,7 +101,7 @@ def judge_pairs(
         neither, None: no verdict), and ``replies``.
     """
     asked = [number for number, pair in enumerate(pairs) if pair.answer.strip() != pair.other.strip()]
-    prompts = [prompt.filled(pairs[number], swapped) for number in asked for swapped in (False, True)]
+    prompts = [filled(prompt, pairs[number], swapped) for number in asked for swapped in (False, True)]
     replies: list[str] = []
     executor = ThreadPoolExecutor(at_once, thread_name_prefix="judge")
     try:
@@ -186,7 +172,7 @@ class Judge:
     server: str
     model: str
     against: str  # ``base``, ``reference``, or a file that ``qvera eval --predictions`` wrote
-    prompt: JudgePrompt
+    prompt: str
 
     def others(self, prompts: Sequence[EvalPrompt]) -> list[str] | None:
         """Return the answers to compare with; None for the base's, which come later. InputError: one does not fit."""
@@ -224,7 +210,7 @@ class Judge:
         for row, found in zip(answers, judged, strict=True):
             row["judge"] = found
         about = {"server": self.server, "model": self.model, "against": self.against}
-        return {**about, "prompt_sha256": self.prompt.sha256, **summary_of(judged)}
+        return {**about, "prompt_sha256": hashlib.sha256(self.prompt.encode()).hexdigest(), **summary_of(judged)}
 
 
 def other_answers(path: Path, examples: Sequence[Example]) -> list[str]:

@@ -26,7 +26,7 @@ def task_of(recipe: Recipe) -> Task:
     return _OBJECTIVES.get(recipe.training.objective, _TASKS[recipe.task])(recipe)
 
 
-def classification_of(model_class: ModelClass) -> Classification:
-    """Return the classification whose models are of this class. It has no recipe."""
+def classification_of(model_class: ModelClass, recipe: Recipe | None) -> Classification:
+    """Return the classification whose models are of this class."""
     kinds = (SequenceClassification, ImageClassification)
-    return next(kind() for kind in kinds if kind.exported_class.auto == model_class.auto)
+    return next(kind(recipe) for kind in kinds if kind.exported_class.auto == model_class.auto)

@@ -76,8 +76,7 @@ class Classification(Task):
     ) -> dict[str, Any]:
         """Score the rows by their mean loss and the scores of `qvera.evaluation.metrics`."""
         started, labels = time.perf_counter(), self._labels
-        batch_size = self.training.per_device_eval_batch_size
-        logits = self.held_out_logits(model, rows, self.datasets.pad_id, batch_size, group, progress)
+        logits = self.held_out_logits(model, rows, group, progress)
         scores = label_scores(logits, rows, labels)
         if self.own_metrics:
             found = predictions(logits, rows, labels)
@@ -92,20 +91,15 @@ class Classification(Task):
         return self.row_logits(model, rows, pad_id).cpu(), torch.from_numpy(labels.targets(rows))
 
     def held_out_logits(
-        self,
-        model: nn.Module,
-        rows: Sequence[Example],
-        pad_id: int,
-        batch_size: int,
-        group: Group = ALONE,
-        progress: Progress = None,
+        self, model: nn.Module, rows: Sequence[Example], group: Group = ALONE, progress: Progress = None
     ) -> torch.Tensor:
         """Return the logits of all rows, fp32 [rows, outputs] on the CPU. Ranks share the rows; all get the result."""
 
         def compute(numbers: list[int]) -> torch.Tensor:
-            return self.row_logits(model, [rows[i] for i in numbers], pad_id)
+            return self.row_logits(model, [rows[i] for i in numbers], self.datasets.pad_id)
 
-        found = over_held_out(model, rows, compute, batch_size, self.too_large, progress, group)
+        size = self.training.per_device_eval_batch_size
+        found = over_held_out(model, rows, compute, size, self.too_large, progress, group)
         mine = [(numbers, logits.float().cpu()) for numbers, logits in found]
         # a rank without rows does not know how many outputs the model has
         outputs = max(group.gather(mine[0][1].shape[1] if mine else 0))

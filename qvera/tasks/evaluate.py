@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from qvera.config.sections import DataSection
 from qvera.data import Datasets, Rows, build_datasets, lengths_of
 from qvera.data.conversations import FORMATS, LABELLED, MissingColumn, UnknownFormat
 from qvera.data.images import thumbnail_uris
+from qvera.data.readers import local_files
 from qvera.data.source import hub_datasets, raw_rows, survey
 from qvera.evaluation.held_out import longer_references, prompts_of, score_model, scoring
 from qvera.evaluation.load import (
@@ -97,7 +98,12 @@ def evaluate(
             f"{target.path}: is {what}, and the recipe's task is {target.recipe.task}. Name one of its task."
         )
     if is_classifier:
-        refuse_base_of_labels(target, {"base": base_alone, "with_base": with_base})
+        for option, is_given in (("--base", base_alone), ("--with-base", with_base)):
+            if is_given:
+                raise InputError(
+                    f"{option}: {target.path} is a classifier, and its base has no head that was trained for these "
+                    "labels. Leave it out; run.json has the scores from before training."
+                )
         return _evaluate_labels(target, rows, limit, opened, console)
     chosen = text_metrics(metrics) if answers else []
     if base_alone or with_base:
@@ -189,15 +195,6 @@ def evaluate(
     return document
 
 
-def refuse_base_of_labels(target: Artifact, asked: Mapping[str, bool]) -> None:
-    """Raise InputError where a classifier's base shall be scored. ``asked``: by the name of the option or argument."""
-    for name in (name for name, is_given in asked.items() if is_given):
-        raise InputError(
-            f"{name}: {target.path} is a classifier, and its base has no head that was trained for these labels. Leave "
-            "it out; run.json has the scores from before training."
-        )
-
-
 def _open(target: Artifact, opened: Callable[[], OpenRun] | None, console: Console, *, adapter: bool = True) -> OpenRun:
     if opened is not None:
         return opened()
@@ -237,7 +234,7 @@ def _evaluate_labels(
     target: Artifact, rows: str | None, limit: int | None, opened: Callable[[], OpenRun] | None, console: Console
 ) -> dict[str, Any]:
     """Score a classifier. The document's ``answers`` are its predictions."""
-    task = classification_of(target.model_class)
+    task = classification_of(target.model_class, target.recipe)
     require_scorers(task.name)
     section = _data_section(target, rows, limit, {"format": task.row_format})
     has_labels = section.columns.get("label") != ""
@@ -248,15 +245,9 @@ def _evaluate_labels(
     datasets = build_datasets(section, model.base.tokenizer, console, labels=labels)
     examples = _rows_to_score(target, rows, datasets, model, console)[:limit]
     require_positions(model.model, lengths_of(examples))
-    batch_size = target.recipe.training.per_device_eval_batch_size if target.recipe else 4
+    task.prepare(model.model, model.base.tokenizer, datasets)
     with Phase(console, "scoring", len(examples)) as show, scoring(model.model):
-        logits = task.held_out_logits(
-            model.model,
-            examples,
-            datasets.pad_id,
-            batch_size,
-            progress=show,
-        )
+        logits = task.held_out_logits(model.model, examples, progress=show)
     scores: dict[str, Any] = {"rows": len(examples)}
     if has_labels:
         scores = {**label_scores(logits, examples, labels), "scored_rows": len(examples)}
@@ -312,8 +303,9 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
     else:
         section = recipe.data.replace(
             path=data,
-            config_name=None,  # of the recipe's own source, like its revision
+            config_name=None,  # of the recipe's own source, like its revision and its split
             revision=None,
+            split=recipe.data.split if local_files(data) is None else DataSection.model_fields["split"].default,
             template=template_name(recipe, target.run),
             adapter_column=None,
             adapter_files=False,

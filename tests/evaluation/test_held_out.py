@@ -116,6 +116,7 @@ def test_rows_that_changed_since_the_training_are_told(
 def test_rows_of_a_file_may_have_another_format_than_those_that_trained(run: Path, tmp_path: Path) -> None:
     recipe, rows = yaml.safe_load((run / "recipe.yaml").read_text()), tmp_path / "chats.jsonl"
     recipe["data"]["format"] = "prompt-completion"  # as `qvera init` writes it
+    recipe["data"] |= {"path": "somebody/rows", "split": "train_sft"}  # a hub dataset's split, which no file has
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     turns = [{"role": "user", "content": "say red 1"}, {"role": "assistant", "content": "red red"}]
     rows.write_text(json.dumps({"messages": turns}) + "\n")

@@ -13,12 +13,12 @@ import pytest
 
 from qvera.cli.main import main
 from qvera.data import Example
-from qvera.evaluation import held_out
-from qvera.evaluation.judge import JudgePrompt, Pair, judge_pairs, other_answers, read_verdict, summary_of
+from qvera.evaluation.judge import Pair, filled, judge_pairs, other_answers, read_prompt, read_verdict, summary_of
+from qvera.tasks import evaluate
 from qvera.utils.errors import InputError, RunFailed
 from tests.evaluation.judges import serving
 
-PROMPT = JudgePrompt("Q {question} R {reference} A <a>{answer_a}</a> B <b>{answer_b}</b>")
+PROMPT = "Q {question} R {reference} A <a>{answer_a}</a> B <b>{answer_b}</b>"
 
 
 def longest_wins(prompt: str) -> str:
@@ -97,12 +97,13 @@ def test_an_error_ends_the_judging() -> None:
 
 
 def test_a_prompt_has_its_places_and_none_in_what_an_answer_contains(tmp_path: Path) -> None:
-    filled = PROMPT.filled(Pair("{answer_b}", "{question}", "{x} {reference}", ["right", "also"]), swapped=True)
-    assert filled == "Q {answer_b} R right\n\nalso A <a>{x} {reference}</a> B <b>{question}</b>"
+    pair = Pair("{answer_b}", "{question}", "{x} {reference}", ["right", "also"])
+    text = filled(PROMPT, pair, swapped=True)
+    assert text == "Q {answer_b} R right\n\nalso A <a>{x} {reference}</a> B <b>{question}</b>"
     (tmp_path / "p.txt").write_text("{question} {answer_a}")
     with pytest.raises(InputError, match=r"has no place for \{answer_b\}"):
-        JudgePrompt.read(tmp_path / "p.txt")
-    places = set(re.findall(r"\{\w+\}", JudgePrompt.read().text))
+        read_prompt(tmp_path / "p.txt")
+    places = set(re.findall(r"\{\w+\}", read_prompt()))
     assert {"{question}", "{answer_a}", "{answer_b}", "{reference}"} <= places
 
 
@@ -111,7 +112,7 @@ def test_eval_has_a_server_judge_the_answers(
     trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt_file = tmp_path / "judge.txt"
-    prompt_file.write_text(PROMPT.text)
+    prompt_file.write_text(PROMPT)
     files = [tmp_path / name for name in ("scores.json", "page.html", "answers.jsonl")]
     with serving(longest_wins) as server:
         ask = ["eval", str(trained_run), "--max-new-tokens", "4", "--judge", server.url]
@@ -122,7 +123,7 @@ def test_eval_has_a_server_judge_the_answers(
         assert main([*ask, "--json", str(tmp_path / "base.json")]) == 0
         short = tmp_path / "short.jsonl"
         short.write_text(files[2].read_text().partition("\n")[0] + "\n")
-        monkeypatch.setattr(held_out, "score_model", lambda *_, **__: pytest.fail("nothing is answered in vain"))
+        monkeypatch.setattr(evaluate, "score_model", lambda *_, **__: pytest.fail("nothing is answered in vain"))
         assert main([*ask, "--judge-against", str(short)]) == 2
     document, again, base = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("scores", "again", "base"))
     rows, summary = document["answers"], document["judge"]

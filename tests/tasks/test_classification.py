@@ -61,9 +61,10 @@ def rows_of(opened: OpenRun) -> Datasets:
 
 def logits(opened: OpenRun) -> torch.Tensor:
     """Of the held-out rows, in their order, whatever batches their lengths make."""
-    rows = rows_of(opened)
+    task, rows = SequenceClassification(opened.target.recipe), rows_of(opened)
+    task.prepare(opened.model, opened.base.tokenizer, rows)
     with torch.no_grad():
-        return SequenceClassification().held_out_logits(opened.model, list(rows.eval), rows.pad_id, 5)
+        return task.held_out_logits(opened.model, list(rows.eval))
 
 
 def plain_logits(model: Any, rows: Datasets) -> torch.Tensor:
@@ -360,7 +361,7 @@ def test_labels_that_differ_only_by_case_or_spaces_are_told(classify: Any, tmp_p
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     section = classify(data={"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.0}).data
     found = "\n".join(data_warnings(build_datasets(section, word_tokenizer()).stats))
-    assert "classes of their own: 'Yes' and 'yes'; 'no' and 'no '. Is that meant?" in found
+    assert "classes of their own: 'Yes' and 'yes', 'no' and 'no '. Is that meant?" in found
     for row, label in zip(rows, ["1,5", "2", "2,5", "-3", "1,5"], strict=True):
         row["label"] = label
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
