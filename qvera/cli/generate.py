@@ -145,7 +145,7 @@ def generate(
                     [questions[number][0] for number in left],
                     adapter=None if root is None else [questions[number][1] for number in left],
                     max_new_tokens=max_new_tokens,
-                    seed=seed + len(answers.found),  # what was drawn for others is not drawn again
+                    seed=(seed + len(answers.found)) % 2**64,  # what was drawn for others is not drawn again
                     batch_size=batch_size,
                     on_answer=keep,
                     **sampling,
@@ -449,7 +449,7 @@ def _talk(first: list[Turn], seed: int, answer: Answer) -> None:
         elif word:
             turns.append(Turn("user", text))
             try:
-                turns.append(Turn("assistant", answer(first + turns, seed + len(turns))))
+                turns.append(Turn("assistant", answer(first + turns, (seed + len(turns)) % 2**64)))
             except (QveraError, KeyboardInterrupt) as error:
                 if not sys.stdin.isatty():
                     raise

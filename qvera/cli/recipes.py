@@ -408,6 +408,7 @@ def plan(
 
     from qvera.adapters.save_load import check_start
     from qvera.data import build_datasets, planned_steps
+    from qvera.data.source import hub_datasets
     from qvera.distributed.zero import zero_config_of
     from qvera.models.tokenizer import load_processor
     from qvera.tasks import task_of
@@ -422,7 +423,8 @@ def plan(
     several = nodes is not None or gpus is not None
     sharing = Sharing.of(zero_config_of(loaded), nodes or 1, gpus or 1)
     data = None  # the rows, if they and the tokenizer are local: a plan must not wait for a download
-    if Path(resolve_path(loaded.data.path)).exists() and Path(resolve_path(loaded.model.path)).is_dir():
+    is_here = Path(resolve_path(loaded.data.path)).exists() and Path(resolve_path(loaded.model.path)).is_dir()
+    if is_here and not hub_datasets(loaded.data):
         try:
             tokenizer = load_processor(loaded.model, task_of(loaded).exported_class)
         except InputError:  # without one, the longest batch is that of data.max_length

@@ -251,7 +251,7 @@ def test_answers_on_a_full_disk_are_kept_and_the_message_says_where(
 def test_chat_reads_messages_until_the_end(trained_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO("say red 1\n/reset\n/foo bar\nsay blue 2\n/quit\nnever read\n"))
-    assert main(["chat", str(trained_run), "--max-new-tokens", "4"]) == 0
+    assert main(["chat", str(trained_run), "--max-new-tokens", "4", "--seed", str(2**64 - 1)]) == 0
     said = capsys.readouterr()
     assert said.out.strip()
     assert "/foo: unknown command; expected /reset or /quit." in said.err

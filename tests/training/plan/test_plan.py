@@ -223,6 +223,9 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
     said = " ".join(capsys.readouterr().out.split())
     assert "Does not fit" in said
     assert """--set 'adapter.targets=["q_proj", "v_proj"]'""" in said
+    assert main(["plan", recipe, "--gpu", "24GB", "--set", "data.mixture=[{path: somebody/rows}]"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the longest batch of the data" not in said, "a part of it is on the hub, which a plan does not wait for"
 
 
 @pytest.mark.parametrize(
