@@ -138,25 +138,24 @@ def merge_adapters(
     import torch
 
     from qvera.adapters.adapter_file import read_config
-    from qvera.evaluation.load import find_adapter
+    from qvera.evaluation.load import find_target, require_adapter
     from qvera.exporting.deltas import read_deltas
     from qvera.exporting.export import require_no_added_tokens
     from qvera.exporting.lora import in_every_place, write_lora
     from qvera.exporting.sums import same_directions, stacked_factors, union, weighted_sum, write_vectors
     from qvera.models.model_class import CAUSAL_LM, empty_model
 
-    found = [find_adapter(adapters[0], name) for name in names] or [find_adapter(path) for path in adapters]
+    found = [find_target(adapters[0], name=name) for name in names] or [find_target(path) for path in adapters]
+    directories = [require_adapter(target) for target in found]
+    configs = [read_config(directory) for directory in directories]
     require_empty(out)
-    _require_one_base(found)
-    classes = []
-    for _, directory in found:
-        config = read_config(directory)
+    _require_one_base(found, [getattr(config, "base_fingerprint", None) for config in configs])
+    for directory, config in zip(directories, configs, strict=True):
         require_no_added_tokens(config, directory, "merge-adapters")
-        classes.append(getattr(config, "model_class", CAUSAL_LM))
-        if classes[-1].has_own_head:
+        if getattr(config, "model_class", CAUSAL_LM).has_own_head:
             raise InputError(f"{directory}: has a classification head, and heads can't be added. Export it alone.")
-    model = empty_model(found[0][0].section, None, classes[0])
-    deltas = [read_deltas(directory, model, target.section) for target, directory in found]
+    model = empty_model(found[0].section)
+    deltas = [read_deltas(require_adapter(target), model, target.section) for target in found]
     factors = weights or [1.0 / len(deltas)] * len(deltas)
     if wrong := [weight for weight in factors if not math.isfinite(weight)]:
         raise InputError(f"--weights: expected numbers, got {wrong[0]:g}.")
@@ -170,7 +169,7 @@ def merge_adapters(
             raise InputError("--rank: goes with --to lora only.")
         if dtype is not None:
             raise InputError("--dtype: a QVERA adapter is written in float32. Leave it out, or add --to lora.")
-        write_vectors(found[0][1], weighted_sum(deltas, factors), out, template)
+        write_vectors(directories[0], weighted_sum(deltas, factors), out, template)
         print(f"{counted(len(deltas), 'adapter')}, weights {', '.join(f'{w:g}' for w in factors)}: exact, in {out}")
         return
     deltas = [in_every_place(adapter, model) for adapter in deltas]
@@ -181,11 +180,11 @@ def merge_adapters(
     write_lora(union(deltas), out, getattr(torch, dtype or "float32"), rank, stacked, template, print)
 
 
-def _template(found: list[tuple[Artifact, Path]]) -> str | None:
+def _template(found: list[Artifact]) -> str | None:
     """The chat template for a sum: that of all its adapters, unless it is the base's own."""
     from qvera.exporting.export import chat_of
 
-    of_runs = {target.run or adapter: target for target, adapter in found}  # a run's adapters share one
+    of_runs = {target.run or target.adapter: target for target in found}  # a run's adapters share one
     templates = {chat_of(target).beside for target in of_runs.values()}
     if len(templates) > 1:
         print("The adapters were trained with different chat templates, so none is written beside their sum.")
@@ -193,13 +192,11 @@ def _template(found: list[tuple[Artifact, Path]]) -> str | None:
     return templates.pop()
 
 
-def _require_one_base(found: list[tuple[Artifact, Path]]) -> None:
-    """Compares bases by content if all adapters know it, else by name."""
-    from qvera.adapters.adapter_file import read_config
+def _require_one_base(found: list[Artifact], prints: list[str | None]) -> None:
+    """Compares bases by content (``prints``, their fingerprints) if all adapters know it, else by name."""
     from qvera.adapters.save_load import portable_name
 
-    names = [portable_name(target.section.path) for target, _ in found]
-    prints = [getattr(read_config(path), "base_fingerprint", None) for _, path in found]
+    names = [portable_name(target.section.path) for target in found]
     if all(prints):
         different = any(not same_base(prints[0], other) for other in prints)
     else:

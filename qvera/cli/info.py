@@ -55,7 +55,7 @@ def _print_adapters(path: Path, adapters: list[dict[str, Any]]) -> None:
     from qvera.evaluation.report.read import entries_of
 
     entries = entries_of({"adapters": adapters})
-    shown = entries if len(entries) <= MAX_ADAPTERS else sorted(entries, key=lambda one: not one.is_flagged)
+    shown = entries if len(entries) <= MAX_ADAPTERS else sorted(entries, key=lambda one: not one.remarks)
     shown, dash, rows = shown[:MAX_ADAPTERS], formatting.text_or_dash, []
     for one in shown:
         counts = [dash(value, formatting.count) for value in (one.rows, one.eval_rows, one.steps)]

@@ -82,8 +82,7 @@ def serve(
         ),
     ] = None,
     tinker: Annotated[
-        bool,
-        flag("--tinker", "With --training-dir: Tinker's API below /api/v1; clients train by loops of their own."),
+        bool, flag("--tinker", "With --training-dir: Tinker's API below /api/v1; clients train by loops of their own.")
     ] = False,
     max_rank: Annotated[int, number("With --tinker: most rank of LoRA.")] = _MAX_RANK,
     max_file_bytes: Annotated[int, number("Largest uploaded file.")] = DEFAULTS.file_bytes,
@@ -125,10 +124,7 @@ def serve(
         raise InputError("--batch-invariant needs continuous batches: leave out --engine static.")
     if tinker and training_dir is None:
         raise InputError("--tinker: keeps what is trained in a directory; name one with --training-dir DIR.")
-    idle = {
-        "--train-at-once": train_at_once != _TRAIN_AT_ONCE,
-        "--training-share": training_share is not None,
-    }
+    idle = {"--train-at-once": train_at_once != _TRAIN_AT_ONCE, "--training-share": training_share is not None}
     for switch, is_on, options in (
         ("--training-dir", training_dir is not None, idle),
         ("--tinker", tinker, {"--max-rank": max_rank != _MAX_RANK}),

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,7 +176,7 @@ def print_result(run_dir: Path, run: dict[str, Any]) -> None:
     result, adapter = run["result"], run["adapter"]
     before, after = result.get("eval_before"), result.get("eval_after")
     if "adapters" in run:
-        _print_adapters(run_dir, run["adapters"])
+        _print_adapters(run_dir, run)
     else:
         if before and after:
             losses = (formatting.text_or_dash(one["loss"], "{:.4f}".format) for one in (before, after))
@@ -252,20 +253,15 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
     return f"{change}. Look for a better rate: {find}   Or add rows or steps."
 
 
-def _print_adapters(run_dir: Path, entries: list[dict[str, Any]]) -> None:
-    words = {"done": "done", "stopped_early": "stopped early", "not_finite": "not finite", "no_rows": "without rows"}
-    named = {words[status]: [e["name"] for e in entries if e["status"] == status] for status in words}
-    counts = [f"{len(names):,} {word}" for word, names in named.items() if names]
+def _print_adapters(run_dir: Path, run: dict[str, Any]) -> None:
+    from qvera.evaluation.report.read import by_remark, entries_of
+
+    entries = entries_of(run)
+    counts = [f"{number:,} {text}" for text, number in Counter(entry.status_text for entry in entries).most_common()]
     print(f"adapters          {', '.join(counts)}, in {run_dir / 'adapters'}")
-    both = [(e["eval_before"]["loss"], e["eval_after"]["loss"]) for e in entries if e["eval_after"]]
-    # a loss that is not finite is null in run.json
-    scored = [losses for losses in both if all(loss is not None and math.isfinite(loss) for loss in losses)]
-    if scored:
+    both = [(entry.loss_before, entry.loss_after) for entry in entries]
+    if scored := [(before, after) for before, after in both if before is not None and after is not None]:
         before, after = (sum(losses) / len(scored) for losses in zip(*scored, strict=True))
         print(f"held-out loss     {before:.4f} → {after:.4f} in the mean of {len(scored):,} adapters")
-    flags = dict.fromkeys(flag for entry in entries for flag in entry["flags"])
-    flagged = {flag: [entry["name"] for entry in entries if flag in entry["flags"]] for flag in flags}
-    for word in ("not finite", "without rows"):
-        flagged |= {word: named[word]} if named[word] else {}
-    for what, names in flagged.items():
-        print(f"look at           {what}: {formatting.first_of([shown_name(name) for name in names])}")
+    for what, flagged in by_remark(entries).items():
+        print(f"look at           {what}: {formatting.first_of([shown_name(entry.name) for entry in flagged])}")

@@ -16,14 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from qvera.config.fields import NonEmpty, OnlyWith, Section, key_problems, take_old_keys
 from qvera.config.plugins import extensible
-from qvera.config.sections import (
-    AdapterSection,
-    DataSection,
-    DataSource,
-    ExportSection,
-    ModelSection,
-    TrainingSection,
-)
+from qvera.config.sections import AdapterSection, DataSection, DataSource, ExportSection, ModelSection, TrainingSection
 from qvera.utils.errors import InputError, did_you_mean
 from qvera.utils.files import RECIPE_FILE, not_utf8
 from qvera.utils.formatting import counted, describe

@@ -122,12 +122,6 @@ def require_adapter(target: Artifact) -> Path:
     return target.adapter
 
 
-def find_adapter(path: Path, name: str | None = None) -> tuple[Artifact, Path]:
-    """Do what `find_target` does, and return the directory of the adapter too (`require_adapter`)."""
-    target = find_target(path, name=name)
-    return target, require_adapter(target)
-
-
 def open_run(path: str | Path, *, adapter: bool = True, name: str | None = None) -> OpenRun:
     """Load a run, an adapter directory or a merged export (``adapter=False``: the base alone), ready for answers."""
     return open_target(find_target(Path(path), name=name, needs_name=adapter), adapter=adapter)

@@ -79,14 +79,15 @@ def analyze(
     import torch
 
     from qvera.adapters.adapter_file import read_config
-    from qvera.evaluation.load import adapter_sha256, find_adapter, require_answers
+    from qvera.evaluation.load import adapter_sha256, find_target, require_adapter, require_answers
     from qvera.exporting.export import chat_of, require_no_added_tokens
     from qvera.exporting.lora import export_lora
     from qvera.lab.analysis import analysis_page, analyze_adapter
     from qvera.utils import memory
     from qvera.utils.files import replace_text, require_empty
 
-    target, adapter_dir = find_adapter(run, adapter)
+    target = find_target(run, name=adapter)
+    adapter_dir = require_adapter(target)
     texts: list[ScoredText] = []
     if text is not None:  # a file that can't be read is said before minutes of work
         require_answers(target, "--text")

@@ -407,9 +407,9 @@ class AdapterEntry:
         return self.status in ("not_finite", "no_rows")
 
     @property
-    def is_flagged(self) -> bool:
-        """Whether a person should look at it."""
-        return self.ended_badly or bool(self.flags)
+    def remarks(self) -> list[str]:
+        """What a person should look at: a bad end, and its flags."""
+        return [*([self.status_text] if self.ended_badly else []), *self.flags]
 
 
 def entry_of(info: object, name: str) -> dict[str, Any]:
@@ -441,6 +441,15 @@ def entries_of(info: object) -> list[AdapterEntry]:
             )
         )
     return entries
+
+
+def by_remark(entries: Sequence[AdapterEntry]) -> dict[str, list[AdapterEntry]]:
+    """The adapters that a person should look at, by what to look at."""
+    found: dict[str, list[AdapterEntry]] = {}
+    for entry in entries:
+        for remark in entry.remarks:
+            found.setdefault(remark, []).append(entry)
+    return found
 
 
 _CURVE_KEYS = {

@@ -25,6 +25,7 @@ from qvera.evaluation.report.read import (
     AdapterEntry,
     ManyRun,
     RunFiles,
+    by_remark,
     changed_settings,
     get,
     get_number,
@@ -108,10 +109,7 @@ _REWARDS = (
     _Spec(
         "Rewards",
         "β log of the ratio to the reference",
-        (
-            ("chosen", "rewards/chosen", significant, "dashed"),
-            ("rejected", "rewards/rejected", significant, "faint"),
-        ),
+        (("chosen", "rewards/chosen", significant, "dashed"), ("rejected", "rewards/rejected", significant, "faint")),
     ),
     _Spec(
         "Reward accuracy",
@@ -293,10 +291,6 @@ def many_page(
         for entry in entries
         if entry.loss_after is not None and entry.loss_before is not None
     )
-    flags: dict[str, list[AdapterEntry]] = {}
-    for entry in entries:
-        for flag in [*([entry.status_text] if entry.ended_badly else []), *entry.flags]:
-            flags.setdefault(flag, []).append(entry)
     statuses = Counter(entry.status_text for entry in entries).most_common()
     overview = None
     if len(losses) >= _OVERVIEW_ADAPTERS:  # adapters sorted by loss
@@ -320,7 +314,7 @@ def many_page(
         scored=scored,
         flags=[
             (flag, len(named), [(entry.name, href(entry)) for entry in named[:_SHOWN_NAMES]])
-            for flag, named in flags.items()
+            for flag, named in by_remark(entries).items()
         ],
         median=[significant(statistics.median(side)) for side in reversed(list(zip(*losses, strict=True)))],
         an_hour=None if not seconds or not ended else ended * 3600 / seconds,

@@ -111,7 +111,7 @@ class Pages:
                 served["form"] = ("Recipe, stop, chat", f"/recipe/{quote(id)}")
             if view.many is None:
                 return run_page(view.run, served=served)
-            shown, finder = find(view.many.entries, asked, lambda entry: entry.name, lambda entry: entry.is_flagged)
+            shown, finder = find(view.many.entries, asked, lambda entry: entry.name, lambda entry: bool(entry.remarks))
             served["finder"] = finder
             return many_page(view.many, shown, lambda entry: adapter_href(id, entry.name), served=served)
 
