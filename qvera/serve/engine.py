@@ -99,6 +99,7 @@ class Engine:
         self.bank = ServingBank(base, settings.slots, settings.batch_invariant)
         self.running: dict[str, ActiveRequest] = {}  # by id, in the order in which they got a place
         self._vocabulary = base.model.get_input_embeddings().weight.shape[0]
+        self._outputs = min(self._vocabulary, Head.of(self.model).module.out_features)  # an image's token has no logit
         self._waiting: deque[ActiveRequest] = deque()
         self._tasks: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._closing = self._woken = False
@@ -138,13 +139,16 @@ class Engine:
             )
         if request.images and not isinstance(self._batches, StaticBatches):
             raise InputError("images are answered in static batches, and this server has continuous ones: send text.")
-        targets = None if request.scoring is None else request.scoring.targets
+        scoring, targets = request.scoring, None if request.scoring is None else request.scoring.targets
         biased = [token for token, _ in request.sampling.logit_bias]
-        asked = {"prompt": prompt, "scoring.targets": () if targets is None else targets.reshape(-1)}
-        # an id outside of the embedding would fail the step, and with it everybody else's requests
-        for name, ids in {**asked, "logit_bias": biased}.items():
-            if len(ids) and not 0 <= min(ids) <= max(ids) < self._vocabulary:
-                raise InputError(f"{name}: token ids of this model are 0 to {self._vocabulary - 1:,}.")
+        # an id outside of the embedding, or of the head, would fail the step, and with it everybody else's requests
+        for name, ids, count in (
+            ("prompt", prompt, self._vocabulary if scoring is None else self._outputs),
+            ("scoring.targets", () if targets is None else targets.reshape(-1), self._outputs),
+            ("logit_bias", biased, self._outputs),
+        ):
+            if len(ids) and not 0 <= min(ids) <= max(ids) < count:
+                raise InputError(f"{name}: token ids of this model are 0 to {count - 1:,}.")
         # asked before the files are read, which takes long, and again afterwards: others may have come meanwhile
         with self._wake:
             self._require_room()

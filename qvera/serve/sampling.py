@@ -57,7 +57,7 @@ class TokenChooser:
         if self._penalizes:
             if self._counts is None:
                 self._counts, self._in_prompt = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
-                self._in_prompt[list(self._prompt)] = True
+                self._in_prompt[[token for token in self._prompt if token < len(row)]] = True  # an image's has no logit
             there = self._counts > 0
             if (factor := asked.repetition_penalty) != 1:
                 repeated = torch.where(row > 0, row / factor, row * factor)
@@ -132,8 +132,12 @@ def _likeliest(scores: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tens
     These are the ``top_k`` likeliest tokens, and of these the fewest whose probability together reaches ``top_p``.
     """
     ordered, places = scores.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[1], device=scores.device)
-    ordered = ordered.masked_fill(rank >= _column([one.top_k or scores.shape[1] for one in settings], rank), -math.inf)
+    width = scores.shape[1]
+    rank = torch.arange(width, device=scores.device)
+    # no tensor holds an integer of any size, and an error here would end everybody's requests
+    ordered = ordered.masked_fill(
+        rank >= _column([min(one.top_k or width, width) for one in settings], rank), -math.inf
+    )
     # the probability of all likelier tokens; the first token has none, and stays whatever ``top_p`` is
     before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
     before[:, 0] = -1.0

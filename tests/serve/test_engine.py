@@ -168,6 +168,9 @@ def test_a_full_queue_is_busy_and_what_does_not_fit_is_refused(engine_with: Any)
         ):
             with pytest.raises(InputError, match=message):
                 submit(engine, request(prompt, max_tokens=max_tokens))
+        engine._outputs = 100  # as if the embedding had tokens for images behind those that are written
+        with pytest.raises(InputError, match="logit_bias: token ids of this model are 0 to 99"):
+            submit(engine, request([150], logit_bias=((100, 1.0),)))
         first = submit(engine, request([3] * 180, max_tokens=76))
         wait_until(lambda: engine.stats().running)
         submit(engine, request([3], max_tokens=1))

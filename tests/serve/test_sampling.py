@@ -128,6 +128,19 @@ def test_noise_of_zero_draws_no_token_that_was_cut(monkeypatch: pytest.MonkeyPat
     assert _tokens(logits, _chooser(top_k=2)) == _tokens(logits, _chooser()) == [0]
 
 
+def test_a_top_k_beyond_any_vocabulary_draws_from_all_tokens_and_fails_no_other_request() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0]] * 2)
+    huge, other = _chooser(top_k=10**30, seed=1), _chooser(top_k=2, seed=2)
+    assert _tokens(logits, huge, other) == _tokens(logits, _chooser(seed=1), _chooser(top_k=2, seed=2))
+
+
+def test_a_token_of_the_prompt_that_has_no_logit_is_penalized_nowhere() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0]])  # as Llama 3.2 Vision's, whose token for an image is behind the head's
+    settings = {"temperature": 0.0, "repetition_penalty": 2.0}
+    found = [TokenChooser(Sampling(1, **settings), torch.device("cpu"), prompt) for prompt in ([0], [0, 3, 9])]  # type: ignore[arg-type]
+    assert _tokens(logits.repeat(2, 1), *found) == [1, 1]
+
+
 def test_penalties_and_biases_change_the_draw_as_their_formulas_say_and_leave_logprobs_alone() -> None:
     torch.manual_seed(0)
     asked: list[dict[str, Any]] = [
