@@ -103,8 +103,8 @@ def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:
     except Image.DecompressionBombError:
         problem = (
             f"has more than {limit:,} pixels, Pillow's limit for images that are safe to unpack. Make it smaller, or "
+            "remove it."
         )
-        problem += "remove it."
     except _DAMAGED as error:
         reason = " ".join(f"{error}".split()) or type(error).__name__
         problem = f"the image is damaged ({reason}). Replace it, or remove it."

@@ -127,8 +127,8 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     """Rows as an Arrow record batch of `SCHEMA`."""
     rows = []
     for example in examples:
-        label = str(example.desirable) if example.desirable is not None else example.reference
-        label = label if example.desirable is not None or example.is_labelled else None
+        label = str(example.reference) if example.is_labelled else ""
+        label = label if example.desirable is None else str(example.desirable)
         # Equal hashes say that two rows have the same input, images included.
         content = np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()
         for image in example.images:
@@ -138,7 +138,7 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
             "trained_tokens": example.trained_tokens,
             "images": [image.stored for image in example.images],
             "ids_hash": _hash(content),
-            "mask_hash": _hash(example.trained.tobytes() + (label or "").encode()),
+            "mask_hash": _hash(example.trained.tobytes() + label.encode()),
         }
         rows.append({name: getattr(example, name) for name in _FIELDS} | about)
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)

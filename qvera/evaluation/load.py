@@ -164,7 +164,7 @@ def find_target(
         return _adapter_target(path, given, run)
     if not (path / "config.json").is_file():
         refuse_runs(path)
-        if (kind := (try_read_json(path / CERTIFICATE) or {}).get("kind")) in GGUF_KINDS:
+        if (kind := str((try_read_json(path / CERTIFICATE) or {}).get("kind"))) in GGUF_KINDS:
             certificate = read_certificate(path)
             raise InputError(
                 f"{path}: is an export to {kind}, which llama.cpp and Ollama open. For qvera name what "

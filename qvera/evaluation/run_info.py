@@ -125,7 +125,8 @@ def _adapter(directory: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise unreadable_error(weights, error) from None
     trained = {name: count for name, count in counts.items() if name.rpartition(".")[2] not in _UNTRAINED}
-    heads = tuple(f"base_model.model.{name}." for name in config.get("modules_to_save") or ())
+    saved = config.get("modules_to_save")
+    heads = tuple(f"base_model.model.{name}." for name in (saved if isinstance(saved, list) else ()))
     head = {name: trained.pop(name) for name in list(trained) if name.startswith(heads)}
     is_lora = config["peft_type"] == "LORA"
     config |= own_facts(weights) if is_lora else {}
@@ -142,7 +143,7 @@ def _adapter(directory: Path) -> dict[str, Any]:
         "input_scale": config.get("input_scale", False),
         "experts": config.get("experts", "none"),
         "magnitude": bool(config.get("magnitude")),
-        "targets": sorted(targets) if isinstance(targets, list) else targets,
+        "targets": sorted(map(str, targets)) if isinstance(targets, list) else targets,
         "adapted_modules": config.get("shared_by")
         or len({name.removesuffix(".weight").rpartition(".")[0] for name in trained}),
         "trained_parameters": sum(trained.values()),

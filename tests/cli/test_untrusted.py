@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from qvera.adapters.adapter_file import read_adapter
 from qvera.cli.main import main
@@ -50,6 +51,19 @@ def lay(directory: Path, sprung: Path, *names: str) -> None:
             file.write_bytes(pickle.dumps(Trap(sprung)))
         else:
             torch.save({"state_dict": Trap(sprung)}, file)
+
+
+def test_values_of_other_types_are_shown_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"base_model.model.q.lora_A.weight": torch.ones(4, 4)}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q", {}], "modules_to_save": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["info", str(tmp_path)]) == 0
+    assert "q, {}" in capsys.readouterr().out
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "qvera_export.json").write_text('{"kind": ["gguf"]}')
+    assert main(["eval", str(export)]) == 2
+    assert "is neither a run" in capsys.readouterr().err
 
 
 BESIDE_A_BASE = ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "adapter_model.bin", "tokenizer.pkl")
