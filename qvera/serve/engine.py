@@ -99,7 +99,8 @@ class Engine:
         self.bank = ServingBank(base, settings.slots, settings.batch_invariant)
         self.running: dict[str, ActiveRequest] = {}  # by id, in the order in which they got a place
         self._vocabulary = base.model.get_input_embeddings().weight.shape[0]
-        self._outputs = min(self._vocabulary, Head.of(self.model).module.out_features)  # an image's token has no logit
+        outputs = getattr(base.model.get_output_embeddings(), "out_features", self._vocabulary)
+        self._outputs = min(self._vocabulary, outputs)  # a token that stands for an image may have no logit
         self._waiting: deque[ActiveRequest] = deque()
         self._tasks: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._closing = self._woken = False
