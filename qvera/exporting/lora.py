@@ -223,9 +223,8 @@ def export_stock_vera(adapter: AdapterDeltas, out: Path, chat_template: str | No
     has += [f"{adapter.groups} vectors b for each linear (adapter.b_groups)"] if adapter.groups > max(phases, 1) else []
     has += ["a vector a for each linear (adapter.input_scale)"] if adapter.input_scale else []
     has += ["a magnitude for each linear (adapter.magnitude)"] if adapter.magnitude else []
-    if any(delta.experts for delta in adapter.layers.values()):
+    if adapter.pair is not None and any(delta.experts for delta in adapter.layers.values()):
         has += ["vectors of experts (adapter.experts)"]
-        ways = "--to merged"
     if has:
         raise InputError(
             f"this adapter has {' and '.join(has)}, and PEFT's VeRA has one b and one d. Export it with {ways}."

@@ -20,7 +20,7 @@ from qvera.adapters.shared_model import load_adapters
 from qvera.adapters.tuner import QveraExperts
 from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.deltas import read_deltas
-from qvera.exporting.lora import export_lora, require_kept_by_peft, write_lora
+from qvera.exporting.lora import export_lora, export_stock_vera, require_kept_by_peft, write_lora
 from qvera.exporting.merged import export_merged, export_quantized
 from qvera.models import linear, quantization
 from qvera.models.checkpointing import enable_checkpointing
@@ -227,6 +227,10 @@ def test_peft_opens_the_exported_lora_of_experts_with_the_same_logits(base: Path
         with pytest.raises(InputError, match=r"PEFT takes .*experts\.mlp\.v1 \(and 5 more\) for one matrix"):
             require_kept_by_peft(deltas, empty)
         return
+    with pytest.raises(
+        InputError, match=r"has vectors of experts .* Export it with --to lora \(exact\) or --to merged"
+    ):
+        export_stock_vera(deltas, tmp_path / "peft")
     places = require_kept_by_peft(deltas, empty)
     assert places.keys() == expert_specs(empty_model(plain)).keys()
     for rank in (None, 7):
@@ -267,6 +271,8 @@ def test_a_lora_of_experts_is_a_file_that_peft_opens(bases: Any, tmp_path: Path,
             with torch.no_grad():
                 alone.append(model(input_ids=IDS).logits)
         deltas = read_deltas(directory / "1", empty_model(plain))
+        with pytest.raises(InputError, match=r"method is lora, which PEFT's VeRA is not\. Export it with --to lora"):
+            export_stock_vera(deltas, directory / "peft")
         export_lora(
             deltas, directory / "export", torch.float32, places=require_kept_by_peft(deltas, empty_model(plain))
         )
