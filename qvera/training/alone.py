@@ -14,7 +14,6 @@ from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter, trained_vectors
 from qvera.config import plugins
 from qvera.config.schema import Recipe, parse_recipe
-from qvera.data import planned_steps
 from qvera.distributed.group import for_all
 from qvera.evaluation import held_out
 from qvera.training import checkpoint
@@ -25,7 +24,7 @@ from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run
 from qvera.training.run_dir import KEPT, LENGTH, repeat_line, step_facts, write_run, write_run_json
 from qvera.utils.errors import InputError, NotFinite
-from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256, plain_json, try_read_json
+from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256, plain_json
 
 
 def depends_on_length(recipe: Recipe) -> bool:
@@ -62,12 +61,8 @@ class Trainer(Run):
         )
         self.callbacks.begin(self)
 
-    def planned_steps(self, recipe: Recipe) -> int:
-        return planned_steps(recipe, len(self.session.datasets.train))
-
     def no_longer(self) -> str | None:
-        info = try_read_json(self.run_dir / "run.json") or {}
-        if (info.get("result") or {}).get("stopped_early"):
+        if (self.before.get("result") or {}).get("stopped_early"):
             return "it stopped early"
         if depends_on_length(self.recipe):
             method = self.recipe.adapter.method

@@ -36,7 +36,7 @@ def longest_batch_error(
     recipe: Recipe, plan: Plan | None, checkpointing: bool, examples: Sequence[Example]
 ) -> InputError:
     """Return the error of a run whose longest batch does not fit, as found before its first step."""
-    rows = ", ".join([*(example.source for example in examples[:4]), *(["..."] if len(examples) > 4 else [])])
+    rows = first_of([example.source for example in examples], 4)
     text = f"{recipe.data.path}: the longest batch of this run ({_batch(examples)}: {rows}) does not fit into memory. "
     if plan is not None and plan.changes:
         return InputError(text + "\n".join(change_lines(plan)))

@@ -277,7 +277,7 @@ class AloneLoop(Loop[AloneStep]):
 
     def __init__(self, session: TrainingSession, ramp: LrRange | None = None) -> None:
         """Make the order of rows, the optimizer, its schedule and the hooks. ``ramp``: the rates of a range test."""
-        self.session, self.recipe, self.group, self.console = session, session.recipe, session.group, session.console
+        self.session, self.recipe, self.group = session, session.recipe, session.group
         self.model, self.device, self.plan = session.model, session.device, session.plan
         self.datasets, self.task, self.warn = session.datasets, session.task, session.warn
         recipe, training, method = self.recipe, self.recipe.training, method_of(self.recipe.adapter)

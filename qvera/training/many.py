@@ -20,8 +20,7 @@ import torch
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.save_load import save_adapter
-from qvera.config.schema import Recipe
-from qvera.data import Example, planned_steps
+from qvera.data import Example
 from qvera.distributed.group import ALONE, for_all
 from qvera.training import checkpoint
 from qvera.training.bank_loop import BankLoop
@@ -80,9 +79,6 @@ class ManyTrainer(Run):
         spread = f"{sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,})"
         spread = f"{sizes[0]:,} rows each" if sizes[0] == sizes[-1] else spread
         self.say(f"{len(every):,} adapters of {spread}, {sum(run.steps for run in every):,} optimizer steps together.")
-
-    def planned_steps(self, recipe: Recipe) -> int:
-        return sum(planned_steps(recipe, len(rows.train)) for rows in self.session.datasets.adapters)
 
     def no_longer(self) -> str | None:
         return "each of its adapters ends with its own steps, and is not taken up again"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvera.adapters.save_load import adapter_facts
 from qvera.config.schema import load_recipe
-from qvera.data import data_sha256
+from qvera.data import data_sha256, planned_steps
 from qvera.distributed.group import for_all
 from qvera.training import checkpoint
 from qvera.training.callbacks import Callbacks
@@ -124,9 +124,11 @@ class Run(ABC):
                     rate = "keeps the warm-up that was planned first, and stays constant"
             self.say(f"{before:,} steps become {now:,}: the learning rate {rate} from step {before + 1:,} on.")
 
-    @abstractmethod
     def planned_steps(self, recipe: Recipe) -> int:
-        """Return the number of steps of a run of this recipe over the session's rows."""
+        """Return the number of steps of a run of this recipe over the session's rows, of all adapters together."""
+        datasets = self.session.datasets
+        parts = datasets.adapters if self.recipe.data.has_adapters else [datasets]
+        return sum(planned_steps(recipe, len(part.train)) for part in parts)
 
     @abstractmethod
     def no_longer(self) -> str | None:
@@ -152,14 +154,14 @@ class Run(ABC):
 
         self.group.on_first(open_them)
 
-    def write_begun(self, planned_steps: int, **facts: Any) -> None:
+    def write_begun(self, steps: int, **facts: Any) -> None:
         """Write run.json when the run begins; ``facts`` are more about its adapter. All ranks call this."""
         session = self.session
         self.summary = {
             "format": 1,
             "status": "running",
             "started": self.started,
-            "planned_steps": planned_steps,
+            "planned_steps": steps,
             "model": session.base.facts,
             "adapter": {**adapter_facts(session.model), "file_bytes": None, **facts},
             "data": {**session.datasets.stats.to_dict(), "sha256": session.inputs["rows"]},

@@ -9,7 +9,6 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -284,21 +283,18 @@ class MetricsLog:
             return is_behind or record.get("rank", 0) != rank
 
         lines = [json.dumps(record) for record in read_records(path, unit) if is_kept(record)]
-        with self._disk_full():
+        with disk_errors(str(path), KEPT):
             replace_text(path, "".join(f"{line}\n" for line in lines))
 
     def write(self, *records: dict[str, Any]) -> None:
         """Append records. RunFailed where the disk is full or read-only."""
-        with self._disk_full(), open(self.path, "a", encoding="utf-8") as handle:
+        with disk_errors(str(self.path), KEPT), open(self.path, "a", encoding="utf-8") as handle:
             handle.write("".join(json.dumps(plain_json(record)) + "\n" for record in records))
 
     def flush(self) -> None:
         """Flush to the disk before a checkpoint: a power cut may not take records of steps that are not run again."""
-        with self._disk_full():
+        with disk_errors(str(self.path), KEPT):
             flush(self.path)
-
-    def _disk_full(self) -> AbstractContextManager[None]:
-        return disk_errors(str(self.path), KEPT)
 
 
 def repeat_line(record: dict[str, Any]) -> str | None:

@@ -159,21 +159,20 @@ class TrainingSession:
         check_same_data(self.datasets, recipe.data.path, self.group)
 
     def check_model(self) -> None:
-        """Check plan, targets and ``adapter.init_from``, without weights of the base. InputError if one is wrong."""
+        """Plan the memory; check targets and ``adapter.init_from``, without weights of the base (InputError)."""
         self.group.agree(lambda: check_start(self.recipe.adapter, self.recipe.model))
-        self._plan_memory()
+        self.plan = self._plan_memory()
 
     def load_model(self) -> None:
         """Plan the memory, load the base and put a fresh adapter on it."""
         recipe, group = self.recipe, self.group
-        group.agree(lambda: check_start(recipe.adapter, recipe.model))  # first: loading a large base takes minutes
         dtype = pick_compute_dtype(recipe.model.compute_dtype, self.device)
         self.scaler = build_scaler(recipe.training, dtype, self.device)
         self.watch = self.resources.enter_context(memory.PeakWatch(self.device))
         if self.zero is not None and self.zero.shards_base:
             self.sharder = BaseSharder(self.zero, recipe, group.rank, group.world_size, self.run_dir / "offload")
             self.resources.callback(self.sharder.discard)
-        self.plan = self._plan_memory()
+        self.check_model()  # first: loading a large base takes minutes
         # How often a pass makes W + ΔW. Layers choose their path by it, so a resumed run keeps the number of its
         # checkpoint, whatever memory allows now.
         self.builds_per_pass = BUILDS_UNHELD if self.plan is None else self.plan.builds_per_pass
