@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import multiprocessing
 import os
@@ -23,6 +24,13 @@ def _run(environment: dict[str, str], target: Callable[..., object], arguments: 
     os.environ.clear()
     os.environ.update(environment)
     target(*arguments)
+
+
+class Terminal(io.StringIO):
+    """Standard input of a person who has typed this."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def start_process(target: Callable[..., object], *arguments: object) -> BaseProcess:

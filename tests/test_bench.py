@@ -258,15 +258,15 @@ def test_trials_of_quality_see_the_same_rows_and_are_the_same_when_repeated(
         write_rows(tmp_path / "text_classification" / file, rows)
     lines = []
     for task in ("alpaca", "rte"):
-        for method in ("VeRA r=256", quality.REFERENCE, quality.REFERENCE):
+        for method in ("VeRA r=256", quality.REFERENCE, *([quality.REFERENCE] if task == "rte" else [])):
             trial = quality.Trial("smollm2", task, 2, method, 5, 2)
             found = quality.do(trial, tmp_path, {"smollm2": str(tiny_model_dir)})
             lines.append({**vars(trial), **json.loads(json.dumps(found))})
             unpacked = quality.unpacked(lines[-1])
             assert quality.mean_loss(unpacked) == pytest.approx(found["scores"]["loss"], rel=1e-3)
-        ours, theirs, again = lines[-3:]
+        ours, theirs = [line for line in lines if line["task"] == task][:2]
         assert ours["first_loss"] == theirs["first_loss"] and ours["scores"]["loss"] != theirs["scores"]["loss"]
-        assert {**theirs, "cpu_seconds": 0} == {**again, "cpu_seconds": 0}
+    assert {**lines[-2], "cpu_seconds": 0} == {**lines[-1], "cpu_seconds": 0}
     assert quality.table(quality.results(lines)).count("smollm2 rte, 2") == 2
 
 

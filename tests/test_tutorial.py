@@ -25,7 +25,9 @@ ELSEWHERE = ("pip", "qvera quickstart", "qvera ui", "qvera train recipes/custome
 """Commands of the page that tests/test_docs.py says where they are run."""
 
 
-def follow(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, epochs: tuple[str, str] = ("3", "8")) -> Any:
+def follow(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, epochs: tuple[str, str] = ("3", "8"), lr_steps: int = 40
+) -> Any:
     """Do what the page says in the current directory. Returns what each command printed.
 
     ``epochs``: of the short runs and of the recipe.
@@ -42,9 +44,8 @@ def follow(base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, epochs: tup
             for command in commands_of(block):
                 if command.startswith(ELSEWHERE):
                     continue
-                command = command.replace(BASE, str(base)).replace(
-                    "num_train_epochs=3", f"num_train_epochs={epochs[0]}"
-                )
+                command = command.replace(BASE, str(base)).replace("lr-steps 40", f"lr-steps {lr_steps}")
+                command = command.replace("num_train_epochs=3", f"num_train_epochs={epochs[0]}")
                 words = shlex.split(command)
                 if words[1] == "serve":
                     url = servers.enter_context(Command(*words[2:])).url
@@ -64,7 +65,7 @@ def test_the_blocks_run_in_order(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = follow(tiny_model_dir, monkeypatch, capsys, ("0.5", "1"))
+    said = follow(tiny_model_dir, monkeypatch, capsys, ("0.5", "1"), lr_steps=10)
     assert {words.split()[1] for words in said if words.startswith("qvera ")} == {
         "init", "preview", "plan", "train", "eval", "chat", "generate", "compare", "export",
     }  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -19,13 +19,15 @@ NO_KEYS = {"adapter.sha256"}
 """What is named like one: a key of a certificate."""
 
 
-def texts() -> Iterator[tuple[str, str]]:
+@functools.cache
+def texts() -> list[tuple[str, str]]:
     """Each text of the package's code that is no docstring, with its place. The parts in braces are left out."""
+    found = []
     for file in sorted((ROOT / "qvera").rglob("*.py")):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-        for node in ast.walk(tree):
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        told = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in nodes:
             if isinstance(node, ast.JoinedStr):
                 text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
             elif isinstance(node, ast.Constant) and id(node) not in told | parts:
@@ -33,7 +35,8 @@ def texts() -> Iterator[tuple[str, str]]:
             else:
                 continue
             if " " in text:
-                yield f"{file.relative_to(ROOT)}:{node.lineno}", text
+                found.append((f"{file.relative_to(ROOT)}:{node.lineno}", text))
+    return found
 
 
 def test_the_keys_that_messages_name_are_keys_of_a_recipe() -> None:

@@ -30,7 +30,7 @@ from qvera.evaluation import generate as generation
 from qvera.models.tokenizer import load_tokenizer
 from tests.cli.helpers import stopped_after
 from tests.disk import fill, small_disk
-from tests.helpers import wait_until
+from tests.helpers import Terminal, wait_until
 
 pytestmark = pytest.mark.process
 
@@ -261,10 +261,6 @@ def test_chat_reads_messages_until_the_end(trained_run: Path, capsys: Capture, m
 def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_conversation(
     trained_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     real, seen = generation.generate, []
 
     def stopped_once(*args: Any, **settings: Any) -> list[str]:

@@ -22,15 +22,11 @@ from qvera.config.sections import AdapterSection
 from qvera.data import build_datasets
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils import accelerator
+from tests.helpers import Terminal
 from tests.tasks.images import save_vit, write_folders
 
 Capture = pytest.CaptureFixture[str]
 SYSTEM = 'Say "it" 🙂: # \\ \u2028 \x85 \n.'
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 Init = Callable[..., str]

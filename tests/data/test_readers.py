@@ -86,7 +86,7 @@ def test_a_row_beyond_the_limit_is_named_and_takes_no_memory(write: Write, tmp_p
     with long.open("w") as stream:  # a line of 1 GB, of which the disk holds nothing
         stream.write(good + '{"text": "')
         stream.truncate(10**9)
-    quote = write('prompt,completion\na,b\n"' + "not closed\n" * 500_000, "quote.csv")
+    quote = write('prompt,completion\na,b\n"' + f"{'not closed ' * 100}\n" * 5_000, "quote.csv")
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b"\n" + b"x" * 3_000_000 + b"\xe9" + b"x" * 50_000_000)
     tracemalloc.start()

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 from tests.conftest import small_llama, small_tokenizer
+from tests.training.runs import assert_same_run, losses, vectors
 
 STEPS, CUT = 4, 2
 LAYERS = 2
 BARE = {"eval_steps": 0, "sample_count": 0, "exact_match_rows": 0}
-UNEVEN = {"global_batch_size": 31, "per_device_train_batch_size": 31, **BARE}
+UNEVEN = {"global_batch_size": 31, "per_device_train_batch_size": 31, "try_longest_batch": False, **BARE}
 """Of 32 rows: 31, then the one that is left, which the second rank has no share of."""
-FLOAT16 = {"max_steps": 1, "initial_scale_power": 18, **BARE}
+FLOAT16 = {"max_steps": 1, "initial_scale_power": 18, "try_longest_batch": False, **BARE}
 """With a loss scale that overflows at first."""
 
 
@@ -74,23 +73,7 @@ class TinyRuns:
         train(parse_recipe(recipe, name), self.root / name, resume=resume)
 
     def same_to_the_bit(self, name: str, other: str) -> None:
-        assert losses(self.root / name) == losses(self.root / other)
-        mine, theirs = vectors(self.root / name), vectors(self.root / other)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], tensor) for key, tensor in theirs.items())
-
-
-def losses(run_dir: Path, kind: str = "train") -> list[float]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == kind]
-
-
-def vectors(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "adapter" / "adapter_model.safetensors")
-
-
-def facts(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "run.json").read_text())
+        assert_same_run(self.root / name, self.root / other)
 
 
 def close(one: Path, other: Path, rtol: float = 1e-5) -> None:

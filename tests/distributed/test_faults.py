@@ -21,7 +21,8 @@ from qvera.training.trainer import train
 from tests.disk import fill, read_only, small_disk
 from tests.distributed.nodes import Node, two_nodes, until
 from tests.distributed.ranks import clean_environment, free_port, run_worker
-from tests.distributed.runs import BARE, TinyRuns, facts, losses
+from tests.distributed.runs import BARE, TinyRuns
+from tests.training.runs import losses, run_json
 
 pytestmark = pytest.mark.process
 
@@ -131,8 +132,8 @@ def test_after_a_kill_torchrun_starts_again_from_the_last_checkpoint(launched: A
     train(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "alone")
     assert run.steps() == list(range(1, 31))
     assert losses(run.out) == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
-    assert facts(run.out)["status"] == "done"
-    assert facts(run.out)["processes"]["count"] == 2
+    assert run_json(run.out)["status"] == "done"
+    assert run_json(run.out)["processes"]["count"] == 2
 
 
 @pytest.mark.slow
@@ -174,8 +175,8 @@ def test_sigterm_to_any_rank_stops_all_with_75(launched: Any, front: list[str], 
     assert front is TORCHRUN or code == 75  # torchrun answers 1 whatever its workers answered
     assert f"Stopped by SIGTERM at rank {rank} on " in run.text()
     assert {file.name: file.read_text() for file in run.codes.iterdir()} == {"0": "75", "1": "75"}, run.text()
-    assert facts(run.out)["status"] == "interrupted"
-    assert facts(run.out)["result"]["steps"] == run.steps()[-1] == run.saved().number
+    assert run_json(run.out)["status"] == "interrupted"
+    assert run_json(run.out)["result"]["steps"] == run.steps()[-1] == run.saved().number
     assert sorted(run.saved().files["random"]) == ["cpu", "cpu.1"]
 
 
@@ -267,5 +268,5 @@ def test_a_node_that_comes_back_goes_on_from_the_last_checkpoint(pair: Any) -> N
     run.launchers[1] = run.start(1)
     assert [launcher.wait(START_SECONDS) for launcher in run.launchers] == [0, 0], run.text()
     assert "2 processes on 2 nodes" in run.said(0) and "Going on from step" in run.said(0)
-    assert [rank["host"] for rank in facts(run.out)["processes"]["ranks"]] == [node.name for node in run.nodes]
+    assert [rank["host"] for rank in run_json(run.out)["processes"]["ranks"]] == [node.name for node in run.nodes]
     assert run.steps() == list(range(1, 201))

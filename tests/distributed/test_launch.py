@@ -17,8 +17,8 @@ from qvera.cli.main import main
 from qvera.distributed import launch
 from qvera.utils.errors import InputError
 from tests.distributed.ranks import clean_environment, free_port
-from tests.distributed.runs import facts
 from tests.helpers import wait_until
+from tests.training.runs import run_json
 
 pytestmark = pytest.mark.process
 
@@ -160,7 +160,7 @@ def test_a_launched_run_saves_on_sigterm_and_ends_with_75(write_recipe: Any, tmp
     assert "2 processes on 1 node" in text and "an all-reduce takes" in text
     assert text.count("Stopped by SIGTERM") == 1, "one process says it for all"
     assert "Traceback" not in text
-    run = facts(out)
+    run = run_json(out)
     assert run["status"] == "interrupted" and run["result"]["steps"] >= 3
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{run['result']['steps']:08d}"]
 
@@ -196,7 +196,7 @@ def test_deepspeeds_launcher_works_too(write_recipe: Any, tmp_path: Path) -> Non
     command = [sys.executable, *front, str(recipe), "--set", "deepspeed=zero2", "--set", f"training.output_dir={out}"]
     done = subprocess.run(command, env=clean_environment(), cwd=tmp_path, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stdout.decode()[-2000:] + done.stderr.decode()[-4000:]
-    run = facts(out)
+    run = run_json(out)
     assert run["status"] == "done"
     assert (run["processes"]["count"], run["processes"]["deepspeed"]) == (2, "zero2")
 

@@ -12,8 +12,9 @@ import pytest
 from qvera.config.schema import parse_recipe
 from qvera.training.trainer import train
 from tests.distributed.ranks import run_worker
-from tests.distributed.runs import BARE, CUT, STEPS, TinyRuns, close, losses, name_of, vectors
+from tests.distributed.runs import BARE, CUT, STEPS, TinyRuns, close, name_of
 from tests.helpers import start_process
+from tests.training.runs import losses, vectors
 
 pytestmark = pytest.mark.matrix
 STAGES = (None, "zero1", "zero2", "zero3", "zero3-offload-cpu")

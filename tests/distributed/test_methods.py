@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.ranks import run_worker
-from tests.distributed.runs import BARE, CUT, LAYERS, STEPS, TinyRuns, close, losses
+from tests.distributed.runs import BARE, CUT, LAYERS, STEPS, TinyRuns, close
 from tests.models.experts import write
+from tests.training.runs import losses
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.nodes import Node, two_nodes, until
-from tests.distributed.runs import facts
+from tests.training.runs import run_json
 
 pytestmark = pytest.mark.matrix
 
@@ -81,7 +81,7 @@ def test_from_one_node_by_a_host_file(by_ssh: Node, write_recipe: Any, tmp_path:
     more = ["--set", f"training.output_dir={out}", "--set", "deepspeed=zero3"]
     code, said = launch(by_ssh, tmp_path, recipe, "node0 slots=1\nnode1 slots=1\n", *more)
     assert code == 0, said[-4000:]
-    run = facts(out)
+    run = run_json(out)
     assert run["status"] == "done"
     assert run["processes"]["deepspeed"] == "zero3"
     assert [rank["host"] for rank in run["processes"]["ranks"]] == ["node0", "node1"]

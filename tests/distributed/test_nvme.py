@@ -16,7 +16,8 @@ import pytest
 
 from qvera.distributed.zero import IN_RAM_BELOW_BYTES, nvme_problem
 from tests.distributed.ranks import clean_environment, run_worker
-from tests.distributed.runs import BARE, LAYERS, TinyRuns, facts, losses
+from tests.distributed.runs import BARE, LAYERS, TinyRuns
+from tests.training.runs import losses, run_json
 
 pytestmark = pytest.mark.matrix
 STAGE = "zero3-offload-nvme"
@@ -57,7 +58,7 @@ def test_the_numbers_are_those_of_zero3_to_the_bit_and_of_one_process_in_order(p
     place.same_to_the_bit(kind, f"{kind}-in-ram")
     run, alone = place.root / kind, place.root / f"{kind}-alone"
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
-    assert facts(run)["samples"] == facts(alone)["samples"]
+    assert run_json(run)["samples"] == run_json(alone)["samples"]
 
 
 def test_shares_of_a_megabyte_lie_in_files_and_the_others_in_ram_as_planned(place: TinyRuns) -> None:
@@ -66,7 +67,7 @@ def test_shares_of_a_megabyte_lie_in_files_and_the_others_in_ram_as_planned(plac
         assert found["packed_whole_bytes"] == 2 * LAYERS * (3 * WIDE + 4 * NARROW)
         in_files = 3 * LAYERS  # of which nothing but DeepSpeed's placeholder of one element is in RAM
         assert found["packed_held_bytes"] == LAYERS * 4 * NARROW + 2 * in_files
-    parts = facts(place.root / "scored")["plan"]["memory"]["moments"]["backward"]
+    parts = run_json(place.root / "scored")["plan"]["memory"]["moments"]["backward"]
     planned = {part["name"]: part["bytes"] for part in parts}
     assert planned["shares too small for NVMe"] == LAYERS * 4 * NARROW
     assert planned["buffers between NVMe and RAM"] == (7 + 4) * WIDE

@@ -14,8 +14,8 @@ import pytest
 
 from tests.distributed.nodes import Node, two_nodes, until
 from tests.distributed.ranks import clean_environment
-from tests.distributed.runs import facts, losses
 from tests.helpers import ROOT
+from tests.training.runs import losses, run_json
 
 pytestmark = pytest.mark.matrix
 LIMIT_SECONDS = 420  # a requeued job waits two minutes for its node
@@ -80,7 +80,7 @@ class Cluster:
         self.until(lambda: self.state(job) in ("COMPLETED", "FAILED"))
         said = " ".join((self.place / f"job-{job}.log").read_text().split())
         assert self.state(job) == "COMPLETED", said
-        assert [rank["host"] for rank in facts(run)["processes"]["ranks"]] == ["node0", "node1"]
+        assert [rank["host"] for rank in run_json(run)["processes"]["ranks"]] == ["node0", "node1"]
         return said
 
 

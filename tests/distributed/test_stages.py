@@ -17,20 +17,8 @@ from qvera.adapters.save_load import load_adapter
 from qvera.config.schema import parse_recipe
 from qvera.models.loader import load_base
 from tests.distributed.ranks import run_worker
-from tests.distributed.runs import (
-    BARE,
-    CUT,
-    FLOAT16,
-    LAYERS,
-    STEPS,
-    UNEVEN,
-    TinyRuns,
-    close,
-    facts,
-    losses,
-    name_of,
-    vectors,
-)
+from tests.distributed.runs import BARE, CUT, FLOAT16, LAYERS, STEPS, UNEVEN, TinyRuns, close, name_of
+from tests.training.runs import losses, run_json, vectors
 
 pytestmark = pytest.mark.process
 
@@ -76,7 +64,7 @@ def test_two_processes_give_the_numbers_scores_and_answers_of_one(place: TinyRun
     assert len(losses(run)) == STEPS
     close(run, other)
     assert losses(run, "eval") == pytest.approx(losses(other, "eval"), rel=1e-5)
-    mine, alone = facts(run), facts(other)
+    mine, alone = run_json(run), run_json(other)
     for when in ("eval_before", "eval_after"):
         assert mine["result"][when]["loss"] == pytest.approx(alone["result"][when]["loss"], rel=1e-5)
         assert mine["result"][when]["trained_tokens"] == alone["result"][when]["trained_tokens"]
@@ -124,7 +112,7 @@ def test_checkpoints_hold_whole_vectors_and_state_and_no_base(place: TinyRuns, s
 
 def test_memory_that_runs_out_on_one_rank_halves_the_passes_of_all(place: TinyRuns) -> None:
     close(place.root / "halved", place.root / "alone")
-    assert facts(place.root / "halved")["result"]["halvings"] == [{"step": 2, "pass_rows": 1}]
+    assert run_json(place.root / "halved")["result"]["halvings"] == [{"step": 2, "pass_rows": 1}]
 
 
 def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: TinyRuns) -> None:
@@ -139,7 +127,7 @@ def test_memory_that_runs_out_on_one_rank_saves_and_ends_all(place: TinyRuns) ->
 def test_all_ranks_skip_a_step_whose_gradient_overflows(place: TinyRuns, stage: str | None) -> None:
     """And then take it: the numbers of one process in float16. Hooks learn of each try and of each step."""
     word = f"{name_of(stage)}-float16"
-    skipped = facts(place.root / word)["result"]["skipped_steps"]
+    skipped = run_json(place.root / word)["result"]["skipped_steps"]
     assert skipped >= 1
     close(place.root / word, place.root / "alone-float16", rtol=5e-3)  # which AdamW's first steps magnify
     calls, others = (rank[word]["hook_calls"] for rank in place.found)
@@ -161,7 +149,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_resume_is_exact(place: T
         assert resumed["hook_calls"] == [["loaded", CUT], *plain[2 * CUT :]]
         assert resumed["longest_batch_tries"] == 0
     place.same_to_the_bit(f"{word}-resumed", word)
-    assert facts(place.root / f"{word}-resumed")["status"] == "done"
+    assert run_json(place.root / f"{word}-resumed")["status"] == "done"
 
 
 def test_uneven_shares_and_a_rank_without_rows_change_nothing(place: TinyRuns) -> None:
@@ -195,7 +183,7 @@ def test_under_zero3_a_head_that_is_the_embedding_stays_whole_and_changes_nothin
     close(run, alone)
     assert len(losses(tied.root / "tied-as-stored")) == 1  # computed in the dtype of the file
     assert losses(run, "eval") == pytest.approx(losses(alone, "eval"), rel=1e-5)
-    assert facts(run)["samples"] == facts(alone)["samples"]
+    assert run_json(run)["samples"] == run_json(alone)["samples"]
     for rank in place.found:
         assert rank["zero3"]["embedding"] == {"sharded": True, "is_the_head": False, "mapped": False}
         assert rank["tied"]["embedding"] == {"sharded": False, "is_the_head": True, "mapped": True}

@@ -184,6 +184,13 @@ def store_of(root: Path) -> AdapterStore:
     return AdapterStore(root, base_names=[BASE])
 
 
+def resolved(store: AdapterStore, name: str = "a1") -> ResolvedAdapter:
+    """One of its adapters, and not the base."""
+    adapter = store.resolve(name)
+    assert adapter is not None
+    return adapter
+
+
 def expected_of(alone: Any, root: Path, asked: list[GenerationRequest]) -> list[list[TokenEvent]]:
     """What each gets alone. Before an engine runs: transformers loads no model while another thread uses torch."""
     return [alone(None if one.adapter is None else root / one.adapter.name).answer(one) for one in asked]

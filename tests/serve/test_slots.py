@@ -22,7 +22,7 @@ from qvera.adapters.save_load import attach
 from qvera.adapters.shared_model import load_adapters
 from qvera.config.sections import AdapterSection
 from qvera.serve.opening import open_served, warm_up
-from qvera.serve.requests import AdapterChanged, EndEvent, ResolvedAdapter
+from qvera.serve.requests import AdapterChanged, EndEvent
 from qvera.serve.slots import ServingBank
 from qvera.serve.store import AdapterStore
 from qvera.utils.errors import InputError
@@ -30,7 +30,7 @@ from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 from tests.helpers import wait_until
-from tests.serve.helpers import ENGINES, Alone, assert_same, request, submit, tiny_base, write_adapters
+from tests.serve.helpers import ENGINES, Alone, assert_same, request, resolved, submit, tiny_base, write_adapters
 
 
 @pytest.fixture
@@ -38,12 +38,6 @@ def root(adapters_dir: Path, tmp_path: Path) -> Path:
     """A directory that a test may change, with the adapter ``a1`` in it."""
     shutil.copytree(adapters_dir / "a1", tmp_path / "root" / "a1")
     return tmp_path / "root"
-
-
-def _resolve(store: AdapterStore, name: str = "a1") -> ResolvedAdapter:
-    adapter = store.resolve(name)
-    assert adapter is not None
-    return adapter
 
 
 def _replace(new: Path, old: Path) -> None:
@@ -59,7 +53,7 @@ def test_a_replaced_file_answers_new_requests_while_those_that_run_finish_on_the
     engine_with: Any, adapters_dir: Path, root: Path, alone: Any
 ) -> None:
     store, prompt = AdapterStore(root), [3, 4, 5]
-    stale = _resolve(store)
+    stale = resolved(store)
     old, waits = (request(prompt, stale, tokens, top_logprobs=0) for tokens in (60, 5))
     old_vectors = alone(adapters_dir / "a1").answer(old)
     new_vectors = alone(adapters_dir / "a2").answer(request(prompt, None, 5, top_logprobs=0))
@@ -67,15 +61,15 @@ def test_a_replaced_file_answers_new_requests_while_those_that_run_finish_on_the
         running, waiting = submit(engine, old), submit(engine, waits)
         running.wait_for_token()
         _replace(adapters_dir / "a2", root / "a1")
-        assert _resolve(store).identity != stale.identity
-        after = submit(engine, request(prompt, _resolve(store), 5, top_logprobs=0))
+        assert resolved(store).identity != stale.identity
+        after = submit(engine, request(prompt, resolved(store), 5, top_logprobs=0))
         assert_same(running, old_vectors)
         assert_same(waiting, old_vectors[:5])
         assert_same(after, new_vectors)
     with engine_with() as engine:  # which has never seen the old vectors
         with pytest.raises(AdapterChanged, match="ask again"):
             submit(engine, request([3], stale))
-        assert submit(engine, request([3], _resolve(store))).end() == EndEvent("length")
+        assert submit(engine, request([3], resolved(store))).end() == EndEvent("length")
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
@@ -168,7 +162,7 @@ def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_the_others_go_on(
     _change_config(base_fingerprint=None)(root / "other shapes")  # nothing but the shapes tells
     refused["other shapes"] = "this base and the adapter's config need"
     store = AdapterStore(root)
-    good = request([3, 4], _resolve(store), 30)
+    good = request([3, 4], resolved(store), 30)
     expected = alone(adapters_dir / "a1").answer(good)
     with engine_with() as engine:
         answer = submit(engine, good)
@@ -176,7 +170,7 @@ def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_the_others_go_on(
             with pytest.raises(InputError, match=message):
                 submit(engine, request([3], store.resolve(name)))
             with pytest.raises(InputError, match=message):
-                engine.load(_resolve(store, name))
+                engine.load(resolved(store, name))
         assert_same(answer, expected)
         assert engine.stats().dead is None
 
@@ -211,7 +205,7 @@ def test_a_server_that_starts_makes_the_layers_of_the_first_adapter_that_is_whol
         assert engine.stats().adapters_resident == 0
         warm_up(engine, AdapterStore(root))
         assert engine.stats().adapters_resident == 1
-        assert not engine.bank.needs_layers(engine.bank.read(_resolve(AdapterStore(adapters_dir), "a3")))
+        assert not engine.bank.needs_layers(engine.bank.read(resolved(AdapterStore(adapters_dir), "a3")))
 
 
 # Blended
@@ -231,10 +225,10 @@ def test_a_blend_of_adapters_answers_by_the_weighted_sum_of_their_b_where_all_el
     summed = {key: 0.7 * second[key] + 0.25 * vector if key.endswith("_b") else vector for key, vector in first.items()}
     save_file(summed, tmp_path / "sum" / ADAPTER_WEIGHTS)
     store = AdapterStore(root)
-    blend = _resolve(store, "support*0.7+legal*0.25")
-    assert blend.identity == _resolve(store, "legal*0.25+support*0.7").identity
-    assert blend.identity != _resolve(store, "support*0.25+legal*0.7").identity
-    assert _resolve(store, "legal*1").identity == _resolve(store, "legal").identity
+    blend = resolved(store, "support*0.7+legal*0.25")
+    assert blend.identity == resolved(store, "legal*0.25+support*0.7").identity
+    assert blend.identity != resolved(store, "support*0.25+legal*0.7").identity
+    assert resolved(store, "legal*1").identity == resolved(store, "legal").identity
     asked = request([7, 8, 9], blend, 12, top_logprobs=2)
     expected = Alone(tiny_model_dir, tmp_path / "sum").answer(asked)
     with engine_with() as engine:
@@ -263,7 +257,7 @@ def test_a_blend_of_loras_answers_by_the_weighted_sum_of_their_changes_whatever_
         for key in legal
     }
     save_file(summed, tmp_path / "sum" / ADAPTER_WEIGHTS)
-    blend = _resolve(AdapterStore(tmp_path / "root"), "legal*0.7+support*-0.25")
+    blend = resolved(AdapterStore(tmp_path / "root"), "legal*0.7+support*-0.25")
     asked = request([7, 8, 9], blend, 12, top_logprobs=2)
     expected = Alone(tiny_model_dir, tmp_path / "sum").answer(asked)
     with engine_with() as engine:
@@ -282,7 +276,7 @@ def test_the_last_adapter_of_a_shape_gives_its_memory_back_once_it_was_unloaded_
     for name, rank in (("small", 2), ("other", 2), ("large", 8)):
         write_adapters(root, tiny_model_dir, {name: rank}, method="lora", rank=rank)
     store = AdapterStore(root)
-    adapters = {name: _resolve(store, name) for name in store.names()}
+    adapters = {name: resolved(store, name) for name in store.names()}
     asked = {name: request([5, 6, 7], adapter, 30, top_logprobs=0) for name, adapter in adapters.items()}
     expected = {name: Alone(tiny_model_dir, root / name).answer(one) for name, one in asked.items()}
     with engine_with(kind, slots=3) as engine:
@@ -313,7 +307,7 @@ def test_the_last_adapter_of_a_shape_gives_its_memory_back_once_it_was_unloaded_
 def test_a_pass_that_was_recorded_on_a_bank_s_memory_is_not_the_one_on_the_memory_of_the_next_bank(
     tiny_model_dir: Path, adapters_dir: Path
 ) -> None:
-    bank, adapter = ServingBank(tiny_base(tiny_model_dir), 1), _resolve(AdapterStore(adapters_dir))
+    bank, adapter = ServingBank(tiny_base(tiny_model_dir), 1), resolved(AdapterStore(adapters_dir))
     vectors, found = bank.read(adapter), []
     for _ in range(2):
         slot = bank.acquire(vectors)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from qvera.serve.requests import ResolvedAdapter, UnknownAdapter
+from qvera.serve.requests import UnknownAdapter
 from qvera.serve.store import AdapterStore
 from qvera.utils.adapter_names import directory_names
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.many_adapters import NAMES, write_run
+from tests.serve.helpers import resolved
 from tests.serve.scripted_training import write_files
 
 
@@ -31,16 +32,10 @@ def _age(path: Path) -> None:
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns - 3_600 * 10**9))
 
 
-def _found(store: AdapterStore, name: str) -> ResolvedAdapter:
-    adapter = store.resolve(name)
-    assert adapter is not None
-    return adapter
-
-
 def test_names_are_those_of_the_data_whatever_they_are_and_never_paths(run_dir: Path) -> None:
     store = AdapterStore(run_dir, base_names=["tiny"])
     assert store.names() == sorted(NAMES)
-    adapters = [_found(store, name) for name in NAMES]
+    adapters = [resolved(store, name) for name in NAMES]
     assert [adapter.name for adapter in adapters] == list(NAMES)
     assert {adapter.parts[0].directory.parent for adapter in adapters} == {run_dir / "adapters"}
     assert len({adapter.identity for adapter in adapters}) == len(NAMES)
@@ -110,13 +105,13 @@ def test_one_of_thousands_is_found_without_reading_the_others(tmp_path: Path, mo
 def test_a_file_changed_in_place_is_another_adapter_even_within_one_tick_and_of_the_same_size(tmp_path: Path) -> None:
     store, file = AdapterStore(tmp_path), tmp_path / "a" / ADAPTER_WEIGHTS
     write_files(tmp_path / "a", b"one")
-    first, facts = _found(store, "a"), file.stat()
+    first, facts = resolved(store, "a"), file.stat()
     file.write_bytes(b"two")
     os.utime(file, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    second = _found(store, "a")
+    second = resolved(store, "a")
     assert first.identity != second.identity
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert _found(store, "b").identity == second.identity
+    assert resolved(store, "b").identity == second.identity
 
 
 def test_adapters_come_and_go_while_the_store_is_open(tmp_path: Path) -> None:
@@ -159,7 +154,7 @@ def test_a_directory_that_is_called_by_no_text_is_listed_with_the_others(tmp_pat
     write_files(tmp_path / os.fsdecode(b"b\xff"))
     store = AdapterStore(tmp_path)
     assert store.names() == ["a", "b?"]
-    assert _found(store, "b?").parts[0].sha256 == _found(store, "a").parts[0].sha256
+    assert resolved(store, "b?").parts[0].sha256 == resolved(store, "a").parts[0].sha256
 
 
 def test_a_name_is_taken_for_a_blend_only_where_no_adapter_has_it(tmp_path: Path) -> None:
@@ -167,9 +162,9 @@ def test_a_name_is_taken_for_a_blend_only_where_no_adapter_has_it(tmp_path: Path
     for name, directory in directory_names(["a", "b", named, *(f"n{i}" for i in range(9))]).items():
         write_files(tmp_path / directory, name.encode())
     store = AdapterStore(tmp_path)
-    assert len(_found(store, named).parts) == 1
+    assert len(resolved(store, named).parts) == 1
     assert store.parts_of(named) == [named]
-    blend = _found(store, "a*0.5+b*-1e-1")
+    blend = resolved(store, "a*0.5+b*-1e-1")
     assert [(part.weight, part.directory.name) for part in blend.parts] == [(0.5, "a"), (-0.1, "b")]
     assert store.parts_of("b*2+a*0.5+b*1") == ["b", "a"]
     for bad in ("a*", "a*x", "a*nan", "a*1e999", "*1", "a*0.5+", "a*0.5+c*0.5", "a+b"):

@@ -8,7 +8,9 @@ import torch
 
 from qvera.adapters.save_load import named_vectors
 from qvera.config.schema import Recipe
+from qvera.data import Datasets, build_datasets
 from qvera.distributed.group import Group
+from qvera.evaluation.load import OpenRun
 from qvera.training.loop import AloneLoop
 from qvera.training.session import TrainingSession
 
@@ -25,6 +27,12 @@ def loop_of(recipe: Recipe, run_dir: Path) -> AloneLoop:
                 vector.add_(torch.randn(vector.shape, generator=generator) * 0.1)
     session.model.train()
     return AloneLoop(session)
+
+
+def rows_of(opened: OpenRun) -> Datasets:
+    """The rows of its recipe, with the labels of its model."""
+    assert opened.target.recipe is not None
+    return build_datasets(opened.target.recipe.data, opened.base.tokenizer, labels=opened.labels)
 
 
 def gradients(loop: AloneLoop, rows: list[int], passes: int = 1) -> dict[str, torch.Tensor]:

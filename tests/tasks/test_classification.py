@@ -34,7 +34,7 @@ from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.evaluation.judges import serving as judge_server
 from tests.tasks.encoders import save_family, word_tokenizer
-from tests.tasks.sessions import gradients, loop_of
+from tests.tasks.sessions import gradients, loop_of, rows_of
 
 CPU = torch.device("cpu")
 NAMES = ["colour", "fruit", "pet"]
@@ -52,11 +52,6 @@ def finished(classify: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def built(recipe: Recipe, **more: Any) -> Datasets:
     return build_datasets(recipe.data, load_tokenizer(recipe.model), **more)
-
-
-def rows_of(opened: OpenRun) -> Datasets:
-    assert opened.target.recipe is not None
-    return build_datasets(opened.target.recipe.data, opened.base.tokenizer, labels=opened.labels)
 
 
 def logits(opened: OpenRun) -> torch.Tensor:

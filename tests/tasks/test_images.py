@@ -33,7 +33,7 @@ from qvera.training.session import TrainingSession
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.tasks.images import COLOURS
-from tests.tasks.sessions import gradients, loop_of
+from tests.tasks.sessions import gradients, loop_of, rows_of
 from tests.training.runs import cut_off, same, vectors
 
 TASK = ImageClassification()
@@ -46,11 +46,6 @@ def finished(see: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "colours"
     train(see(training={"max_steps": 20}), run_dir)
     return run_dir
-
-
-def rows_of(opened: OpenRun) -> Datasets:
-    assert opened.target.recipe is not None
-    return build_datasets(opened.target.recipe.data, opened.base.tokenizer, labels=opened.labels)
 
 
 def logits(opened: OpenRun) -> torch.Tensor:

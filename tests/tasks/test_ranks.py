@@ -12,7 +12,8 @@ import yaml
 
 from qvera.training.trainer import train
 from tests.distributed.ranks import Ranks, run_worker
-from tests.distributed.runs import close, losses, vectors
+from tests.distributed.runs import close
+from tests.training.runs import losses, vectors
 
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 

@@ -112,8 +112,8 @@ def all_files(run_dir: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run_dir)): p.read_bytes() for p in (run_dir / "adapters").rglob("*") if p.is_file()}
 
 
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in records(run_dir)]
+def losses(run_dir: Path, kind: str = "train") -> list[float]:
+    return [record["loss"] for record in records(run_dir, kind)]
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -13,6 +13,7 @@ from qvera.cli.main import main
 from qvera.serve.client import KEY_VARIABLE, ServerClient, server_url
 from qvera.utils.errors import InputError
 from tests.cli.helpers import stopped_after
+from tests.helpers import Terminal
 from tests.serve.api.conftest import Served, Start
 
 
@@ -31,11 +32,6 @@ def test_chat_keeps_the_conversation(served: Served, monkeypatch: pytest.MonkeyP
     lengths = [len(request.prompt) for request in served.engine.requests]
     assert lengths[0] < lengths[1] > lengths[2]
     assert {request.adapter.name for request in served.engine.requests if request.adapter} == {"anna"}
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 def test_a_context_ends_an_answer_and_a_refusal_ends_no_chat(

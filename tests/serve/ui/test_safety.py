@@ -109,7 +109,7 @@ def test_no_address_leads_out_of_the_runs(
     put(build_run, tmp_path, "good")
     monkeypatch.setattr(app, "LOOK_SECONDS", 0.0)  # a stream of news of a run that is not there ends at its second look
     served = serve(tmp_path / "runs")
-    for target in attempts(150):
+    for target in attempts(90):
         if target.startswith((b"/events/run/good", b"/events/runs")):
             continue  # streams do not end
         answer = served.raw(target)
