@@ -111,6 +111,7 @@ def test_an_unknown_key_gets_the_nearest_name_or_its_section_or_all_that_are_kno
     ("key", "value", "sentence"),
     [
         ("adapter.rank", 0, "should be greater than or equal to 1, got 0."),
+        ("adapter.b_groups", 0, "should be greater than or equal to 1, got 0."),
         ("adapter.rank", 8.5, "should be a whole number, got 8.5."),
         ("adapter.rank", True, "should be a whole number, got True."),
         ("adapter.rank", 10**20, f"should be less than or equal to 65536, got {10**20}."),

@@ -40,6 +40,8 @@ HEADS = {
     "bert": {"classifier"}, "roberta": {"classifier"}, "deberta-v2": {"classifier", "pooler"}, "gpt2": {"score"},
     "distilbert": {"classifier", "pre_classifier"}, "modernbert": {"classifier", "head"}, "gemma3": {"score"},
 }  # fmt: skip
+_SLOW = ("roberta", "distilbert", "gemma3")
+"""The first two have their heads and layers as BERT; the last one has GPT-2's head."""
 ROW_LOGITS = SequenceClassification().row_logits
 
 
@@ -127,7 +129,7 @@ def test_logits_and_gradients_are_those_of_a_dense_model_in_fp64(
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, encoder)[1], found, strict=True))
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in _SLOW else ()) for n in HEADS])
 def test_a_family_trains_its_head_and_exports_its_logits(name: str, classify: Any, tmp_path: Path) -> None:
     ENCODERS[name].write(tmp_path / "base")
     lines = [{"text": f"say {'again ' * (i % 4)}{i}", "label": LABELS[i % 3]} for i in range(10)]

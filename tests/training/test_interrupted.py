@@ -137,8 +137,7 @@ def test_a_run_whose_process_is_gone_is_told_as_interrupted_by_its_process(
 ) -> None:
     """As kill -9 leaves it; `qvera ui` is tested in tests/serve/ui."""
     recipe, reference = whole
-    train(recipe, tmp_path / "run")
-    info = run_json(tmp_path / "run")
+    info = run_json(shutil.copytree(reference, tmp_path / "run"))
     assert status_of({**info, "status": "running"}) == "running", "this process is there"
     assert status_of({**info, "status": "running", "started": "2001-01-01T00:00:00+00:00"}) == "interrupted"
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -156,7 +155,7 @@ def test_a_run_whose_process_is_gone_is_told_as_interrupted_by_its_process(
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_again(
     whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any
 ) -> None:
-    train(whole[0], tmp_path / "run")
+    shutil.copytree(whole[1], tmp_path / "run")
     for name in ("checkpoints", "adapter"):  # which come later
         shutil.rmtree(tmp_path / "run" / name)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')

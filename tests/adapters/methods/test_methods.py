@@ -177,7 +177,7 @@ def test_what_is_saved_is_loaded_to_the_bit(loaded: Any, run_dir: Path, tmp_path
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-STATEFUL = ("vera", "spiel", "lora-sb", "lorta")  # plain vectors, places that move, a start of its own, shared tensors
+STATEFUL = ("lora-sb", "lorta")  # a start of its own, shared tensors; test_trainer.py and test_spiel.py have others
 
 
 @pytest.mark.parametrize(

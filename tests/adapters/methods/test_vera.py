@@ -16,7 +16,6 @@ from qvera.adapters import QveraConfig, QveraLinear, register
 from qvera.adapters.save_load import attach, load_adapter, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
-from qvera.config.schema import parse_recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.exporting.deltas import read_deltas
 from qvera.exporting.sums import same_directions
@@ -174,20 +173,6 @@ def test_a_frozen_d_stays_frozen_in_a_file_and_when_the_adapter_is_chosen_again(
     for one in (model, read):
         trained = {name.rpartition(".")[2] for name, vector in named_vectors(one).items() if vector.requires_grad}
         assert trained == {"qvera_b"}
-
-
-@pytest.mark.parametrize(
-    ("adapter", "words"),
-    [
-        ({"rank": 8, "b_groups": 3}, "adapter.b_groups: 3 does not divide adapter.rank"),
-        ({"rank": 8, "b_groups": 0}, "adapter.b_groups"),
-        ({"input_scale": True, "train_d": False}, "adapter.input_scale: is a vector to train"),
-        ({"input_scale": "yes"}, "adapter.input_scale"),
-    ],
-)
-def test_a_recipe_that_can_not_be_is_refused(adapter: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        parse_recipe({"model": "-", "data": {"path": "-"}, "adapter": adapter}, "a test")
 
 
 # d_initial is what a learning rate of its own for d would be: there is no second key for it.
