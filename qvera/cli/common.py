@@ -142,8 +142,9 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
 
     run = Path(target)
     if re.match(r"\w+:/|[\w.-]+:\d+(/|$)", str(target)) and not run.exists():
+        shown = re.sub(":/+", "://", str(target), count=1)  # a Path has one slash
         raise InputError(
-            f"{target}: is no directory here. A run is named by its directory, or as USER/NAME on the hub; a server, "
+            f"{shown}: is no directory here. A run is named by its directory, or as USER/NAME on the hub; a server, "
             "for chat and generate, as http://HOST:PORT."
         )
     is_nowhere = not run.exists() and run.parent.exists() and not takes_bases  # and no id of the hub

@@ -127,7 +127,9 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
             f"of its own, such as {run_dir / 'NAME'}."
         )
     if resume and not existing.exists():
-        raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml).")
+        runs = first_of([*map(str, runs_in(run_dir.parent))])
+        there = f", or go on with a run that is there: {runs}" if runs else ""
+        raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml). Leave --resume out to begin it{there}.")
     if resume and is_replaced(get(info, "adapter", "sha256"), run_dir / "adapter" / ADAPTER_WEIGHTS):
         raise InputError(
             f"{run_dir / 'adapter'}: another adapter is there now than this run wrote, and a run that goes on writes "

@@ -35,7 +35,7 @@ def write(file: str, content: str | bytes = "precious") -> Edit:
     data = content.encode() if isinstance(content, str) else content
 
     def edit() -> None:
-        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_bytes(data)
 
     return edit
@@ -167,7 +167,12 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "metrics as words": ("eval run --metrics exact bleu", "Metrics are one list: --metrics exact,bleu"),
     "a dash for a file": ("generate run --prompt x --out -", "-: is the name of no file here"),
     "a recipe without its ending": ("train recipe", "recipe: no such recipe file; did you mean recipe.yaml?"),
-    "resume without a run": (f"{TRAIN} --resume", "holds no run to resume"),
+    "resume without a run": (f"{TRAIN} --resume", "Leave --resume out to begin it."),
+    "resume of a run of another name": (
+        f"{TRAIN} --set training.output_dir=runs/new --resume",
+        "Leave --resume out to begin it, or go on with a run that is there: runs/old.",
+        write("runs/old/recipe.yaml"),
+    ),
     "no such run": ("info nothing", "no such directory"),
     "the name of a run with a slip": ("chat runn", "runn: no such directory; did you mean 'run'? Expected a run"),
     "rows in place of a recipe's name": ("init rows.jsonl", "in .yaml. Rows go to --data rows.jsonl."),
