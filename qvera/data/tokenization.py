@@ -220,6 +220,7 @@ class RowCounts:
     special_token_rows: int = 0
     own_system_rows: int = 0  # rows with a system prompt of their own, though data.system is set
     unanswered_rows: int = 0  # conversations that end with a user's or system turn, which is not trained
+    unasked: list[str] = field(default_factory=list)  # sources of rows with an empty turn of the user
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: RowCounts) -> None:
@@ -286,6 +287,8 @@ class RowTokenizer:
             else:
                 texts = [turn.text for turn in row.turns]
                 self._counts.own_system_rows += self.section.system not in (None, "", row.turns[0].content)
+                if any(turn.role == "user" and not turn.text.strip() and not turn.images for turn in row.turns):
+                    self._counts.unasked.append(row.source)
                 self._counts.unanswered_rows += (
                     row.turns[-1].role in ("user", "system") and self.section.train_on != "all"
                 )
