@@ -24,7 +24,7 @@ from qvera.adapters.methods import LinearSpec, method_of
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.safetensors_stream import write_shard
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE_FILE, read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, unreadable_error
 
@@ -113,6 +113,8 @@ def require_files(directory: Path) -> None:
         if not (directory / name).is_file():
             inside = directory / "adapter"  # where a run's directory has it
             meant = f" Did you mean {inside}?" if (inside / name).is_file() else ""
+            if directory.name == inside.name and (recipe := directory.parent / RECIPE_FILE).is_file():
+                meant = f" `qvera train {recipe} --resume` writes it again from the run's last checkpoint."
             raise InputError(f"{directory}: has no {name}, so it is not an adapter directory.{meant}")
 
 

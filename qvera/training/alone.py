@@ -285,7 +285,7 @@ class Trainer(Run):
         self.group.on_first(find)
         saved = checkpoint.shared(newest[0] if newest else None, self.group)
         if saved is None:
-            self.say(f"No checkpoint was saved in {self.run_dir} yet: starting from step 0.")
+            self.say(f"No checkpoint is in {self.run_dir}: starting from step 0.")
             return
         loop, session = self.loop, self.session
         checkpoint.require_same_inputs(saved.path, saved.state.get("inputs"), session.inputs)

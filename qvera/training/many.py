@@ -111,7 +111,7 @@ class ManyTrainer(Run):
             if saved is not None:
                 self._restore(saved, loop)
             elif self.resume:
-                self.say(f"No checkpoint was saved in {self.run_dir} yet: starting from round 0.")
+                self.say(f"No checkpoint is in {self.run_dir}: starting from round 0.")
             return loop
 
         self.loop = self.group.agree(make_loop)  # others may have no checkpoint, so no rank waits in it

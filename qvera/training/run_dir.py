@@ -127,8 +127,8 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
             f"of its own, such as {run_dir / 'NAME'}."
         )
     if resume and not existing.exists():
-        runs = first_of([*map(str, runs_in(run_dir.parent))])
-        there = f", or go on with a run that is there: {runs}" if runs else ""
+        beside = first_of([*map(str, runs_in(run_dir.parent))])
+        there = f", or go on with a run that is there: {beside}" if beside else ""
         raise InputError(f"{run_dir}: holds no run to resume (no recipe.yaml). Leave --resume out to begin it{there}.")
     if resume and is_replaced(get(info, "adapter", "sha256"), run_dir / "adapter" / ADAPTER_WEIGHTS):
         raise InputError(

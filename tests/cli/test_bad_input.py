@@ -211,6 +211,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     ),
     "run without adapter": ("chat run", "has no adapter/ yet", drop("run/adapter")),
     "base is not there": (ANSWER, "model.path: 'models/base' is no directory here. Nor", *MOVED),
+    "a run without its vectors": (
+        "eval run",
+        "`qvera train run/recipe.yaml --resume` writes it again from the run's last checkpoint.",
+        drop("run/adapter/adapter_model.safetensors"),
+    ),
     "adapter cut short": ("eval run", "cut short", cut("run/adapter/adapter_model.safetensors", 9)),
     "another kind": ("chat run", "PEFT can't put this adapter on its base", change(ADAPTER, peft_type="LORA")),
     "adapter of a newer format": ("chat run", "format version 99", change(ADAPTER, format_version=99)),
