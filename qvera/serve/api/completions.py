@@ -26,6 +26,7 @@ from qvera.serve.tool_calls import CallReader, ToolCall
 
 if TYPE_CHECKING:
     from qvera.data.images import StoredImage
+    from qvera.serve.api.access import Limits
     from qvera.serve.api.schemas import GenerationBody
     from qvera.serve.grammars import Grammar
 
@@ -108,6 +109,7 @@ def _stop_strings(body: GenerationBody, service: Service) -> list[str]:
     """Check what chat and completions share, and return the stop strings. Raises ApiError 400 that names the key."""
     body.require_supported()
     limits = service.limits
+    _require_answers(body.n or 1, limits)  # before anything is made for each of them
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
     if len(stop) > limits.stop_strings:
         raise bad_request(f"stop: at most {limits.stop_strings} texts are taken, got {len(stop)}.", "stop")
@@ -116,6 +118,11 @@ def _stop_strings(body: GenerationBody, service: Service) -> list[str]:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options: is only for stream: true.", "stream_options")
     return stop
+
+
+def _require_answers(count: int, limits: Limits) -> None:
+    if count > limits.answers:
+        raise bad_request(f"n: a call has at most {limits.answers} answers, and this one asks {count}.", "n")
 
 
 def _sampling(
@@ -136,9 +143,7 @@ def _sampling(
     """
     limits, longest = service.limits, max(map(len, prompts))
     context = service.engine.longest_tokens
-    answers = len(prompts) * (body.n or 1)
-    if answers > limits.answers:
-        raise bad_request(f"n: a call has at most {limits.answers} answers, and this one asks {answers}.", "n")
+    _require_answers(len(prompts) * (body.n or 1), limits)
     if not min(map(len, prompts)):
         raise bad_request("prompt: is empty; expected at least one token.", "prompt")
     if longest > limits.prompt_tokens or longest + (wanted or 1) > context:

@@ -181,6 +181,7 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"top_k": -2}, 400, "top_k", "greater than or equal to -1"),
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"n": 17}, 400, "n", "at most 16 answers"),
+    ({"n": 10**9, "tools": [TOOL]}, 400, "n", "at most 16 answers"),  # before a reader of calls is made for each
     ({"max_tokens": 5000}, 400, None, "The prompt has"),
     ({"max_tokens": 10, "max_completion_tokens": 11}, 400, "max_completion_tokens", "give one"),
     ({"messages": []}, 400, "messages", "at least 1 item, not 0"),
