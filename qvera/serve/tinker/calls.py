@@ -32,12 +32,15 @@ Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Form(BaseModel):
-    """A body that FastAPI has read as JSON. Half a character in it is told: no database takes one, and no answer."""
+    """A body that FastAPI has read as JSON. It tells what no database and no answer takes, such as half a character."""
 
     @model_validator(mode="before")
     @classmethod
     def _require_text(cls, given: Any) -> Any:
-        json.dumps(given, ensure_ascii=False, default=repr).encode()
+        try:
+            json.dumps(given, ensure_ascii=False, default=repr).encode()
+        except RecursionError:
+            raise ValueError("is nested too deeply") from None
         return given
 
 

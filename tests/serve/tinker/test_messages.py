@@ -13,6 +13,7 @@ import zstandard
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.serve.tinker import messages
 from qvera.serve.tinker.messages import ForwardBackward, call_of, decode_forward_backward
+from qvera.serve.tinker.routes import NewSession
 from qvera.training.tenants import RowResults
 from qvera.utils.errors import InputError
 
@@ -257,6 +258,14 @@ def test_a_compressed_body_is_read_within_its_limit() -> None:
     for broken in (frame[:-3], b"no frame", b""):
         with pytest.raises(InputError, match="no zstd frame"):
             messages.decompress(broken, 10_000)
+
+
+def test_what_is_nested_too_deeply_is_told_and_no_failure() -> None:
+    nested: dict[str, Any] = {}
+    for _ in range(5000):
+        nested = {"a": nested}
+    with pytest.raises(ValueError, match="is nested too deeply"):
+        NewSession(user_metadata=nested)
 
 
 def test_results_come_back_in_order_with_their_shapes() -> None:
