@@ -144,10 +144,14 @@ class SourceStats:
     template: str
 
     @property
+    def template_text(self) -> str:
+        """The template's name for messages."""
+        return "the tokenizer's own" if self.template == OWN else self.template
+
+    @property
     def layout(self) -> str:
         """Format and template, for messages."""
-        template = "the tokenizer's own" if self.template == OWN else self.template
-        return self.format if self.format in UNRENDERED else f"{self.format}, template: {template}"
+        return self.format if self.format in UNRENDERED else f"{self.format}, template: {self.template_text}"
 
 
 @dataclass(slots=True)
