@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
-from torch import nn
-from torch.amp import GradScaler
 
 from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.adapters.methods import method_of
@@ -28,8 +26,9 @@ from qvera.data import Example, batches_of, planned_steps
 from qvera.distributed.group import ALONE
 from qvera.models.attention import rows_joined
 from qvera.training.checkpoint import TrainState, generator_states, set_generator_states
-from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, require_gradients, step_error
-from qvera.training.optim import build_optimizer, build_range_test, build_schedule, current_rate, require_all_stepped
+from qvera.training.engine import LocalEngine
+from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error
+from qvera.training.optim import build_optimizer, build_range_test, build_schedule, require_all_stepped
 from qvera.training.plan import Plan, longest_rows
 from qvera.utils import memory
 from qvera.utils.errors import OwnCodeFailed, RunFailed
@@ -185,88 +184,6 @@ class AloneStep(Step[int]):
     total: float = 0.0
 
 
-class LocalEngine:
-    """Takes an optimizer step with plain torch. All ranks call each method together.
-
-    Every rank holds whole vectors. Their gradients are summed as one bucket of a few MB a step.
-    """
-
-    core: Callable[..., torch.Tensor] | None = None  # called in place of the model's `core_of`, unless None
-
-    def __init__(
-        self,
-        vectors: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler,
-        max_grad_norm: float,
-        group: Group,
-        scaler: GradScaler | None = None,
-    ) -> None:
-        self.vectors, self.optimizer, self.schedule = vectors, optimizer, schedule
-        self.max_grad_norm, self.group, self.scaler = max_grad_norm, group, scaler
-        self.loss_scale = 1.0  # that the latest `step` was taken with
-        self._is_first_step = True
-
-    def loss_gradient(self) -> torch.Tensor:
-        """Return the factor that `backward` puts before its loss: the loss scale (scalar, fp32)."""
-        gradient = torch.ones((), device=next(iter(self.vectors.values())).device)
-        return gradient if self.scaler is None else self.scaler.scale(gradient)
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Accumulate the gradient of this rank's part of the loss. ``last``: this is the step's last pass."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def forget_module_order(self) -> None:
-        """Let an engine that learns the order of modules from the first pass learn it from the next one."""
-
-    def undo(self) -> None:
-        """Drop the gradients of a step that could not be taken."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _sum_gradients(self) -> None:
-        if self.group.world_size > 1:
-            # all ranks must send as much, and an expert that got no token on this rank has no gradient
-            for vector in self.vectors.values():
-                if vector.grad is None and vector.requires_grad:
-                    vector.grad = torch.zeros_like(vector)
-            self.group.all_reduce([vector.grad for vector in self.vectors.values() if vector.grad is not None])
-
-    def step(self) -> tuple[float, float]:
-        """Clip and step; returns the gradient norm before clipping and the learning rate.
-
-        A gradient that is not finite takes no step. With loss scaling, it lowers the scale.
-        """
-        self._sum_gradients()
-        if self._is_first_step:  # on sums over the ranks: one rank's rows may miss a layer
-            require_gradients({name: vector.grad for name, vector in self.vectors.items()})
-            self._is_first_step = False
-        limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        scale = self.loss_gradient()
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        total = torch.nn.utils.clip_grad_norm_(list(self.vectors.values()), limit)
-        norm, self.loss_scale = torch.stack([total, scale]).tolist()  # one wait for the device
-        rate = current_rate(self.schedule)
-        if math.isfinite(norm):  # `GradScaler.step` would find it out anew
-            self.optimizer.step()
-            self.schedule.step()
-        if self.scaler is not None:
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm, rate
-
-    def can_step_again(self) -> bool:
-        """Whether to retry a step whose gradient was not finite: the scale was above 1 and is lower now."""
-        return self.scaler is not None and self.loss_scale > 1.0 and self.scaler.get_scale() < self.loss_scale
-
-    def unsharded(self) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-        """Return the trained vectors and the optimizer as one process would hold them, for a checkpoint."""
-        return self.vectors, self.optimizer
-
-    def gather_vectors(self) -> None:
-        """Make the model's vectors whole on every rank, before they are written as an adapter."""
-
-
 class AloneLoop(Loop[AloneStep]):
     """The loop of one adapter. All processes call each method together, each with its share of the rows.
 
@@ -327,7 +244,7 @@ class AloneLoop(Loop[AloneStep]):
         if session.zero is None:
             vectors = trained_vectors(self.model)
             return LocalEngine(vectors, *stepped, training.max_grad_norm, self.group, session.scaler)
-        from qvera.training.zero_engine import ZeroEngine  # that module imports this one
+        from qvera.training.zero_engine import ZeroEngine
 
         scratch = session.run_dir / "offload"
         return ZeroEngine(session.zero, training, self.model, *stepped, self.group, scratch, session.scaler)

@@ -26,7 +26,7 @@ from qvera.config.sections import TrainingSection
 from qvera.distributed.group import Group
 from qvera.distributed.zero import Sizes, ZeroConfig, deepspeed_module, gather_at_call, is_sharded, whole_numel
 from qvera.models.structure import causal_model, core_of, decoder_layers
-from qvera.training.loop import LocalEngine
+from qvera.training.engine import LocalEngine
 from qvera.training.optim import current_rate
 
 if TYPE_CHECKING:

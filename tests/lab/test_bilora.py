@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from qvera.distributed.group import Group
 from qvera.lab.bilora import OrthogonalPenalty
-from qvera.training.loop import LocalEngine
+from qvera.training.engine import LocalEngine
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from tests.training.runs import cut_off, losses, same, vectors
