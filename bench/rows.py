@@ -114,7 +114,7 @@ def by_datasets(args: argparse.Namespace, tokenizer: Any) -> tuple[int, int]:
 
     from qvera.config.sections import DataSection
     from qvera.data import Encoder, resolve_template
-    from qvera.data.conversations import detect_format
+    from qvera.data.detect import detect_format
     from qvera.data.readers import RawRow, read_rows
     from qvera.data.tokenization import RowTokenizer
 

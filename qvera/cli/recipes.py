@@ -164,7 +164,8 @@ def _with_columns(recipe: Recipe, prompt: str | None, answer: str | None) -> Rec
 
 def _with_found_columns(recipe: Recipe) -> Recipe:
     """Read all rows once, before torch is imported; on a terminal, ask for columns that match no format."""
-    from qvera.data.conversations import PREFERENCES, MissingColumn, UnaskedPreferences, UnknownFormat
+    from qvera.data.conversations import PREFERENCES
+    from qvera.data.detect import MissingColumn, UnaskedPreferences, UnknownFormat
     from qvera.data.source import survey
 
     try:

@@ -29,17 +29,8 @@ import pyarrow as pa
 
 from qvera.config.sections import DataSection
 from qvera.data.chat_template import ChatTemplate, resolve_template
-from qvera.data.conversations import (
-    FORMATS,
-    LABELLED,
-    PREFERENCES,
-    Conversation,
-    MissingColumn,
-    RowFormat,
-    UnknownFormat,
-    detect_format,
-    parse_row,
-)
+from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, Conversation, RowFormat, parse_row
+from qvera.data.detect import MissingColumn, UnknownFormat, detect_format
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
 from qvera.data.readers import RawRow, adapter_files, load_hub, local_files, read_file, read_lines, read_rows
@@ -495,15 +486,16 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
     """
     is_text = path.suffix.lower() == ".txt"
     format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
+    local_files(str(path))  # raises where it is not here
     if format in PREFERENCES:  # its prompts, whose answers play no part here
         format, columns = "prompt-completion", {name: columns[name] for name in ("prompt", "system") if name in columns}
     conversations = []
     for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
         fields = dict(row.fields)
-        named = {ours: theirs for ours, theirs in columns.items() if ours not in _ANSWERS.values() or theirs in fields}
+        named = {ours: theirs for ours, theirs in columns.items() if theirs in fields}
         for question, answer in _ANSWERS.items():
             asked, answered = (named.get(name, name) for name in (question, answer))
-            if asked in fields and not fields.get(answered) and fields.keys() >= set(named.values()):
+            if asked in fields and not fields.get(answered):
                 fields[answered] = "-"  # a row without its answer is read like a training row
         filled = replace(row, fields=fields)
         try:
@@ -513,7 +505,12 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
                 found = detect_format(filled, "auto", named)
             parsed = parse_row(filled, found, section.system)
         except (MissingColumn, UnknownFormat) as error:
-            raise InputError(f"{error} Rows to answer need no answers: a column called prompt is enough.") from None
+            text = str(error)
+            lost = next((theirs for ours, theirs in columns.items() if ours in _ANSWERS and theirs not in fields), None)
+            if lost is not None:
+                found_names = ", ".join(map(str, row.fields))
+                text = f"{row.source}: no column {lost!r}{did_you_mean(lost, row.fields)} Columns found: {found_names}."
+            raise InputError(f"{text} Rows to answer need no answers: a column called prompt is enough.") from None
         if not isinstance(parsed, Conversation):
             raise InputError(f"{row.source}: is plain text, which asks nothing. Expected prompts or messages.")
         turns = list(parsed.turns)

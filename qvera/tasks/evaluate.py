@@ -14,7 +14,8 @@ from rich.console import Console
 from qvera.config import plugins
 from qvera.config.sections import DataSection
 from qvera.data import Datasets, Rows, build_datasets, lengths_of
-from qvera.data.conversations import FORMATS, LABELLED, MissingColumn, UnknownFormat
+from qvera.data.conversations import FORMATS, LABELLED
+from qvera.data.detect import MissingColumn, UnknownFormat
 from qvera.data.images import thumbnail_uris
 from qvera.data.readers import local_files
 from qvera.data.source import hub_datasets, raw_rows, survey

@@ -24,7 +24,8 @@ from qvera.cli.main import PANELS, main
 from qvera.config import plugins
 from qvera.config.schema import load_recipe
 from qvera.data import build_datasets, decode
-from qvera.data.conversations import Conversation, detect_format, parse_row, read_messages
+from qvera.data.conversations import Conversation, parse_row, read_messages
+from qvera.data.detect import detect_format
 from qvera.data.readers import RawRow
 from qvera.evaluation import generate as generation
 from qvera.models.tokenizer import load_tokenizer

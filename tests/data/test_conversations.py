@@ -15,11 +15,10 @@ from qvera.data.conversations import (
     LabelledRow,
     Text,
     Turn,
-    UnaskedPreferences,
-    detect_format,
     parse_row,
     read_messages,
 )
+from qvera.data.detect import UnaskedPreferences, detect_format
 from qvera.data.readers import RawRow
 from qvera.data.source import read_prompts
 from qvera.utils.errors import InputError
@@ -82,6 +81,14 @@ def test_every_format_becomes_the_same_conversation() -> None:
     alpaca = parse({"instruction": "Add.", "input": "1, 2", "output": "3"})
     assert isinstance(alpaca, Conversation)
     assert alpaca.turns == [Turn("user", "Add.", context="1, 2"), Turn("assistant", "3")], "the input stays apart"
+    row = {"instruction": "And 4?", "input": "", "output": "7", "history": [["Add 1, 2", "3"]]}
+    followed = parse(row)
+    assert isinstance(followed, Conversation), "LLaMA-Factory's turns before"
+    assert [(turn.role, turn.content) for turn in followed.turns] == [
+        ("user", "Add 1, 2"), ("assistant", "3"), ("user", "And 4?"), ("assistant", "7"),
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=r"history must be a list of \[question, answer\] pairs, got"):
+        parse({**row, "history": ["Add 1, 2"]})
 
 
 def test_named_columns_decide_the_format() -> None:
@@ -185,6 +192,7 @@ def test_a_call_that_is_none_is_named() -> None:
 @pytest.mark.parametrize(
     ("fields", "kwargs", "message"),
     [
+        ({"role": "user", "content": "hi"}, {}, "is a single turn, and a row is a whole conversation"),
         ({"q": "x", "a": "y"}, {}, "match no known format. Columns found: q, a. Known: .*alpaca .instruction, output"),
         ({"q": "x"}, {"format": "text"}, "format text needs the column text. Columns found: q"),
         ({"q": "x"}, {"format": "text"}, r"or set another data\.format\.$"),
@@ -276,16 +284,21 @@ def test_prompts_may_have_another_format_than_the_rows_that_trained(tmp_path: Pa
         assert [row.turns[-1].content for row in found] == ["a", "b"]
 
 
-def test_prompts_need_the_recipes_column_of_prompts_and_no_other(tmp_path: Path) -> None:
+def test_prompts_have_the_recipes_column_or_are_written_otherwise(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     section = DataSection(path="rows.jsonl", columns={"completion": "cuisine", "prompt": "dish"})
     file.write_text('{"dish": "sushi"}\n{"dish": "pizza", "cuisine": "italian"}\n')
     assert [row.turns[-1].content for row in read_prompts(file, section)] == ["sushi", "pizza"]
-    for row in ({"prompt": "a"}, {"prompt": "a", "cuisine": "thai"}, {"instruction": "a"}):
+    for row in ({"prompt": "a"}, {"instruction": "a"}, {"messages": [{"role": "user", "content": "a"}]}):
         file.write_text(json.dumps(row) + "\n")
-        said = rf"p.jsonl:1: no column 'dish' \(data.columns.prompt\)\. Columns found: {', '.join(row)}\. Rename"
-        with pytest.raises(InputError, match=said):
-            read_prompts(file, section)
+        assert [turn.content for row in read_prompts(file, section) for turn in row.turns] == ["a"]
+    file.write_text('{"dsh": "a", "cuisine": "thai"}\n')
+    said = r"p.jsonl:1: no column 'dish'; did you mean 'dsh'\? Columns found: dsh, cuisine\. Rows to answer need no"
+    with pytest.raises(InputError, match=said):
+        read_prompts(file, section)
+    with pytest.raises(InputError, match=r"promt.txt: no such file or directory\. Did you mean .*prompt.txt\?"):
+        file.rename(tmp_path / "prompt.txt")
+        read_prompts(tmp_path / "promt.txt", section)
 
 
 def test_pairs_of_llama_factory_are_read_as_they_are() -> None:

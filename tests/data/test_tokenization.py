@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qvera.config.sections import DataSection
 from qvera.data import Datasets, Encoder, Example, Turn, build_datasets, decode, resolve_template
-from qvera.data.conversations import detect_format, parse_row
+from qvera.data.conversations import parse_row
+from qvera.data.detect import detect_format
 from qvera.data.readers import RawRow
 from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError

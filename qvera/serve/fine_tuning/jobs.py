@@ -15,7 +15,7 @@ from rich.console import Console
 
 from qvera.config.sections import DataSection, TrainingSection
 from qvera.data import build_datasets, data_warnings
-from qvera.data.conversations import UnaskedPreferences
+from qvera.data.detect import UnaskedPreferences
 from qvera.data.images import text_only
 from qvera.data.source import has_columns
 from qvera.serve.api.errors import ApiError, bad_request
