@@ -554,9 +554,9 @@ def data_warnings(stats: DataStats) -> list[str]:
             f"data.system is not in {min(stats.own_system_rows, total):,} of {total:,} rows, which have one of their "
             "own. Answers to prompts without one are asked with data.system."
         )
-    if stats.unasked:
-        where = first_of(list(dict.fromkeys(stats.unasked)))
-        lines.append(f"Rows in which the user says nothing: {where}. Is the prompt in another column?")
+    for role, sources in stats.silent.items():
+        where = first_of(list(dict.fromkeys(sources)))
+        lines.append(f"Rows in which the {role} says nothing: {where}. Fill the turn in, or leave the row out.")
     if 2 * stats.unanswered_rows > stats.train_rows + stats.eval_rows:
         lines.append(
             f"Conversations that end with a user's or system turn: {stats.unanswered_rows:,}. Only what the assistant "

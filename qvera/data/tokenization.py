@@ -220,16 +220,18 @@ class RowCounts:
     special_token_rows: int = 0
     own_system_rows: int = 0  # rows with a system prompt of their own, though data.system is set
     unanswered_rows: int = 0  # conversations that end with a user's or system turn, which is not trained
-    unasked: list[str] = field(default_factory=list)  # sources of rows with an empty turn of the user
+    silent: dict[str, list[str]] = field(default_factory=dict)  # role → sources of rows in which it says nothing
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: RowCounts) -> None:
         """Add the counts of ``other``, whose rows come after these."""
         for one in fields(RowCounts):
-            if one.name != "dropped":
-                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
-        for reason, sources in other.dropped.items():
-            self.dropped.setdefault(reason, []).extend(sources)
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(mine, int):
+                setattr(self, one.name, mine + theirs)
+            else:
+                for reason, sources in theirs.items():
+                    mine.setdefault(reason, []).extend(sources)
 
 
 @dataclass(slots=True)
@@ -287,8 +289,9 @@ class RowTokenizer:
             else:
                 texts = [turn.text for turn in row.turns]
                 self._counts.own_system_rows += self.section.system not in (None, "", row.turns[0].content)
-                if any(turn.role == "user" and not turn.text.strip() and not turn.images for turn in row.turns):
-                    self._counts.unasked.append(row.source)
+                for turn in row.turns:
+                    if turn.role in ("user", "assistant") and not (turn.text.strip() or turn.images or turn.extra):
+                        self._counts.silent.setdefault(turn.role, []).append(row.source)
                 self._counts.unanswered_rows += (
                     row.turns[-1].role in ("user", "system") and self.section.train_on != "all"
                 )

@@ -145,12 +145,15 @@ def preflight(data: Datasets, tokenizer: Any, rows: int | None = None) -> str:
     return out.getvalue()
 
 
-def test_preflight_names_the_first_row_in_which_the_user_says_nothing(read: Read, base_tokenizer: Any) -> None:
+def test_preflight_names_the_first_row_in_which_one_says_nothing(read: Read, base_tokenizer: Any) -> None:
     rows = [{"prompt": prompt, "completion": "red"} for prompt in ("what is this?", "", " \n", "and this?")]
     data = read(rows)
     shown = preflight(data, base_tokenizer)
     assert f"Rows in which the user says nothing: {data.train[1].source} (and 1 more)." in shown
     assert "says nothing" not in preflight(read([rows[0], rows[3]]), base_tokenizer)
+    said = [("user", "hi"), ("assistant", ""), ("user", "hello?"), ("assistant", "yes")]
+    data = read([{"messages": [{"role": role, "content": content} for role, content in said]}])
+    assert f"Rows in which the assistant says nothing: {data.train[0].source}. Fill" in preflight(data, base_tokenizer)
 
 
 def test_preflight_asks_whether_the_roles_are_swapped(read: Read, base_tokenizer: Any) -> None:
