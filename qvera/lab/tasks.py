@@ -228,7 +228,9 @@ def _adapted(loop: Any, name: str, rows: Rows) -> dict[str, Any]:
         while inner.state.step < training.adapt_steps:
             inner.train_step()
         after = query_loss()
-        loop.console.print(f"Held-out task {name}: loss {before:.4f}, after {inner.state.step} steps {after:.4f}")
+        loop.session.console.print(
+            f"Held-out task {name}: loss {before:.4f}, after {inner.state.step} steps {after:.4f}"
+        )
     except NotFinite as error:  # the run itself is whole, and its adapter is written
         loop.warn(f"Held-out task {name}: {error} It has no loss afterwards. Lower training.adapt_learning_rate.")
     finally:

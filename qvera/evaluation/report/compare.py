@@ -110,6 +110,7 @@ def compare_runs(paths: Sequence[Path], adapters: Sequence[str] = ()) -> Compari
     InputError: too few or too many runs, one twice, a directory without a run, or many adapters and no name, or a name
     and no run with many.
     """
+    require_comparable(max(2, len(paths)))  # one run may have several adapters
     places = [path.resolve() for path in paths]
     for named in (places, list(adapters)):
         twice = next((one for i, one in enumerate(named) if one in named[:i]), None)

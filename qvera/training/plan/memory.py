@@ -304,7 +304,7 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
     wide = 0 if machine.on_gpu else 2 * 4 * min(chunk * vocabulary, CACHED_ELEMENTS * torch.get_num_threads())
     return _some(
         Component("logits of a chunk", "loss", chunk * vocabulary * item + wide),
-        states((tokens + 2 * trained) * hidden * item),
+        states(2 * trained * hidden * item),  # those of the other tokens are freed before
         Component("a block of the head in the compute dtype", "loss", block),
     )
 
