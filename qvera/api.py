@@ -6,6 +6,7 @@ A path is a run, an adapter, an exported checkpoint, or an id on the hub.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -301,9 +302,15 @@ class Model:
             is_alone = self.target.name is None and not self.base_alone
             advice = f"{self.target.path} has one adapter" if is_alone else "name it in `load`"
             raise InputError(f"adapter: {wrong[0]!r} is not loaded; {advice}.")
+        rows = [_conversation(prompt, number) for number, prompt in enumerate(listed, start=1)]
         opened = self.opened
         writer = PromptWriter.of(opened)
-        rows = [_conversation(prompt, number, writer.system) for number, prompt in enumerate(listed, start=1)]
+        if writer.system:
+            asked = Turn("system", writer.system)
+            rows = [
+                dataclasses.replace(row, turns=[asked, *row.turns]) if isinstance(prompt, str) else row
+                for prompt, row in zip(listed, rows, strict=True)
+            ]
         encoded = [writer.ids(row.turns, row.tools) for row in rows]
         answering.require_context(opened.model, [(row.source, ids) for row, ids in zip(rows, encoded, strict=True)])
         tokenizer = opened.base.tokenizer
@@ -453,13 +460,12 @@ def _file_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
             raise InputError(str(error).replace(str(file), "rows")) from None
 
 
-def _conversation(prompt: Prompt, number: int, system: str | None) -> Conversation:
+def _conversation(prompt: Prompt, number: int) -> Conversation:
     if isinstance(prompt, Conversation):
         return prompt
     if isinstance(prompt, str):
         refuse_file_name(prompt, f"prompt {number}")
-        turns = [Turn("system", system)] if system else []
-        return Conversation([*turns, Turn("user", prompt)], f"prompt {number}")
+        return Conversation([Turn("user", prompt)], f"prompt {number}")
     if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence):
         hint = " Put the messages of a conversation into a list: [[...]]." if isinstance(prompt, Mapping) else ""
         raise InputError(f"prompt {number}: expected a text or a list of messages, got {prompt!r}.{hint}")

@@ -242,8 +242,6 @@ class AdapterStore:
         weights: dict[str, float] = {}
         for term in model.split("+"):
             name, star, number = term.strip().rpartition("*")
-            if not star and term.strip() in known:
-                raise UnknownAdapter(f"a blend gives each adapter a weight, such as {term.strip()}*0.5.")
             if not star or not _NUMBER.fullmatch(number) or not math.isfinite(float(number)):
                 raise self._unknown(model)
             if name not in known:

@@ -152,7 +152,8 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
             text = text.replace(theirs, ours)
         text = f"{'.'.join(where) or 'The body'}: {text}."
         if first["type"] == "missing" and where[0] in _PATHS:
-            text += "".join(f" {key!r} is a key of {path}." for key, path in _PATHS.items() if key in error.body)
+            others = [(key, path) for key, path in _PATHS.items() if key in error.body and path != request.url.path]
+            text += "".join(f" {key!r} is a key of {path}." for key, path in others)
         return bad_request(text, where[0] if where else None)
     if isinstance(error, HTTPException):
         if error.status_code == 404:
