@@ -328,7 +328,7 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
         try:
             survey(section)
         except MissingColumn:
-            if FORMATS[section.format].trains not in ("answers", "texts"):
+            if section.format != "auto" and FORMATS[section.format].trains not in ("answers", "texts"):
                 raise
             section = section.replace(format="auto")  # the file may have another format than the rows that trained
             survey(section)
