@@ -146,14 +146,15 @@ def _sampling(
     _require_answers(len(prompts) * (body.n or 1), limits)
     if not min(map(len, prompts)):
         raise bad_request("prompt: is empty; expected at least one token.", "prompt")
-    if wanted is not None and wanted > limits.new_tokens:
-        raise bad_request(f"{keys[0]}: at most {limits.new_tokens:,} are taken, got {wanted:,}.", keys[0])
     if longest > limits.prompt_tokens or longest + (wanted or 1) > context:
         raise bad_request(
             f"The prompt has {longest:,} tokens, and {wanted or 1:,} new ones are asked for. A prompt may have "
-            f"{min(limits.prompt_tokens, context - 1):,}, and both together {context:,}. Shorten it or ask for fewer.",
+            f"{min(limits.prompt_tokens, context - 1):,}, an answer {limits.new_tokens:,}, both together {context:,}. "
+            "Shorten it or ask for fewer.",
             code="context_length_exceeded",
         )
+    if wanted is not None and wanted > limits.new_tokens:
+        raise bad_request(f"{keys[0]}: at most {limits.new_tokens:,} are taken, got {wanted:,}.", keys[0])
     if top is not None and top > limits.top_logprobs:
         raise bad_request(f"{keys[1]}: at most {limits.top_logprobs} are taken, got {top}.", keys[1])
     return Sampling(
