@@ -136,8 +136,8 @@ def test_a_top_k_beyond_any_vocabulary_draws_from_all_tokens_and_fails_no_other_
 
 def test_a_token_of_the_prompt_that_has_no_logit_is_penalized_nowhere() -> None:
     logits = torch.tensor([[5.0, 4.0, 3.0]])  # as Llama 3.2 Vision's, whose token for an image is behind the head's
-    settings = {"temperature": 0.0, "repetition_penalty": 2.0}
-    found = [TokenChooser(Sampling(1, **settings), torch.device("cpu"), prompt) for prompt in ([0], [0, 3, 9])]  # type: ignore[arg-type]
+    settings = Sampling(1, temperature=0.0, repetition_penalty=2.0)
+    found = [TokenChooser(settings, torch.device("cpu"), prompt) for prompt in ([0], [0, 3, 9])]
     assert _tokens(logits.repeat(2, 1), *found) == [1, 1]
 
 
