@@ -486,7 +486,8 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
     """
     is_text = path.suffix.lower() == ".txt"
     format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
-    local_files(str(path))  # raises where it is not here
+    if is_text:
+        local_files(str(path))  # raises where it is not here, as `read_rows` does
     if format in PREFERENCES:  # its prompts, whose answers play no part here
         format, columns = "prompt-completion", {name: columns[name] for name in ("prompt", "system") if name in columns}
     conversations = []
