@@ -197,7 +197,7 @@ def lora_refusal(raw: dict[str, Any]) -> str | None:
     for key, value in sorted(raw.items()):
         if key not in _LORA_READ | _LORA_WITHOUT_EFFECT and value and value != defaults.get(key):
             return f"{key}: is {value!r}, which this qvera's LoRA has not"
-    if raw.get("init_lora_weights", True) not in _LORA_STARTS:
+    if raw.get("init_lora_weights", True) not in list(_LORA_STARTS):  # a list is unhashable
         return (
             f"init_lora_weights: is {raw['init_lora_weights']!r}, which may have changed the base weights; convert the "
             "adapter with PEFT (path_initial_model_for_weight_conversion)"

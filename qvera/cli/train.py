@@ -72,7 +72,9 @@ def train(
         with for_who_still_reads():
             print_result(result.run_dir, result.run)
             sets = [part for override in overrides for part in ("--set", override)]
-            command = shlex.join(["qvera", "train", str(recipe), *sets])
+            count = result.run["processes"]["count"]
+            begin = ["train", str(recipe)] if count == 1 else ["launch", str(recipe), "--gpus", str(count)]
+            command = shlex.join(["qvera", *begin, *sets])
             has_rewards, fixed_length = loaded.training.reward is not None, depends_on_length(loaded)
             print(f"loss              {loss_line(result.run, command, has_rewards, fixed_length)}")
 

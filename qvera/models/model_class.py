@@ -52,6 +52,10 @@ _LARGEST = {
     "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
 }  # fmt: skip
 """Far above any model there is, and far below what would end in a traceback or fill the memory."""
+_KIND_OF = {
+    "architectures": (list, "a list of names"), "id2label": (dict, "a name for each number"),
+    "quantization_config": (dict, "settings by their names"),
+}  # fmt: skip
 _REFUSED = {
     "cpmant": "takes token 0 for padding, on the left",
     "rwkv": "changes its weights between training and evaluation",
@@ -268,6 +272,10 @@ def _require_possible(part: Mapping[str, Any], where: str) -> None:
         least = 0 if key == "head_dim" and "qk_nope_head_dim" in part else 1
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= largest:
             raise InputError(f"{where} has {key} {value!r}, expected a whole number from {least} to {largest:,}.")
+    for key, (kind, what) in _KIND_OF.items():
+        value = part.get(key)
+        if value is not None and not (isinstance(value, kind) and all(isinstance(name, str) for name in value)):
+            raise InputError(f"{where} has {key} {value!r}, expected {what}.")
     pairs = [("num_attention_heads", "num_key_value_heads")]
     if not any("head_dim" in key for key in part):  # a head is hidden_size / num_attention_heads wide
         pairs.append(("hidden_size", "num_attention_heads"))

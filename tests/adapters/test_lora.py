@@ -153,7 +153,8 @@ def test_adapters_of_stock_peft_are_read_exported_and_merged(settings: dict[str,
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"layer_replication": [[0, 2]]}, "layer"),
-     ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"a_key_of_tomorrow": 3}, "a_key_of_tomorrow"),
+     ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"init_lora_weights": ["pissa"]}, "init_lora_weights"),
+     ({"a_key_of_tomorrow": 3}, "a_key_of_tomorrow"),
      ({"r": 0}, "rank"), ({"lora_alpha": "much"}, "alpha")],
 )  # fmt: skip
 def test_a_lora_with_other_parts_is_refused_by_the_key(change: dict[str, Any], named: str, tmp_path: Path) -> None:

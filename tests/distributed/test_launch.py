@@ -199,6 +199,8 @@ def test_deepspeeds_launcher_works_too(write_recipe: Any, tmp_path: Path) -> Non
     run = run_json(out)
     assert run["status"] == "done"
     assert (run["processes"]["count"], run["processes"]["deepspeed"]) == (2, "zero2")
+    again = f"qvera launch {recipe} --gpus 2 --set deepspeed=zero2"
+    assert again in " ".join(done.stdout.decode().split()), "what is advised after a launch is a launch"
 
 
 def test_a_restart_resumes_what_its_launch_has_begun_and_no_other_run(

@@ -107,9 +107,13 @@ def edited(tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Path]:
         ({"hidden_size": 10**12}, "hidden_size 1000000000000, expected a whole number from 1 to 1,048,576"),
         ({"vocab_size": "abc"}, "vocab_size 'abc', expected a whole number"),
         ({"intermediate_size": 2.5}, r"intermediate_size 2\.5, expected a whole number"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures 'LlamaForCausalLM', expected a list of names"),
+        ({"architectures": [5]}, r"architectures \[5\], expected a list of names"),
+        ({"id2label": ["good", "bad"]}, r"id2label \['good', 'bad'\], expected a name for each number"),
+        ({"quantization_config": 4}, "quantization_config 4, expected settings by their names"),
     ],
 )
-def test_absurd_sizes_are_refused_by_name(edited: Any, config: dict[str, Any], message: str) -> None:
+def test_absurd_values_are_refused_by_name(edited: Any, config: dict[str, Any], message: str) -> None:
     directory = edited(**config)
     with pytest.raises(InputError, match=rf"config\.json.*{message}"):
         load_base(section(directory))
