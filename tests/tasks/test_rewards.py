@@ -17,6 +17,8 @@ import qvera
 from qvera.adapters.save_load import attach, named_vectors
 from qvera.config.schema import Recipe, load_recipe
 from qvera.data import Datasets, build_datasets
+from qvera.evaluation.report.compare import run_figures
+from qvera.evaluation.report.read import read_run
 from qvera.models.loader import load_base
 from qvera.tasks import task_of
 from qvera.tasks.rewards import Answer, load_rewards
@@ -171,6 +173,7 @@ def test_the_reward_rises_and_a_run_that_was_cut_off_goes_on_to_the_bit(make_rew
     assert rewards[0] == rewards[1] != rewards[2]  # two steps over the same answers
     result = run_json(tmp_path / "whole")["result"]
     assert result["eval_after"]["reward"] > result["eval_before"]["reward"]
+    assert run_figures(read_run(tmp_path / "whole"))["reward"] == result["eval_after"]["reward"]  # `qvera compare`
     told = io.StringIO()
     scored = qvera.load(tmp_path / "whole", console=Console(file=told, width=1000)).evaluate()
     assert scored["scores"]["reward"] == pytest.approx(result["eval_after"]["reward"])

@@ -42,7 +42,7 @@ SCORES = (
     Column("lowest_step", "at step", count),
     *(
         Column(key, key.capitalize().replace("_", " "), score_format(key))
-        for key in ("perplexity", "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
+        for key in ("reward", "perplexity", "exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
     ),
 )
 AFTER_TRAINING = [column.key for column in SCORES[4:]]  # scores that were measured after training
