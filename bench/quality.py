@@ -312,6 +312,14 @@ def unpacked(line: dict[str, Any]) -> dict[str, np.ndarray]:
     return {"loss": loss, "targets": np.frombuffer(raw["targets"], np.uint16).astype(np.float64)}
 
 
+@functools.cache
+def _draws(rows: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each row, and which share each seed, is in each of 10,000 samples: the same for every pair of methods."""
+    random_numbers = np.random.default_rng(0)
+    times = random_numbers.multinomial(rows, np.full(rows, 1 / rows), 10_000).astype(np.float64)
+    return times, random_numbers.multinomial(seeds, np.full(seeds, 1 / seeds), 10_000) / seeds
+
+
 def paired_difference(
     ours: dict[int, dict[str, np.ndarray]], theirs: dict[int, dict[str, np.ndarray]], what: str
 ) -> tuple[float, float, float]:
@@ -322,9 +330,7 @@ def paired_difference(
     seeds = sorted(ours.keys() & theirs.keys())
     weights = theirs[seeds[0]]["targets"]
     differences = np.stack([(ours[seed][what] - theirs[seed][what]) * weights for seed in seeds], 1)  # [rows, seeds]
-    random_numbers = np.random.default_rng(0)
-    rows = random_numbers.multinomial(len(weights), np.full(len(weights), 1 / len(weights)), 10_000)
-    drawn = random_numbers.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), 10_000) / len(seeds)
+    rows, drawn = _draws(len(weights), len(seeds))
     found = ((rows @ differences) * drawn).sum(1) / (rows @ weights)
     low, high = np.quantile(found, [0.025, 0.975])
     return float(differences.mean(1).sum() / weights.sum()), float(low), float(high)
