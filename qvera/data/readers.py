@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _BATCH_BYTES = 16 * 2**20
-_ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
+ACCEPTED = ".jsonl, .json, .csv, .tsv or .parquet"
 _NO_ROWS = {
     b"PK\x03\x04": "is a zip, such as an Excel workbook. Save it as CSV.",
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself. Fetch that: git lfs pull.",
@@ -122,7 +122,7 @@ def read_file(
                 raise InputError(f"{file}: {what}")
         if reader is None:
             raise InputError(
-                f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {_ACCEPTED}; "
+                f"{file}: can't read a file that ends in {file.suffix or 'nothing'!r}. Expected {ACCEPTED}; "
                 'convert the file, or rename it if it is one of these. Of a plain text a row is {"text": "..."}.'
             )
         for row in reader(file):
@@ -137,8 +137,8 @@ def read_file(
         raise InputError(f"{file}: holds no rows. Expected at least one; is it the right file?")
 
 
-def local_files(path: str) -> list[Path] | None:
-    """The data files of a local path, in name order; None for the id of a hub dataset.
+def local_files(path: str, accepted: str = ACCEPTED) -> list[Path] | None:
+    """The data files of a local path, in name order; None for the id of a hub dataset. ``accepted`` is for messages.
 
     Raises InputError: no such path, no regular file, or a directory without data files or with several splits.
     """
@@ -165,8 +165,9 @@ def local_files(path: str) -> list[Path] | None:
         if "://" in path:
             advice = "Addresses are not read: download the file, or write owner/name of a dataset on the hub."
         raise InputError(f"{path}: no such file, and no directory {local.parent} either. {advice}")
-    near = difflib.get_close_matches(local.name, [p.name for p in local.parent.iterdir()], n=1)
-    hint = f"Did you mean {local.parent / near[0]}?" if near else f"Expected a {_ACCEPTED} file or a directory of them."
+    alike = [beside.name for beside in local.parent.iterdir() if beside.is_file() or not local.suffix]
+    near = difflib.get_close_matches(local.name, alike, n=1)
+    hint = f"Did you mean {local.parent / near[0]}?" if near else f"Expected a {accepted} file or a directory of them."
     if not near and not local.is_absolute():
         hint += f" A relative path begins where the command runs, here {Path.cwd()}."
     if "*" in path:
@@ -187,7 +188,7 @@ def _data_files(directory: Path) -> list[Path]:
         others = sorted(p.name for p in directory.iterdir())[:5]
         found = f"it holds {', '.join(others)}" if others else "it is empty"
         raise InputError(
-            f"{directory}: no data files in this directory ({found}). Expected {_ACCEPTED} in it, or a folder of "
+            f"{directory}: no data files in this directory ({found}). Expected {ACCEPTED} in it, or a folder of "
             "images for each class."
         )
     train = [p.name for p in files if _TRAIN_NAME.search(p.stem)]
@@ -264,7 +265,7 @@ def adapter_files(path: str) -> list[Path]:
             what = "a directory" if file.is_dir() else "no data file"
             raise InputError(
                 f"{file}: is {what}, and data.adapter_files reads every entry of {directory} as the rows of one "
-                f"adapter. Expected {_ACCEPTED}; move it elsewhere."
+                f"adapter. Expected {ACCEPTED}; move it elsewhere."
             )
         if file.stem in files:
             raise InputError(
@@ -273,7 +274,7 @@ def adapter_files(path: str) -> list[Path]:
             )
         files[file.stem] = file
     if not files:
-        raise InputError(f"{directory}: is empty. Expected {_ACCEPTED} in it, a file for each adapter.")
+        raise InputError(f"{directory}: is empty. Expected {ACCEPTED} in it, a file for each adapter.")
     return list(files.values())
 
 

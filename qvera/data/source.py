@@ -33,7 +33,7 @@ from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, Conversatio
 from qvera.data.detect import MissingColumn, UnknownFormat, detect_format
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
-from qvera.data.readers import RawRow, adapter_files, load_hub, local_files, read_file, read_lines, read_rows
+from qvera.data.readers import ACCEPTED, RawRow, adapter_files, load_hub, local_files, read_file, read_lines, read_rows
 from qvera.data.rows import Rows, write_table
 from qvera.data.sampler import random_order
 from qvera.data.tokenization import Encoder, RowCounts, RowTokenizer, TokenizedChunk
@@ -487,7 +487,7 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
     is_text = path.suffix.lower() == ".txt"
     format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
     if is_text:
-        local_files(str(path))  # raises where it is not here, as `read_rows` does
+        local_files(str(path), f".txt (one prompt a line), {ACCEPTED}")  # raises where it is not here
     if format in PREFERENCES:  # its prompts, whose answers play no part here
         format, columns = "prompt-completion", {name: columns[name] for name in ("prompt", "system") if name in columns}
     conversations = []

@@ -294,9 +294,13 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "plan recipe.yaml --set model.path=smollm --no-timing",
         "An id on the hub is OWNER/NAME. HF_HUB_OFFLINE is set",
     ),
-    "rows of another directory": (
-        f"{TRAIN} --set data.path=nowhere-at-all.csv",
+    "rows of another directory": (  # in which a run is called like them
+        f"{TRAIN} --set data.path=run.csv",
         "A relative path begins where the command runs, here /",
+    ),
+    "a text of prompts in another directory": (
+        "generate run asked.txt",
+        "Expected a .txt (one prompt a line), .jsonl, .json, .csv, .tsv or .parquet file",
     ),
     "an option without its value": (f"{TRAIN} --set", "requires an argument. `qvera train --help`"),
     "a key as an option of plan": ("plan recipe.yaml --adapter.rank=64", "A key of the recipe goes to --set"),
