@@ -63,7 +63,10 @@ class ServerClient:
         for name in names:
             if name is None and len(adapters) > 1:
                 some = _some_of(adapters)
-                raise InputError(f"{self.url}: has several adapters. Name one with --adapter NAME: {some}.")
+                raise InputError(
+                    f"{self.url}: has several adapters. Name one with --adapter NAME: {some}. The rows of a file may "
+                    "name theirs in a column called adapter."
+                )
             if name is not None and name not in models and "*" not in name:  # a blend is not listed
                 raise self._unknown(f"--adapter {name}", name, models)
         return {name: (adapters or bases)[0] if name is None else name for name in names}

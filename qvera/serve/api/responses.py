@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -149,6 +150,9 @@ async def respond(sender: User, body: ResponsesBody) -> Response:
     try:
         answers = await asked_chat(sender, body.as_chat())
     except ApiError as error:
+        items = body.input if isinstance(body.input, list) else []
+        if body.instructions is not None or any(item.type == "function_call" for item in items):
+            error.message = re.sub(r"\bmessages\.\d+", "messages", error.message)  # items have other numbers
         for chats, ours in _NAMES.items():
             error.message = error.message.replace(chats, ours)
         error.param = _NAMES.get(error.param or "", error.param)

@@ -240,16 +240,16 @@ class MessageBody(BaseModel):
     tool_calls: Annotated[list[CallBody], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
-    def turn(self) -> Turn:
-        """Return the message as a turn of a row.
+    def turn(self, where: str = "messages") -> Turn:
+        """Return the message, which stands at ``where``, as a turn of a row.
 
         Raises ApiError 400 or InputError if it has no content, or an image is no data: URL of base64.
         """
         if self.content is None and not self.tool_calls:
-            raise bad_request("messages: a message has content, or tool_calls of an assistant.", "messages")
+            raise bad_request(f"{where}: a message has content, or tool_calls of an assistant.", "messages")
         if self.tool_calls and self.role != "assistant":
             raise bad_request(
-                f"messages: tool_calls are an assistant's, and this is of the role {self.role}.", "messages"
+                f"{where}: tool_calls are an assistant's, and this is of the role {self.role}.", "messages"
             )
         for part in self.content or ():
             if isinstance(part, ImagePart) and not part.image_url.url.startswith("data:"):
@@ -291,7 +291,7 @@ class ChatBody(GenerationBody):
                     "message before it has among its tool_calls.",
                     "messages",
                 )
-        return [message.turn() for message in self.messages]
+        return [message.turn(f"messages.{number}") for number, message in enumerate(self.messages)]
 
     def offered(self) -> list[dict[str, Any]]:
         """Return the tools as chat templates take them; none if none may be called.
