@@ -54,7 +54,9 @@ def __getattr__(name: str) -> object:
     for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module 'qvera' has no attribute {name!r}")
+    from qvera.utils.errors import did_you_mean
+
+    raise AttributeError(f"module 'qvera' has no attribute {name!r}{did_you_mean(name, __all__)}")
 
 
 def __dir__() -> list[str]:

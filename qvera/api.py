@@ -68,7 +68,9 @@ def _checked(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _R
         for name, value in (*zip(names, given, strict=False), *named.items()):
             if name not in names and "settings" not in names:
                 of_recipe = " A key of the recipe stands in the recipe." if "recipe" in names else ""
-                raise TypeError(f"{function.__name__}() takes no {name!r}{did_you_mean(name, names)}{of_recipe}")
+                listed = ", ".join(known for known in names if known != "self")
+                taken = f"{did_you_mean(name, names)}{of_recipe} Its arguments: {listed}."
+                raise TypeError(f"{function.__name__}() takes no {name!r}{taken}")
             if name in checks:
                 try:
                     checks[name].validate_python(value)
@@ -467,7 +469,9 @@ def _conversation(prompt: Prompt, number: int) -> Conversation:
         refuse_file_name(prompt, f"prompt {number}")
         return Conversation([Turn("user", prompt)], f"prompt {number}")
     if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Sequence):
-        hint = " Put the messages of a conversation into a list: [[...]]." if isinstance(prompt, Mapping) else ""
+        hint = " Give the text itself." if isinstance(prompt, Mapping) else ""
+        if hint and "role" in map(str, prompt):
+            hint = " Put the messages of a conversation into a list: [[...]]."
         raise InputError(f"prompt {number}: expected a text or a list of messages, got {prompt!r}.{hint}")
     return Conversation(read_messages(prompt, f"prompt {number}"), f"prompt {number}")
 

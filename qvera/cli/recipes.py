@@ -102,6 +102,7 @@ def init(
 
     with progress(f"looking at {model}"):
         from qvera.data import build_datasets
+        from qvera.data.dataset import label_warnings
         from qvera.models.model_class import empty_model
         from qvera.models.structure import context_limit
         from qvera.models.tokenizer import load_processor
@@ -116,8 +117,8 @@ def init(
     if system is None:
         recipe, datasets = _with_labels_named(recipe, datasets, processor)
     stats = datasets.stats
-    if stats.labels is not None:
-        _print_similar_labels(stats.labels.names)
+    for line in label_warnings(stats):
+        print(f"labels            {line}")
     hidden_size = getattr(empty.config.get_text_config(), "hidden_size", None)
     context = context_limit(empty)
     text = recipe_text(recipe, stats, hidden_size, context)

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from qvera.config.fields import NonEmpty, OnlyWith, Section, key_problems, take_old_keys
 from qvera.config.plugins import extensible
 from qvera.config.sections import AdapterSection, DataSection, DataSource, ExportSection, ModelSection, TrainingSection
-from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.errors import InputError, did_you_mean_path
 from qvera.utils.files import RECIPE_FILE, not_utf8
 from qvera.utils.formatting import counted, describe
 
@@ -449,9 +449,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        others = [other.name for other in path.parent.glob("*.yaml")]
-        near = f"; did you mean {path}.yaml?" if f"{path.name}.yaml" in others else did_you_mean(path.name, others)
-        raise InputError(f"{path}: no such recipe file{near}") from None
+        whole = path.with_name(f"{path.name}.yaml")
+        others = [whole] if whole.is_file() else path.parent.glob("*.yaml")
+        raise InputError(f"{path}: no such recipe file{did_you_mean_path(path, others)}") from None
     except UnicodeDecodeError:
         raise not_utf8(path) from None
     except OSError as error:

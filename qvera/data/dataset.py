@@ -497,6 +497,20 @@ def _summary(stats: DataStats) -> Table:
     return table
 
 
+def label_warnings(stats: DataStats) -> list[str]:
+    """What may be wrong with the names of a classifier's labels, a sentence each."""
+    lines, names = [], stats.labels.names if stats.labels is not None else ()
+    if similar := similar_names(names):
+        lines.append(
+            f"Labels that differ only by case or spaces are classes of their own: {_listed(similar)}. Is that meant?"
+        )
+    if any("," in name for name in names) and all(re.fullmatch(r"-?\d+(,\d+)?", name) for name in names):
+        lines.append(
+            f"Labels such as {names[0]} are classes. For numbers write 2.5, not 2,5, and data.regression: true."
+        )
+    return lines
+
+
 def data_warnings(stats: DataStats) -> list[str]:
     """Warnings about the rows, a sentence or two each."""
     lines = []
@@ -532,15 +546,7 @@ def data_warnings(stats: DataStats) -> list[str]:
             f"All {stats.eval_rows:,} held-out rows have the label {label}, so their scores say little. "
             "data.eval_limit takes the first rows of a file; shuffle the file, or hold out more."
         )
-    if stats.labels is not None and (similar := similar_names(stats.labels.names)):
-        lines.append(
-            f"Labels that differ only by case or spaces are classes of their own: {_listed(similar)}. Is that meant?"
-        )
-    names = stats.labels.names if stats.labels is not None else ()
-    if any("," in name for name in names) and all(re.fullmatch(r"-?\d+(,\d+)?", name) for name in names):
-        lines.append(
-            f"Labels such as {names[0]} are classes. For numbers write 2.5, not 2,5, and data.regression: true."
-        )
+    lines += label_warnings(stats)
     if stats.unused_label_names:
         lines.append(
             f"No row has {first_of(stats.unused_label_names)} of data.label_names. Its first name is that of 0."

@@ -82,9 +82,10 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     if missing := [name for name in FORMATS[format].required if name not in present]:
         auto = f": auto reads it as {matches[0]}" if matches else ""
         other = f" or set another data.format{auto}" if format in detected else ""  # no choice of a task or objective
+        above = "" if present & set(FORMATS[format].fields) else no_header
         raise MissingColumn(
             f"{row.source}: format {format} needs the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
-            f"{found} Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}){other}."
+            f"{found} Name yours in data.columns ({{{missing[0]}: YOUR_COLUMN}}){other}.{above}"
         )
     # optional columns are read wherever a row has them, though the first row may not
     read = {name: columns.get(name, name) for name in FORMATS[format].fields}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import difflib
 import functools
 import json
 import logging
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qvera.config.sections import MOST_ROW_CHARACTERS
 from qvera.data.images import IMAGE_EXTENSIONS, OTHER_IMAGES
-from qvera.utils.errors import InputError, one_line
+from qvera.utils.errors import InputError, near_path, one_line
 from qvera.utils.files import not_utf8
 from qvera.utils.formatting import describe, shortened
 from qvera.utils.hub import hub_hint, leave_silent_hub
@@ -165,9 +164,8 @@ def local_files(path: str, accepted: str = ACCEPTED) -> list[Path] | None:
         if "://" in path:
             advice = "Addresses are not read: download the file, or write owner/name of a dataset on the hub."
         raise InputError(f"{path}: no such file, and no directory {local.parent} either. {advice}")
-    alike = [beside.name for beside in local.parent.iterdir() if beside.is_file() or not local.suffix]
-    near = difflib.get_close_matches(local.name, alike, n=1)
-    hint = f"Did you mean {local.parent / near[0]}?" if near else f"Expected a {accepted} file or a directory of them."
+    near = near_path(local, (beside for beside in local.parent.iterdir() if beside.is_file() or not local.suffix))
+    hint = f"Did you mean {near}?" if near else f"Expected a {accepted} file or a directory of them."
     if not near and not local.is_absolute():
         hint += f" A relative path begins where the command runs, here {Path.cwd()}."
     if "*" in path:

@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub ha
 
 from qvera.config.sections import ModelSection
 from qvera.utils.cache_dir import StageProgress
-from qvera.utils.errors import InputError, did_you_mean, first_line
+from qvera.utils.errors import InputError, did_you_mean, did_you_mean_path, first_line
 from qvera.utils.files import ADAPTER_CONFIG, resolve_path, try_read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.hub import hub_hint, leave_silent_hub
@@ -208,7 +208,7 @@ def require_model_files(name: str) -> None:
 
 def _near_model(path: Path) -> str:
     """End a sentence about an unknown directory: a model beside it may be meant."""
-    return did_you_mean(path.name, (file.parent.name for file in path.parent.glob("*/config.json")))
+    return did_you_mean_path(path, (file.parent for file in path.parent.glob("*/config.json")))
 
 
 def not_on_hub(key: str, name: str, why: str) -> InputError:

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -82,6 +83,23 @@ def require_takes(function: Callable[..., object], arguments: int, where: str) -
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:
     """End a sentence about an unknown name: "; did you mean 'x'?", or a full stop where no known name is near."""
-    typed, names = str(name), list(map(str, known))
+    near = _nearest(str(name), list(map(str, known)))
+    return "." if near is None else f"; did you mean {near!r}?"
+
+
+def did_you_mean_path(path: Path, others: Iterable[Path]) -> str:
+    """`did_you_mean` for a path that is not there, with the whole path of the one that is near."""
+    near = near_path(path, others)
+    return "." if near is None else f"; did you mean {str(near)!r}?"
+
+
+def near_path(path: Path, others: Iterable[Path]) -> Path | None:
+    """Return the path whose name is like that of ``path``. A suffix that both have makes them no more alike."""
+    by_name = {other.name.removesuffix(path.suffix): other for other in others}
+    near = _nearest(path.name.removesuffix(path.suffix), list(by_name))
+    return None if near is None else by_name[near]
+
+
+def _nearest(typed: str, names: list[str]) -> str | None:
     near = difflib.get_close_matches(typed, names, n=1) or [one for one in names if typed and one.startswith(typed)]
-    return f"; did you mean {near[0]!r}?" if near else "."
+    return near[0] if near else None

@@ -30,7 +30,7 @@ from pydantic_core import to_jsonable_python
 from safetensors import SafetensorError
 
 from qvera.utils import formatting
-from qvera.utils.errors import InputError, RunFailed, did_you_mean
+from qvera.utils.errors import InputError, RunFailed, did_you_mean_path
 
 
 def existing_parent(path: Path) -> Path:
@@ -44,7 +44,7 @@ def no_directory(path: Path) -> str:
         return f"{path}: is a recipe. Name the directory of its run (runs/{path.stem}, or its training.output_dir)."
     if path.exists():
         return f"{path}: is a file, not a directory."
-    return f"{path}: no such directory{did_you_mean(path.name, (place.name for place in path.parent.glob('*/')))}"
+    return f"{path}: no such directory{did_you_mean_path(path, path.parent.glob('*/'))}"
 
 
 def refuse_runs(directory: Path) -> None:

@@ -166,7 +166,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "a greater loss": (f"{TRAIN} --set training.greater_is_better=true", "of the loss less is better. Remove it."),
     "metrics as words": ("eval run --metrics exact bleu", "Metrics are one list: --metrics exact,bleu"),
     "a dash for a file": ("generate run --prompt x --out -", "-: is the name of no file here"),
-    "a recipe without its ending": ("train recipe", "recipe: no such recipe file; did you mean recipe.yaml?"),
+    "a recipe without its ending": ("train recipe", "recipe: no such recipe file; did you mean 'recipe.yaml'?"),
     "resume without a run": (f"{TRAIN} --resume", "Leave --resume out to begin it."),
     "resume of a run of another name": (
         f"{TRAIN} --set training.output_dir=runs/new --resume",
@@ -175,6 +175,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
     ),
     "no such run": ("info nothing", "no such directory"),
     "the name of a run with a slip": ("chat runn", "runn: no such directory; did you mean 'run'? Expected a run"),
+    "a run with a slip, beside others": (
+        "info runs/tickest",
+        "runs/tickest: no such directory; did you mean 'runs/tickets'?",
+        write("runs/tickets/run.json"),
+    ),
     "rows in place of a recipe's name": ("init rows.jsonl", "in .yaml. Rows go to --data rows.jsonl."),
     "a run for a base": (
         "init new.yaml --model run --data rows.jsonl",

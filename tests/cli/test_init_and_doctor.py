@@ -305,4 +305,7 @@ def test_a_card_that_torch_cannot_use_is_named_by_doctor_by_the_plan_and_by_a_ru
 def test_labels_that_are_nearly_the_same_are_shown(init: Init) -> None:
     rows = "text,label\n" + "".join(f"mail {i},{label}\n" for i in range(12) for label in ("Refund", "refund"))
     said = init(rows, "--task", "sequence-classification")
-    assert "labels alike      'Refund' and 'refund' differ only by case or spaces" in said
+    assert "differ only by case or spaces are classes of their own: 'Refund' and 'refund'. Is that meant?" in said
+    numbers = "text,label\n" + "".join(f'mail {i},"{i % 3},5"\n' for i in range(36))
+    said = init(numbers, "--task", "sequence-classification")
+    assert "labels            Labels such as 0,5 are classes. For numbers write 2.5" in said

@@ -330,6 +330,9 @@ def test_a_file_without_a_header_is_told_to_get_one() -> None:
     for columns in ({}, {"prompt": "message", "completion": "category"}):
         with pytest.raises(InputError, match=r"If line 1 is a row already, write a line of names above it\.$"):
             detect_format(row, columns=columns)
+    for format in ("classification", "preference", "prompt-completion"):
+        with pytest.raises(InputError, match=r"If line 1 is a row already"):
+            detect_format(row, format)
 
 
 def test_half_a_character_is_named_wherever_it_stands() -> None:
