@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ _LARGEST = {
     "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
 }  # fmt: skip
 """Far above any model there is, and far below what would end in a traceback or fill the memory."""
-_KIND_OF: dict[str, tuple[type, str]] = {
+_KIND_OF: dict[str, tuple[type[Collection[Any]], str]] = {
     "architectures": (list, "a list of names"), "id2label": (dict, "a name for each number"),
     "quantization_config": (dict, "settings by their names"),
 }  # fmt: skip
