@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import random
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,14 @@ def _no_flush() -> Iterator[None]:
     """No file of a test has to outlive a power cut, and a run of a second flushes thirty."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_tls_context() -> Iterator[None]:
+    """Each call of httpx would read all certificates anew, though the servers of the tests have none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
         yield
 
 

@@ -3,6 +3,7 @@
 Modules are imported where an action needs them, so `--help` starts in a moment.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -44,8 +45,9 @@ class CommandsByPanel(TyperGroup):
         formatter.write("\n".join(lines))
 
 
-def build_app() -> typer.Typer:
-    """All commands, in the groups of `qvera --help`."""
+@functools.cache  # it reads the annotations of every option
+def build_app() -> Any:
+    """All commands, in the groups of `qvera --help`, as typer's group of them."""
     app = typer.Typer(cls=CommandsByPanel, pretty_exceptions_enable=False)
     tracebacks = [False]
 
@@ -84,7 +86,7 @@ def build_app() -> typer.Typer:
     for function in (cache.ls, cache.rm, cache.verify):
         add(cached, function, None, "cache")
     app.add_typer(cached, name="cache", rich_help_panel=panel)
-    return app
+    return typer.main.get_command(app)
 
 
 _INSTEAD = {
@@ -113,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
-        code = build_app()(args=arguments, prog_name="qvera", standalone_mode=False) or EXIT_DONE
+        code = build_app().main(args=arguments, prog_name="qvera", standalone_mode=False) or EXIT_DONE
         if code == EXIT_DONE:
             sys.stdout.flush()
     except UsageError as error:

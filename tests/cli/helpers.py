@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
-import typer
 
 from qvera.cli.generate import KeptAnswers
 from qvera.cli.main import build_app
-
-
-@functools.cache
-def _app() -> Any:
-    return typer.main.get_command(build_app())
 
 
 def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
@@ -22,7 +15,7 @@ def parse(arguments: list[str]) -> tuple[str, dict[str, Any]]:
 
     Raises an exception of Typer where main() would end with 2.
     """
-    app, (name, *rest) = _app(), arguments
+    app, (name, *rest) = build_app(), arguments
     context = app.make_context("qvera", [name])
     return name, app.get_command(context, name).make_context(name, rest, parent=context).params
 

@@ -7,8 +7,6 @@ import functools
 import re
 from typing import Any
 
-import typer
-
 from qvera.cli.main import build_app
 from qvera.config.schema import Recipe
 from tests.helpers import ROOT
@@ -50,8 +48,7 @@ def test_the_keys_that_messages_name_are_keys_of_a_recipe() -> None:
 
 
 def test_the_commands_that_messages_name_take_their_options() -> None:
-    app: Any = typer.main.get_command(build_app())
-    commands = dict(app.commands)
+    commands = dict(build_app().commands)
     commands |= {f"cache {name}": command for name, command in commands["cache"].commands.items()}
     wrong = []
     for place, text in texts():
