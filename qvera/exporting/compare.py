@@ -23,9 +23,10 @@ from qvera.models.loader import exported_bytes, load_exported
 from qvera.tasks import CausalLM, Task, task_of
 from qvera.utils import accelerator, formatting, memory
 from qvera.utils.adapter_names import shown_name
-from qvera.utils.errors import InputError, RunFailed
+from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import try_read_json
 from qvera.utils.progress import Phase
+from qvera.utils.signals import StopRequests
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,7 +185,7 @@ def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, c
             found = measure_difference(opened.model, merged, rows, datasets.pad_id, task_of(recipe), labels)
         return {"split": split, **found}
 
-    return _measured(measure, again)
+    return _measured(measure, merged, again)
 
 
 def compare_lora(target: Artifact, recipe: Recipe, lora: Path, limit: int, console: Console) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def compare_lora(target: Artifact, recipe: Recipe, lora: Path, limit: int, conso
         return {"split": split, "trained": trained, "exported": exported}
 
     command = shlex.join(["qvera", "eval", str(lora), "--recipe", str(target.run or "RECIPE")])
-    return _measured(measure, f"`{command}` scores the LoRA later.")
+    return _measured(measure, lora, f"`{command}` scores the LoRA later.")
 
 
 def _open_with_rows(
@@ -224,15 +225,21 @@ class _NoRows(Exception):
     """There is nothing to compare on, now or later."""
 
 
-def _measured(measure: Callable[[], dict[str, Any]], again: str) -> dict[str, Any]:
-    """Call ``measure``. If data or memory is missing, the result says so, because the export itself is good."""
-    try:
-        return measure()
-    except _NoRows as error:
-        return {"not_measured": str(error)}
-    except (InputError, RunFailed, OSError, ValueError) as error:
-        return {"not_measured": f"{error} {again}"}
-    except (MemoryError, RuntimeError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        return {"not_measured": f"the memory gave out. {again}"}
+def _measured(measure: Callable[[], dict[str, Any]], export: Path, again: str) -> dict[str, Any]:
+    """Call ``measure``. If data or memory is missing, the result says so, because the ``export`` itself is good.
+
+    Raises Interrupted if the process is asked to stop. The export is whole then too.
+    """
+    with StopRequests(first=None) as stop:
+        try:
+            return measure()
+        except _NoRows as error:
+            return {"not_measured": str(error)}
+        except (InputError, RunFailed, OSError, ValueError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+            # a library that reads weights may have made another error of Ctrl-C
+            if stop.asked or isinstance(error, KeyboardInterrupt):
+                raise Interrupted(f"Stopped while it was measured; {export} is whole. {again}") from None
+            if isinstance(error, (MemoryError, RuntimeError)) and not memory.is_out_of_memory(error):
+                raise
+            why = "the memory gave out." if isinstance(error, (MemoryError, RuntimeError)) else str(error)
+            return {"not_measured": f"{why} {again}"}

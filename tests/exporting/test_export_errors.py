@@ -370,3 +370,24 @@ def test_a_recipe_without_rows_to_compare_on_is_named(trained_run: Path, tmp_pat
     (run / "recipe.yaml").write_text(recipe.replace(export=recipe.export.replace(certificate_rows=0)).to_yaml())
     assert main(["export", str(run), str(tmp_path / "out"), "--compare-only"]) == 2
     assert "export.certificate_rows of its recipe says, and that is 0. Set it to 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_stopped_while_it_is_measured_is_whole_and_measured_later(
+    number: int, trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def stopped(*_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:  # as a library may do while it reads weights
+            raise ValueError("could not determine the shape of object type 'UntypedStorage'") from None
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("qvera.exporting.compare.measure_difference", stopped)
+        assert main(["export", str(trained_run), str(out)]) == 75
+    said = capsys.readouterr().err
+    assert f"Stopped while it was measured; {out} is whole." in said
+    (advised,) = re.findall("`qvera (export .*--compare-only)`", said)
+    assert main(shlex.split(advised)) == 0
+    assert json.loads((out / "qvera_export.json").read_text())["difference"]["rows"] == 8
