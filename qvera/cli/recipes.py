@@ -30,8 +30,6 @@ from qvera.utils.errors import InputError
 from qvera.utils.files import cache_root, replace_text, resolve_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from qvera.config.schema import Recipe
     from qvera.data import Datasets, DataStats
     from qvera.data.source import Processor
@@ -221,11 +219,13 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     return named, shown
 
 
-def _print_similar_labels(labels: Iterable[str]) -> None:
+def _print_similar_labels(labels: dict[str, int]) -> None:
     from qvera.utils.adapter_names import similar_names
+    from qvera.utils.formatting import counted
 
-    if similar := similar_names(sorted(labels)):
-        print(f"labels alike      {' and '.join(map(repr, similar[0]))} differ only by case or spaces; is that meant?")
+    for alike in similar_names(sorted(labels)):
+        counts = " and ".join(f"{name!r} ({counted(labels[name], 'row')})" for name in alike)
+        print(f"labels alike      {counts} differ only by case or spaces; is that meant?")
 
 
 def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, context: int) -> str:

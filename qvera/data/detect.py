@@ -50,7 +50,10 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         if ours not in known:
             is_turned = ours in row.fields and theirs in known
             hint = f". Turn it around: {{{theirs}: {ours}}}." if is_turned else did_you_mean(ours, known)
-            raise InputError(f"data.columns: {ours!r} is not a field that rows have{hint} Fields: {', '.join(known)}.")
+            raise InputError(
+                f"data.columns: {ours!r} is not a field that rows have{hint} A field stands before its column, as in "
+                f"{{prompt: {theirs}}}. Fields: {', '.join(known)}."
+            )
         if theirs not in row.fields and theirs:
             hint = f"{did_you_mean(theirs, row.fields)} {found} Rename the one that is meant, or change data.columns."
             raise MissingColumn(f"{row.source}: no column {theirs!r} (data.columns.{ours}){hint}{no_header}")

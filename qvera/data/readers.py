@@ -337,6 +337,15 @@ def _require_unique_keys(repeated: _Repeated, where: str) -> None:
         )
 
 
+def _as_row(value: object) -> object:
+    """A conversation may be written as the list of its messages alone."""
+    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+        for key, name in (("role", "messages"), ("from", "conversations")):
+            if all(key in turn for turn in value):
+                return {name: value}
+    return value
+
+
 _ONE_A_LINE = "Write each object on one line, for example: jq -c . OLD > NEW.jsonl."
 
 
@@ -363,9 +372,10 @@ def _read_jsonl(file: Path, most_characters: int) -> Iterator[RawRow]:
                     f"{source}: not valid JSON: {detail}, in {shortened(line)!r}. Expected one complete JSON object "
                     "on each line; fix or remove the line."
                 ) from None
-            if not isinstance(value, dict):
+            if not isinstance(value := _as_row(value), dict):
                 hint = " It is JSON in a JSON text: parse it twice." if isinstance(value, str) else ""
-                if number == 1 and isinstance(value, list) and all(isinstance(item, dict) for item in value):
+                are_objects = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+                if number == 1 and are_objects and not any(map(str.strip, lines)):
                     hint = " The file is one JSON list: rename it to .json."
                 raise InputError(
                     f"{source}: expected one JSON object on the line, such as "
@@ -410,10 +420,10 @@ def _read_json(file: Path) -> Iterator[RawRow]:
         raise InputError(f"{file}: expected a JSON list of objects, got {describe(value)}.")
     for number, row in enumerate(value, start=1):
         source = f"{file} row {number}"
-        if not isinstance(row, dict):
+        if not isinstance(fields := _as_row(row), dict):
             raise InputError(f"{source}: expected an object with named fields, got {describe(row)}.")
         _require_unique_keys([each for each in repeated[:1] if each[0] is row], source)
-        yield RawRow(row, source, file=file)
+        yield RawRow(fields, source, file=file)
     _require_unique_keys(repeated, str(file))  # within a row
 
 

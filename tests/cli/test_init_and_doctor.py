@@ -123,8 +123,10 @@ def test_the_new_recipe_names_the_answers_where_they_are_labels(init: Init, out:
     rows = "".join(f"mail {i},{label}\n" for i in range(20) for label in ("refund", "a new order"))
     assert "Answer with one of these: a new order, refund." in init(f"prompt,completion\n{rows}")
     assert load_recipe(out).data.system == "Answer with one of these: a new order, refund."
-    said = init("prompt,completion\n" + rows.replace("9,refund", "9,Refund").replace("8,refund", "8,Refund") * 10)
-    assert "'Refund' and 'refund' differ only by case or spaces; is that meant?" in said
+    alike = rows.replace("9,refund", "9,Refund").replace("8,refund", "8,Refund").replace("7,a new", "7,A new")
+    said = init(f"prompt,completion\n{alike * 10}")
+    assert "'Refund' (40 rows) and 'refund' (160 rows) differ only by case or spaces; is that meant?" in said
+    assert "'A new order' (20 rows) and 'a new order' (180 rows) differ only" in said
     assert main(["preview", str(out)]) == 0
     long = "Sort the mail. " * 40  # longer than the name of any file
     init(f"prompt,completion\n{rows}", "--system", long)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -61,6 +62,11 @@ def test_rows_of_every_kind_of_file_say_where_they_stand(write: Write, tmp_path:
     pq.write_table(pa.table({"messages": [turns, turns]}), tmp_path / "rows.parquet")
     found = rows(str(tmp_path / "rows.parquet"))
     assert found == [RawRow({"messages": turns}, f"{tmp_path / 'rows.parquet'} row {n}") for n in (1, 2)]
+    lines = write(f"{json.dumps(turns)}\n" * 2, "alone.jsonl")  # the list of messages alone
+    assert rows(lines) == [RawRow({"messages": turns}, f"{lines}:{n}") for n in (1, 2)]
+    assert rows(write([turns], "alone.json"))[0].fields == {"messages": turns}
+    said = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]
+    assert rows(write([said], "said.json"))[0].fields == {"conversations": said}
 
 
 def test_a_csv_without_commas_is_read_by_what_divides_its_header_and_that_is_said_once(
@@ -164,6 +170,7 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
         ("a.csv", 'prompt,completion\na,b\n"c,d\n', r"a\.csv:3: not valid CSV"),
         ("a.csv", "a,b\n1,2\na,b\n3,4\n", r"a\.csv:3: is the header again, as where files were joined\. Remove it\.$"),
         ("a.jsonl", '["a", "b"]\n["c", "d"]\n', r"a\.jsonl:1: expected one JSON object on the line.* got a list\.$"),
+        ("a.jsonl", '[{"a": "b"}]\n[{"a": "c"}]\n', r"a\.jsonl:1: .* got a list\.$"),
         ("a.jsonl", '[{"a": "b"}]\n', r"a\.jsonl:1: .* got a list\. The file is one JSON list: rename it to \.json\.$"),
         ("a.jsonl", r'"{\"a\": 1}"', r"a\.jsonl:1: .* got a string .*It is JSON in a JSON text: parse it twice\.$"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\0", r"a\.jsonl\.gz: is compressed\. Unpack it: gunzip\.$"),
