@@ -18,8 +18,8 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperOption
 
 from qvera.config.sections import LrRange
-from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError
-from qvera.utils.files import NO_SPACE, no_directory, plain_json, refuse_runs
+from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError, near_path
+from qvera.utils.files import NO_SPACE, no_directory, plain_json, refuse_runs, runs_in
 from qvera.utils.progress import Phase
 
 
@@ -147,7 +147,9 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
             f"{shown}: is no directory here. A run is named by its directory, or as USER/NAME on the hub; a server, "
             "for chat and generate, as http://HOST:PORT."
         )
-    is_nowhere = not run.exists() and run.parent.exists() and not takes_bases  # and no id of the hub
+    is_nowhere = not run.exists() and run.parent.exists()  # so it is no id of the hub
+    if takes_bases and is_nowhere:  # whose loader says more, unless a run is meant
+        is_nowhere = near_path(run, runs_in(run.parent)) is not None
     if run.is_file() or is_nowhere:
         raise InputError(f"{no_directory(run)} Expected a run, an adapter directory or an exported checkpoint.")
     refuse_runs(run)

@@ -180,6 +180,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "runs/tickest: no such directory; did you mean 'runs/tickets'?",
         write("runs/tickets/run.json"),
     ),
+    "a served run with a slip": (
+        "serve runs/tickest",
+        "runs/tickest: no such directory; did you mean 'runs/tickets'?",
+        write("runs/tickets/recipe.yaml"),
+    ),
     "rows in place of a recipe's name": ("init rows.jsonl", "in .yaml. Rows go to --data rows.jsonl."),
     "a run for a base": (
         "init new.yaml --model run --data rows.jsonl",
@@ -226,7 +231,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "adapter of a newer format": ("chat run", "format version 99", change(ADAPTER, format_version=99)),
     "adapter of other projections": ("eval run", "SHA-256", change(ADAPTER, **OTHER_HASH)),
     "export of other projections": ("export run x", "SHA-256", change(ADAPTER, projection_seed=5)),
-    "serve of other projections": ("serve run", "made by another generator", change(ADAPTER, **OTHER_HASH)),
+    "serve of other projections": ("serve run --port 0", "made by another generator", change(ADAPTER, **OTHER_HASH)),
     "export over something": ("export run merged", "not empty", write("merged/thesis.tex")),
     "export with a missing shard": ("export run merged", "missing", SHARDS, OWN_BASE),
     "base of a LoRA": ("export run x --to lora --base original", "--base: goes with --to merged and --to gguf only"),

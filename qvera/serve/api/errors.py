@@ -31,6 +31,8 @@ _WORDS = {
     "Unable to extract tag using discriminator": "Field required:",
 }
 """pydantic's words → those for people."""
+_FORMS = {"messages": '[{"role": "user", "content": "..."}]', "response_format": '{"type": "json_object"}'}
+"""A key whose value has parts → such a value."""
 _PATHS = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/responses"}
 """The key of a prompt → the path that takes it."""
 _TYPES = {
@@ -151,6 +153,8 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         for theirs, ours in _WORDS.items():
             text = text.replace(theirs, ours)
         text = f"{'.'.join(where) or 'The body'}: {text}."
+        if len(where) == 1 and where[0] in _FORMS and first["type"] != "missing":
+            text += f" Such as {_FORMS[where[0]]}."
         if first["type"] == "missing" and where[0] in _PATHS:
             others = [(key, path) for key, path in _PATHS.items() if key in error.body and path != request.url.path]
             text += "".join(f" {key!r} is a key of {path}." for key, path in others)

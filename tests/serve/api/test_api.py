@@ -294,7 +294,8 @@ def test_what_is_no_call_at_all_is_refused(served: Served) -> None:
         assert cut.json()["error"]["message"].endswith("in double quotes, at character 2.")
         for path in ("/chat/completions", "//v1/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completion"):
             assert "Did you mean /v1/chat/completions?" in client.post(f"{served.url}{path}", json={}).text
-        assert "response_format: Input should be an object." in served.chat(response_format="json").text
+        said = served.chat(response_format="json").json()["error"]["message"]
+        assert said == 'response_format: Input should be an object. Such as {"type": "json_object"}.'
         assert client.head("/health").status_code == 200
         assert client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
         other = client.get("/v1/chat/completions")
