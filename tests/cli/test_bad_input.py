@@ -295,7 +295,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "rows that offline can't be fetched": (f"{TRAIN} --set data.path=anna/rows", "HF_HUB_OFFLINE is set"),
     "an adapter that offline can't be fetched": ("generate anna/adapter hello", "HF_HUB_OFFLINE is set"),
     "a base that is no directory here": (f"{TRAIN} --set model.path=run/none", "'run/none' is not a directory"),
-    "a served base that is no directory here": ("serve ./run/none", "is not a directory"),
+    "a served base that is no directory here": ("serve ./run/none --port 0", "is not a directory"),
     "a run in place of its recipe": (
         "train run",
         "whose recipe is run/recipe.yaml. `qvera train run/recipe.yaml --res",
@@ -336,7 +336,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "an address of the hub": ("generate https://huggingface.co/anna/x --prompt x", "as USER/NAME on the hub"),
     "facts of a directory of runs": ("info .", "a directory of runs. Name one of them", drop("recipe.yaml")),
     "a card of a directory of runs": ("card .", "a directory of runs. Name one of them", drop("recipe.yaml")),
-    "one adapter for many": ("serve model --adapters run", "--adapters run: has a single adapter"),
+    "one adapter for many": ("serve model --adapters run --port 0", "--adapters run: has a single adapter"),
     "room for too many adapters": ("serve run --port 0 --slots 1000000000000", "do not fit into memory. Lower --slots"),
     "no prompts": ("generate run prompts.txt --out answers.jsonl", "holds no rows", write("prompts.txt", "\n \n")),
 }
