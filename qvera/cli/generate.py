@@ -59,6 +59,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     image: Annotated[list[Path] | None, option("FILE", "An image in front of each --prompt (repeatable).")] = None,
+    system: Annotated[str | None, option("TEXT", "For prompts without a system turn (default: the recipe's).")] = None,
 ) -> None:
     """Answer the prompts of a file in batches.
 
@@ -100,7 +101,7 @@ def generate(
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     weights: list[list[int]] = []
     if (url := server_url(run)) is not None:
-        questions = _questions(None, prompts, asked, adapters, many=not base)
+        questions = _questions(None, prompts, asked, adapters, system, many=not base)
         client = ServerClient.at(url)
         models = client.pick_models(dict.fromkeys(name for _, name in questions), base)
         asked_of = [(row, models[name]) for row, name in questions]
@@ -115,7 +116,7 @@ def generate(
         root = None if base else adapters_root(run)
         target = find_target(run, name=adapters[0] if adapters else None, needs_name=False)
         require_answers(target, "qvera generate")
-        questions = _questions(target, prompts, asked, adapters, root is not None)
+        questions = _questions(target, prompts, asked, adapters, system, many=root is not None)
         names = list(dict.fromkeys(name for _, name in questions if name is not None))
         places = [target.adapter or target.path]
         if root is not None:
@@ -234,12 +235,18 @@ def _ask_server(
 
 
 def _questions(
-    target: Artifact | None, file: Path | None, asked: Sequence[Turn], names: Sequence[str], many: bool
+    target: Artifact | None,
+    file: Path | None,
+    asked: Sequence[Turn],
+    names: Sequence[str],
+    system: str | None,
+    *,
+    many: bool,
 ) -> list[tuple[Conversation, str | None]]:
     """The prompts, each with the adapter that answers it; None where there is only one.
 
     ``target`` is None for a server. Each of ``names`` (--adapter) answers every prompt; else the rows name their
-    adapters.
+    adapters. ``system`` (--system) is for prompts that have none, in place of the recipe's.
     """
     from qvera.config.sections import DataSection
     from qvera.data import Turn, read_prompts
@@ -250,12 +257,13 @@ def _questions(
         require_named(target.path, None)  # raises: nothing there names an adapter
     recipe = None if target is None else target.recipe
     section = DataSection(path=str(file)) if recipe is None else recipe.data
+    section = section if system is None else section.replace(system=system)
     columns = [name for name in (section.adapter_column, "adapter") if name is not None]
     if file is not None:
         rows = read_prompts(file, section, columns if many and not names else ())
     else:
-        system = [Turn("system", section.system)] if section.system else []
-        rows = [Conversation([*system, turn], f"--prompt {number}") for number, turn in enumerate(asked, start=1)]
+        before = [Turn("system", section.system)] if section.system else []
+        rows = [Conversation([*before, turn], f"--prompt {number}") for number, turn in enumerate(asked, start=1)]
     if not many:
         return [(row, None) for row in rows]
     if names:

@@ -31,6 +31,7 @@ from qvera.utils.files import cache_root, replace_text, resolve_path
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
+    from qvera.config.sections import DataSection
     from qvera.data import Datasets, DataStats
     from qvera.data.source import Processor
 
@@ -112,7 +113,9 @@ def init(
     if recipe.data.format != "image":
         recipe = recipe.replace(data=recipe.data.replace(max_length=1 << 20))
     datasets = build_datasets(recipe.data, processor, console)
-    if system is None:
+    if system is None and (own := _common_system(recipe.data)) is not None:
+        recipe = recipe.replace(data=recipe.data.replace(system=own))  # for prompts that come without it
+    elif system is None:
         recipe, datasets = _with_labels_named(recipe, datasets, processor)
     stats = datasets.stats
     for line in label_warnings(stats):
@@ -190,6 +193,25 @@ def _with_found_columns(recipe: Recipe) -> Recipe:
     prompt = _ask("--prompt-column", "Column with the prompt")
     answer = _ask("--answer-column", "Column with the answer")
     return _with_found_columns(_with_columns(recipe, prompt, answer))
+
+
+def _common_system(section: DataSection) -> str | None:
+    """The system prompt that each row begins with; None if there is none, or more than one."""
+    from qvera.data.conversations import Conversation, parse_row
+    from qvera.data.detect import detect_format
+    from qvera.data.source import raw_rows
+
+    found: set[str] = set()
+    format = None
+    for row in raw_rows(section):
+        format = format or detect_format(row, section.format, section.columns)
+        parsed = parse_row(row, format)
+        if not isinstance(parsed, Conversation) or parsed.turns[0].role != "system":
+            return None
+        found.add(parsed.turns[0].content)
+        if len(found) > 1:
+            return None
+    return found.pop()
 
 
 def _ask(option: str, question: str) -> str:

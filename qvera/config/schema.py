@@ -450,8 +450,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         whole = path.with_name(f"{path.name}.yaml")
-        others = [whole] if whole.is_file() else path.parent.glob("*.yaml")
-        raise InputError(f"{path}: no such recipe file{did_you_mean_path(path, others)}") from None
+        hint = did_you_mean_path(path, [whole] if whole.is_file() else path.parent.glob("*.yaml"))
+        if hint == "." and not path.is_absolute():
+            hint = f". A relative path begins where the command runs, here {Path.cwd()}."
+        raise InputError(f"{path}: no such recipe file{hint}") from None
     except UnicodeDecodeError:
         raise not_utf8(path) from None
     except OSError as error:

@@ -168,8 +168,9 @@ def test_generate_from_rows_and_lines(trained_run: Path, tiny_rows: Path, tmp_pa
     # a conversation keeps the turns before the last one, and the line is a row to train on
     asked = [{"role": "system", "content": "Say it twice."}, {"role": "user", "content": "say red 1"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": asked}) + "\n")
-    (line,) = written("chat.jsonl")
+    (line,) = written("chat.jsonl", "--system", "Say it once.")  # which is for prompts without one
     assert line["prompt"] == asked
+    assert written("prompts.txt", "--system", "Say it twice.")[0]["prompt"] == asked
     expected = [*(tuple(turn.values()) for turn in asked), ("assistant", line["answer"])]
     assert [(turn.role, turn.content) for turn in _trained(line).turns] == expected
 

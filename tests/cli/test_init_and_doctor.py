@@ -131,9 +131,18 @@ def test_the_new_recipe_names_the_answers_where_they_are_labels(init: Init, out:
     long = "Sort the mail. " * 40  # longer than the name of any file
     init(f"prompt,completion\n{rows}", "--system", long)
     assert load_recipe(out).data.system == long
-    few, own = "".join(rows.splitlines(keepends=True)[:19]), rows.replace("\n", ",Sort it.\n")
-    for unlike in (f"prompt,completion\n{few}", f"prompt,completion,system\n{own}"):
-        init(unlike)
+    init("prompt,completion\n" + "".join(rows.splitlines(keepends=True)[:19]))
+    assert load_recipe(out).data.system is None
+
+
+def test_the_new_recipe_has_the_system_prompt_that_all_rows_begin_with(init: Init, out: Path) -> None:
+    said = init("prompt,completion,system\n" + "".join(f"mail {i},order,Sort it.\n" for i in range(20)))
+    assert "system prompt     Sort it. (data.system in " in said
+    assert load_recipe(out).data.system == "Sort it."  # for prompts that come without it
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    for systems in (["Be brief.", "Be kind."], ["Be brief.", None]):
+        begins = [[{"role": "system", "content": text}] if text else [] for text in systems]
+        init("".join(json.dumps({"messages": [*begin, *turns]}) + "\n" for begin in begins), file="rows.jsonl")
         assert load_recipe(out).data.system is None
 
 
