@@ -37,7 +37,17 @@ from qvera.models.hub import fingerprint_of
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, save_token_rows
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHAT_TEMPLATE, disk_errors, exchange, flush, resolve_path
+from qvera.utils.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ADAPTERS,
+    CHAT_TEMPLATE,
+    RECIPE_FILE,
+    disk_errors,
+    exchange,
+    flush,
+    resolve_path,
+)
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import save_tensors
 
@@ -156,6 +166,9 @@ def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[
         theirs, vectors = read_adapter(directory)
     except InputError as error:
         moved = " A run that goes on needs it too: where it has moved, write that into the run's recipe.yaml."
+        recipe = directory.parent / RECIPE_FILE
+        if recipe.is_file() and not recipe.with_name(ADAPTERS).is_dir():
+            moved = f" The run has not ended: `qvera train {recipe} --resume` finishes it."
         raise InputError(f"adapter.init_from: {error}{'' if directory.is_dir() else moved}") from None
     if not isinstance(theirs, QveraConfig):
         raise InputError(

@@ -53,7 +53,10 @@ def refuse_runs(directory: Path) -> None:
         raise InputError(f"{directory}: a training has just begun here, and has written no file yet. Wait for it.")
     run = directory.parent.parent
     if directory.parent.name == "checkpoints" and (run / RECIPE_FILE).is_file():
-        raise InputError(f"{directory}: is a checkpoint from which `qvera train --resume` goes on. Name the run {run}.")
+        advice = f"Name the run {run}."
+        if not (run / "adapter").is_dir() and not (run / ADAPTERS).is_dir():
+            advice = f"The run has no adapter yet: `qvera train {run / RECIPE_FILE} --resume` finishes it."
+        raise InputError(f"{directory}: is a checkpoint from which `qvera train --resume` goes on. {advice}")
     if runs := runs_in(directory):
         raise InputError(
             f"{directory}: is a directory of runs. Name one of them: {formatting.first_of([*map(str, runs)], 8)}."

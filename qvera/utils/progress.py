@@ -146,7 +146,7 @@ class Phase:
             self._bars.update(self._task, description=self._line(), completed=count.done, total=count.total)
         elif passed >= max(FIRST_SECONDS, count.line_after):
             count.line_after = passed + min(LINE_SECONDS, max(FIRST_SECONDS, passed))
-            so_far = f", {duration(passed)} so far" if count.total is None else ""
+            so_far = "" if self.left_seconds is not None else f", {duration(passed)} so far"
             self._print(f"{self._line()}{so_far}")
 
     def _watch(self) -> None:

@@ -253,6 +253,17 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "is a checkpoint from which `qvera train --resume` goes on. Name the run run.",
         write("run/checkpoints/step-00000002/manifest.json"),
     ),
+    "a checkpoint of a run that has not ended": (
+        "generate run/checkpoints/step-00000002 --prompt hello",
+        "The run has no adapter yet: `qvera train run/recipe.yaml --resume` finishes it.",
+        write("run/checkpoints/step-00000002/manifest.json"),
+        drop("run/adapter"),
+    ),
+    "a start from a run that has not ended": (
+        f"{TRAIN} --set adapter.init_from=run/adapter",
+        "The run has not ended: `qvera train run/recipe.yaml --resume` finishes it.",
+        drop("run/adapter"),
+    ),
     "a run that is misspelt": ("generate ren/adapter --prompt hello", "did you mean 'run/adapter'? Nor has the hub"),
     "a directory of runs for adapters": (
         "serve model --adapters .",

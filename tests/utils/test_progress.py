@@ -49,7 +49,7 @@ def test_a_log_has_the_name_the_count_and_from_the_second_step_on_the_time_left(
             show(done)
     lines = lines_of(log)
     assert lines[:3] == [
-        "answering 48 prompts with the base: 1/48",
+        "answering 48 prompts with the base: 1/48, 20 s so far",
         "answering 48 prompts with the base: 3/48, 7 min 30 s left",
         "answering 48 prompts with the base: 7/48, 6 min 50 s left",
     ]
@@ -85,7 +85,7 @@ def test_an_evaluation_between_two_steps_has_its_own_count_and_takes_no_step_tim
             show(2)
         clock.seconds += 2
         show(5, facts="loss 1.4000")
-    assert lines_of(log)[:2] == ["held-out loss: 2/8", "training: 5/10, loss 1.4000, 10 s left"]
+    assert lines_of(log)[:2] == ["held-out loss: 2/8, 1 min 00 s so far", "training: 5/10, loss 1.4000, 10 s left"]
 
 
 def test_a_terminal_has_one_bar_and_keeps_the_last_line_of_a_long_phase(clock: Clock) -> None:
