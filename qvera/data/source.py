@@ -513,7 +513,11 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
                 text = f"{row.source}: no column {lost!r}{did_you_mean(lost, row.fields)} Columns found: {found_names}."
             raise InputError(f"{text} Rows to answer need no answers: a column called prompt is enough.") from None
         if not isinstance(parsed, Conversation):
-            raise InputError(f"{row.source}: is plain text, which asks nothing. Expected prompts or messages.")
+            wanted = " or ".join(dict.fromkeys([columns.get("prompt", "prompt"), "prompt"]))
+            raise InputError(
+                f"{row.source}: is plain text, which asks nothing. Columns found: {', '.join(map(str, row.fields))}. "
+                f"Call that of the prompts {wanted}, or give messages."
+            )
         turns = list(parsed.turns)
         while turns and turns[-1].role == "assistant":
             turns.pop()

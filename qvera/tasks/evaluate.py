@@ -327,13 +327,18 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
     try:
         try:
             survey(section)
-        except MissingColumn:
-            if section.format != "auto" and FORMATS[section.format].trains not in ("answers", "texts"):
-                raise
-            section = section.replace(format="auto")  # the file may have another format than the rows that trained
+        except MissingColumn:  # the file may have other columns, or another format, than the rows that trained
+            found = next(raw_rows(section)).fields
+            section = section.replace(
+                columns={name: own for name, own in section.columns.items() if own in ("", *found)}
+            )
+            if section.format == "auto" or FORMATS[section.format].trains in ("answers", "texts"):
+                section = section.replace(format="auto")
             survey(section)
     except (MissingColumn, UnknownFormat) as error:
-        raise InputError(f"{error} Here: --recipe FILE, a copy of the recipe with those data.columns.") from None
+        raise InputError(
+            f"{error} Rename them in the rows, or name them in a copy of the recipe: --recipe FILE."
+        ) from None
     return section
 
 

@@ -287,6 +287,9 @@ def test_prompts_may_have_another_format_than_the_rows_that_trained(tmp_path: Pa
 def test_prompts_have_the_recipes_column_or_are_written_otherwise(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     section = DataSection(path="rows.jsonl", columns={"completion": "cuisine", "prompt": "dish"})
+    file.write_text('{"text": "sushi"}\n')
+    with pytest.raises(InputError, match=r"Columns found: text\. Call that of the prompts dish or prompt, or"):
+        read_prompts(file, section)
     file.write_text('{"dish": "sushi"}\n{"dish": "pizza", "cuisine": "italian"}\n')
     assert [row.turns[-1].content for row in read_prompts(file, section)] == ["sushi", "pizza"]
     for row in ({"prompt": "a"}, {"instruction": "a"}, {"messages": [{"role": "user", "content": "a"}]}):

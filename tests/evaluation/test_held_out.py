@@ -276,10 +276,12 @@ def test_rows_with_other_columns_are_scored_by_a_recipe_that_names_them(run: Pat
     rows.write_text("ask,reply\n1+1,2\n")
     command = ["eval", str(run), "--data", str(rows), "--no-generation"]
     assert main(command) == 2
-    assert "Here: --recipe FILE, a copy of the recipe with those data.columns." in capsys.readouterr().err
+    assert "or name them in a copy of the recipe: --recipe FILE." in capsys.readouterr().err
     of_run = load_recipe(run / "recipe.yaml")
     columns = {"prompt": "ask", "completion": "reply"}
     recipe.write_text(of_run.replace(data=of_run.data.replace(columns=columns)).to_yaml())
+    assert main([*command, "--recipe", str(recipe)]) == 0
+    rows.write_text("prompt,completion\n1+1,2\n")  # called as qvera calls them
     assert main([*command, "--recipe", str(recipe)]) == 0
 
 
