@@ -149,7 +149,7 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
         )
     is_nowhere = not run.exists() and run.parent.exists()  # so it is no id of the hub
     if takes_bases and is_nowhere:  # whose loader says more, unless a run is meant
-        is_nowhere = near_path(run, runs_in(run.parent)) is not None
+        is_nowhere = Path("runs", run.name).is_dir() or near_path(run, runs_in(run.parent)) is not None
     if run.is_file() or is_nowhere:
         raise InputError(f"{no_directory(run)} Expected a run, an adapter directory or an exported checkpoint.")
     refuse_runs(run)

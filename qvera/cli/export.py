@@ -130,9 +130,10 @@ def merge_adapters(
                 "--adapter NAME for each that is added."
             )
     if len(names or adapters) == 1 and not any((weights, to, rank, dtype)):
+        last = f" {out} is taken for OUT, the directory to write." if out.exists() else ""
         raise InputError(
-            f"{adapters[0]}: is one adapter, and this would copy it. Name others too, or scale it with --weights W. "
-            "`qvera export` merges an adapter into its base."
+            f"{adapters[0]}: is one adapter, and this would copy it.{last} Name others too, or scale it with "
+            "--weights W. `qvera export` merges an adapter into its base."
         )
 
     import torch

@@ -5,6 +5,7 @@ Modules are imported where an action needs them, so `--help` starts in a moment.
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -128,8 +129,11 @@ def _run(arguments: list[str] | None) -> int:
         takes_keys = at is not None and any("--set" in param.opts for param in at.command.params)
         if "No such option" in text and takes_keys:
             text += ". A key of the recipe goes to --set, as in --set training.num_train_epochs=3"
+        key = re.search(r"unexpected extra argument.*?\((\w+\.\w+=[^\s)]*)", text)
         if "unexpected extra argument" in text and "--set" in (arguments or sys.argv):
             text += ". Each key takes its own --set, and a value with spaces quotes: --set 'a.b={c: d}'"
+        elif key is not None and takes_keys:
+            text += f". A key of the recipe goes to --set: --set {key[1]}"
         elif "unexpected extra argument" in text and "--metrics" in (arguments or sys.argv):
             text += ". Metrics are one list: --metrics exact,bleu"
         end = "" if text.endswith((".", "?")) else "."

@@ -254,7 +254,8 @@ def _evaluate_labels(
         scores = {**label_scores(logits, examples, labels), "scored_rows": len(examples)}
         del scores["trained_tokens"]
     else:
-        warn(console, f"{rows}: has no labels, so its rows are labelled, and not scored.")
+        text = f"{rows}: has no labels, so its rows are labelled, and not scored. --predictions FILE writes the labels."
+        warn(console, text)
     package = "scipy" if labels.is_regression else "scikit-learn"
     signature = f"{package} {metadata.version(package)}"
     inputs = [{"prompt": row.prompt_text, "references": [row.reference]} for row in examples]

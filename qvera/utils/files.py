@@ -44,7 +44,9 @@ def no_directory(path: Path) -> str:
         return f"{path}: is a recipe. Name the directory of its run (runs/{path.stem}, or its training.output_dir)."
     if path.exists():
         return f"{path}: is a file, not a directory."
-    return f"{path}: no such directory{did_you_mean_path(path, path.parent.glob('*/'))}"
+    run = Path("runs", path.name)  # where a training writes it, if the recipe does not say
+    others = [run] if run.is_dir() else path.parent.glob("*/")
+    return f"{path}: no such directory{did_you_mean_path(path, others)}"
 
 
 def refuse_runs(directory: Path) -> None:

@@ -180,6 +180,20 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "runs/tickest: no such directory; did you mean 'runs/tickets'?",
         write("runs/tickets/run.json"),
     ),
+    "a run without its directory": (
+        "generate tickets --prompt x",
+        "tickets: no such directory; did you mean 'runs/tickets'?",
+        write("runs/tickets/recipe.yaml"),
+    ),
+    "a served run without its directory": (
+        "serve tickets",
+        "tickets: no such directory; did you mean 'runs/tickets'?",
+        write("runs/tickets/recipe.yaml"),
+    ),
+    "a key without its option": (
+        "train recipe.yaml training.max_steps=5",
+        "A key of the recipe goes to --set: --set training.max_steps=5.",
+    ),
     "a served run with a slip": (
         "serve runs/tickest",
         "runs/tickest: no such directory; did you mean 'runs/tickets'?",
@@ -295,6 +309,15 @@ TABLE: dict[str, tuple[Any, ...]] = {
         change("lone/adapter_config.json", base_model_name_or_path="/no/base"),
     ),
     "compare a run with a model": ("compare run model", "not a run directory"),
+    "compare a directory of runs": (
+        "compare runs run",
+        "runs: is a directory of runs. Name those that are meant: runs/tickets.",
+        write("runs/tickets/recipe.yaml"),
+    ),
+    "adapters without a place for their sum": (
+        "merge-adapters run run",
+        "run is taken for OUT, the directory to write",
+    ),
     "a ramp that falls": (f"{TRAIN} --find-lr --lr-from 0.1 --lr-to 0.01", "expected two rates, 0 < from < to"),
     "a ramp of few steps": (f"{TRAIN} --find-lr --lr-steps 3", "takes a whole number >= 10"),
     "a range test by rewards": (

@@ -21,8 +21,8 @@ import yaml
 from qvera.config.schema import parse_recipe
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER, file_sha256, no_directory, read_json
-from qvera.utils.formatting import is_number
+from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, RUN_OWNER, file_sha256, no_directory, read_json, runs_in
+from qvera.utils.formatting import first_of, is_number
 
 Point = tuple[float, float | None]  # x (such as a step) and y; None is a gap in the curve
 
@@ -242,6 +242,10 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
     if not root.is_dir():
         raise InputError(f"{no_directory(root)} Give the directory that `qvera train` wrote its run into.")
     if not any((root / name).is_file() for name in RUN_FILES):
+        if runs := runs_in(root):
+            raise InputError(
+                f"{root}: is a directory of runs. Name those that are meant: {first_of([*map(str, runs)], 8)}."
+            )
         raise InputError(
             f"{root}: not a run directory: it holds none of {', '.join(RUN_FILES)}. Give the directory that "
             "`qvera train` printed (training.output_dir of the recipe)."

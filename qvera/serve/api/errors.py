@@ -155,6 +155,7 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         text = f"{'.'.join(where) or 'The body'}: {text}."
         if len(where) == 1 and where[0] in _FORMS and first["type"] != "missing":
             text += f" Such as {_FORMS[where[0]]}."
+        text += " GET /v1/models lists the models." if first["type"] == "missing" and where == ["model"] else ""
         if first["type"] == "missing" and where[0] in _PATHS:
             others = [(key, path) for key, path in _PATHS.items() if key in error.body and path != request.url.path]
             text += "".join(f" {key!r} is a key of {path}." for key, path in others)

@@ -258,6 +258,8 @@ def test_a_prompt_of_another_path_is_told_its_path(served: Served) -> None:
     )
     assert said("/v1/responses", messages=messages) == wanted.replace("prompt", "input")
     assert said("/v1/completions") == "prompt: Field required."
+    unnamed = served.post("/v1/completions", {"prompt": "hi"}).json()["error"]["message"]
+    assert unnamed == "model: Field required. GET /v1/models lists the models."
     nested = {"format": {"type": "json_schema", "json_schema": {}}}
     wanted = "Unknown key 'text.format.json_schema'; did you mean 'schema'?"
     assert said("/v1/responses", input="hi", text=nested) == wanted
