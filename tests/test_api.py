@@ -246,7 +246,7 @@ def test_an_argument_that_a_function_does_not_take_is_named_with_what_is_near(tr
     ):
         qvera.generate(trained_run, "hello", **wrong)
     with pytest.raises(AttributeError, match=r"has no attribute 'eval'; did you mean 'evaluate'\?"):
-        qvera.eval  # noqa: B018
+        _ = qvera.eval
 
 
 def test_each_prompt_may_have_an_adapter_of_its_own(small: dict[str, Any], tmp_path: Path) -> None:

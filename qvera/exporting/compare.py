@@ -235,11 +235,14 @@ def _measured(measure: Callable[[], dict[str, Any]], export: Path, again: str) -
             return measure()
         except _NoRows as error:
             return {"not_measured": str(error)}
-        except (InputError, RunFailed, OSError, ValueError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-            # a library that reads weights may have made another error of Ctrl-C
-            if stop.asked or isinstance(error, KeyboardInterrupt):
-                raise Interrupted(f"Stopped while it was measured; {export} is whole. {again}") from None
-            if isinstance(error, (MemoryError, RuntimeError)) and not memory.is_out_of_memory(error):
+        except (InputError, RunFailed, OSError, ValueError) as error:
+            why: str | None = str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not stop.asked and not memory.is_out_of_memory(error):
                 raise
-            why = "the memory gave out." if isinstance(error, (MemoryError, RuntimeError)) else str(error)
-            return {"not_measured": f"{why} {again}"}
+            why = "the memory gave out."
+        except KeyboardInterrupt:
+            why = None
+        if stop.asked or why is None:  # a library that reads weights may have made another error of Ctrl-C
+            raise Interrupted(f"Stopped while it was measured; {export} is whole. {again}")
+    return {"not_measured": f"{why} {again}"}

@@ -94,7 +94,7 @@ def did_you_mean_path(path: Path, others: Iterable[Path]) -> str:
 
 
 def near_path(path: Path, others: Iterable[Path]) -> Path | None:
-    """Return the path whose name is like that of ``path``. A suffix that both have makes them no more alike."""
+    """Return the path whose name is most like that of ``path``, or None. A suffix that both have does not count."""
     by_name = {other.name.removesuffix(path.suffix): other for other in others}
     near = _nearest(path.name.removesuffix(path.suffix), list(by_name))
     return None if near is None else by_name[near]
