@@ -98,7 +98,7 @@ def recipe_of(trial: Trial, base: str, task: str) -> Recipe:
     )
     adapter = recipe.adapter.replace(seed=trial.seed, **METHODS[trial.method][0])
     return recipe.replace(
-        model=recipe.model.replace(path=base),
+        model=recipe.model.replace(path=base, compute_dtype="bfloat16"),  # auto would be another dtype on another CPU
         data=recipe.data.replace(seed=trial.seed),
         adapter=adapter,
         training=training,

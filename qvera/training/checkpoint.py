@@ -105,7 +105,7 @@ class Checkpoint:
     @property
     def number(self) -> int:
         """The number of the step or round after which it was saved."""
-        return int(self.path.name[-8:])
+        return number_of(self.path)
 
     @property
     def hook_state(self) -> dict[str, Any]:
@@ -186,6 +186,11 @@ def write(
 def directories(directory: Path) -> list[Path]:
     """Return the checkpoint directories in a directory, whole or damaged, oldest first."""
     return sorted(p for p in directory.iterdir() if _NAME.fullmatch(p.name)) if directory.is_dir() else []
+
+
+def number_of(path: Path) -> int:
+    """Return the number of the step or round after which a checkpoint directory was saved."""
+    return int(path.name[-8:])
 
 
 def newest(
@@ -301,7 +306,7 @@ def load(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         unit = path.name[:-9]
-        if state[unit] != int(path.name[-8:]):
+        if state[unit] != number_of(path):
             raise ValueError(f"it is of {unit} {state[unit]}")
         return Checkpoint(path, state, {name: load_file(path / f"{name}.safetensors") for name in names})
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -360,7 +365,7 @@ def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
 
     ``saved``: the step that was just saved. Later checkpoints are damaged, since the run went on from an earlier one.
     """
-    numbers = {int(path.name[-8:]): path for path in directories(directory)}
+    numbers = {number_of(path): path for path in directories(directory)}
     kept = sorted(number for number in numbers if number <= saved)[-keep:]
     for number, path in numbers.items():
         if number not in kept and (number > saved or number not in also):

@@ -91,13 +91,18 @@ class Run(ABC):
                 self.warn(f"metrics: the run goes on without {', '.join(gone)}, which it was begun with.")
 
     def check_length(self) -> None:
-        """Say how a run goes on that has more steps now. InputError where it can't have more, or has fewer."""
+        """Say how a run goes on that has more steps now. InputError where it can't have more, or ends before a saved one.
+
+        It may end at its newest checkpoint.
+        """
         before = self.planned_steps(load_recipe(self.run_dir / RECIPE_FILE, of_a_run=True))
-        now = self.planned_steps(self.recipe)
-        if now < before:
+        now, saved = self.planned_steps(self.recipe), checkpoint.directories(self.run_dir / "checkpoints")
+        newest = checkpoint.number_of(saved[-1]) if saved and not self.recipe.data.has_adapters else 0
+        if now < before and now != newest:
+            ends = f" To end it as it was last saved, set training.max_steps={newest}." if 0 < newest < before else ""
             raise InputError(
                 f"{self.run_dir}: is a run of {before:,} steps, and now has {now:,}. It can be made longer, not "
-                f"shorter: raise {' or '.join(LENGTH)}."
+                f"shorter: raise {' or '.join(LENGTH)}.{ends}"
             )
         if now > before:
             if (reason := self.no_longer()) is not None:
@@ -244,7 +249,7 @@ class Run(ABC):
         saved = checkpoint.directories(checkpoint.of_rank(self.run_dir, self.group.rank))
         text = f"No {self.unit} was saved yet: the same command begins again."
         if saved:
-            text = f"{self.unit.capitalize()} {int(saved[-1].name[-8:])} is saved: the same command goes on from it."
+            text = f"{self.unit.capitalize()} {checkpoint.number_of(saved[-1])} is saved: the same command goes on from it."
         return Interrupted(f"Stopped by {str(signal) or 'Ctrl-C'}. {text}")
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from qvera.config.sections import TrainingSection
 from qvera.training.optim import build_schedule
@@ -142,6 +143,20 @@ def test_what_cannot_be_made_longer_names_another_way(make_recipe: Any, tmp_path
     train(make_recipe(training=keys, **spiel), tmp_path / "spiel")
     with pytest.raises(InputError, match=f"since what spiel or a schedule .* depends on how many there are. {again}"):
         train(make_recipe(training={**keys, "max_steps": 6}, **spiel), tmp_path / "spiel", resume=True)
+
+
+def test_a_stopped_run_is_ended_at_its_last_checkpoint(make_recipe: Any, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {**SETTINGS, "max_steps": 8, "warmup_steps": 2}
+    stop_after(make_recipe(training=keys), tmp_path / "run", 3)
+    with pytest.raises(InputError, match=r"is a run of 8 steps, and now has 2\. .* set training\.max_steps=3\.$"):
+        train(make_recipe(training={**keys, "max_steps": 2}), tmp_path / "run", resume=True)
+    taken = losses(tmp_path / "run")
+    train(make_recipe(training={**keys, "max_steps": 3}), tmp_path / "run", resume=True)
+    ended = run_json(tmp_path / "run")
+    assert (ended["status"], ended["result"]["steps"], ended["planned_steps"]) == ("done", 3, 3)
+    assert losses(tmp_path / "run") == taken and len(taken) == 3
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-00000003" / "vectors.safetensors")
+    assert same(vectors(tmp_path / "run"), saved)
 
 
 def test_many_adapters_are_not_made_longer(make_recipe: Any, tmp_path: Path) -> None:
