@@ -28,6 +28,7 @@ from qvera.cli.common import (
 )
 from qvera.utils.errors import InputError
 from qvera.utils.files import cache_root, replace_text, resolve_path
+from qvera.utils.formatting import shortened
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -132,7 +133,7 @@ def init(
     longest = "" if stats.format == "image" else f", the longest has {stats.longest_tokens:,} tokens"
     named = shlex.quote(str(out))
     if system is None and recipe.data.system is not None:
-        print(f"system prompt     {recipe.data.system} (data.system in {named})")
+        print(f"system prompt     {shortened(' '.join(recipe.data.system.split()), 100)} (data.system in {named})")
     print(f"{out}: {stats.train_rows:,} rows, format {stats.format}{longest}{classes}")
     if longest and stats.longest_tokens > context:
         print(f"longer rows       are cut at {context:,} tokens, where the base's context ends (data.too_long)")
