@@ -300,6 +300,9 @@ class Model:
             for name in names:
                 if name is not None and name not in self.names:
                     raise InputError(f"adapter: {name!r} is not loaded{did_you_mean(name, self.names)}")
+        elif adapter is not None and None in names and not self.base_alone:
+            load = f"qvera.load({str(self.target.path)!r}, base=True)"
+            raise InputError(f"adapter: None asks for the base alone. Load that: {load}.")
         elif adapter is not None and (wrong := [name for name in names if name != self.target.name]):
             is_alone = self.target.name is None and not self.base_alone
             advice = f"{self.target.path} has one adapter" if is_alone else "name it in `load`"
@@ -360,6 +363,7 @@ class Model:
 
         Args:
             rows: a file, or the rows themselves, in a format of ``data.format``; default: the recipe's held-out rows.
+                Images in rows themselves are named by absolute paths.
             limit: use only the first rows.
             metrics: how answers are compared with references: ``exact``, ``bleu``, ``rougeL`` and others.
             group_prompts: rows with the same prompt are one, with all their references.

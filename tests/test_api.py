@@ -146,6 +146,8 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     assert run.opened is opened  # loaded once
     with pytest.raises(qvera.InputError, match="'anna' is not loaded; .* has one adapter"):
         run.generate("say red 1", adapter="anna")
+    with pytest.raises(qvera.InputError, match="None asks for the base alone.* base=True"):
+        run.generate(["say red 1"], adapter=[None])
     with pytest.raises(qvera.InputError, match="anna: is for a run that trained many adapters"):
         qvera.load(trained_run, ["anna"])
     with pytest.raises(qvera.InputError, match="^dtype: should be 'float16', 'bfloat16', .*, got torch.float16"):

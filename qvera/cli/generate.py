@@ -9,7 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -36,6 +35,7 @@ from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, Interrupted, QveraError
 from qvera.utils.files import disk_errors, file_stamp, refuse_file_name, replace_text
 from qvera.utils.formatting import shortened
+from qvera.utils.signals import in_threads
 
 if TYPE_CHECKING:
     from qvera.data import Turn
@@ -223,15 +223,10 @@ def _ask_server(
         messages = [{"role": turn.role, "content": _content(turn, _as_url)} for turn in row.turns]
         return client.chat(model, messages, **settings)
 
-    with progress("answering", len(asked)) as show, ThreadPoolExecutor(at_a_time) as threads:
-        waiting = {threads.submit(answer, question): place for place, question in enumerate(asked)}
-        try:
-            for done, ended in enumerate(as_completed(waiting), start=1):
-                on_answer(waiting[ended], ended.result())  # raises what it raised
-                show(done)
-        except BaseException:
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
+    with progress("answering", len(asked)) as show:
+        for done, (place, text) in enumerate(in_threads(answer, asked, at_a_time), start=1):
+            on_answer(place, text)
+            show(done)
 
 
 def _questions(

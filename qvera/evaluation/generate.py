@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin
 
 from qvera.adapters import AdaptedForward
 from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_template
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def generating(model: nn.Module, base_only: bool = False, fixed: bool = False) -> Iterator[None]:
-    """Inside the block: evaluation mode, the KV cache on, and linears in their fastest layout for answers.
+    """Inside the block: evaluation mode, the KV cache on, linears in their fastest layout for answers.
+
+    A checkpoint's settings for answers, such as a repetition penalty, do not count there: only its end tokens do.
 
     Where memory allows, adapted layers hold W + ΔW in the compute dtype; on a CPU, others have the layout of
     bitsandbytes' fused kernel. Afterwards all is as before, to the bit. Blocks may be nested. ``base_only``: layers
@@ -56,6 +58,9 @@ def generating(model: nn.Module, base_only: bool = False, fixed: bool = False) -
         layers = []
     model.eval()
     inner.config.use_cache = True
+    own = getattr(inner, "generation_config", None)  # a classifier may have none
+    if own is not None:  # `generate` fills what it is not given from here
+        inner.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
     try:
         with torch.no_grad():
             for layer in layers:
@@ -66,6 +71,8 @@ def generating(model: nn.Module, base_only: bool = False, fixed: bool = False) -
     finally:
         for layer in layers:
             layer.cache_merged_weight(False)
+        if own is not None:
+            inner.generation_config = own
         if used_cache is None:
             del inner.config.use_cache
         else:

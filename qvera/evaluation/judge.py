@@ -12,13 +12,13 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qvera.utils.errors import InputError
+from qvera.utils.signals import in_threads
 
 if TYPE_CHECKING:
     from qvera.data import Example
@@ -102,15 +102,11 @@ def judge_pairs(
     """
     asked = [number for number, pair in enumerate(pairs) if pair.answer.strip() != pair.other.strip()]
     prompts = [filled(prompt, pairs[number], swapped) for number in asked for swapped in (False, True)]
-    replies: list[str] = []
-    executor = ThreadPoolExecutor(at_once, thread_name_prefix="judge")
-    try:
-        for reply in executor.map(ask, prompts):
-            replies.append(reply)
-            if progress is not None:
-                progress(len(replies))
-    finally:
-        executor.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other replies
+    replies = [""] * len(prompts)
+    for done, (number, reply) in enumerate(in_threads(ask, prompts, at_once), start=1):
+        replies[number] = reply
+        if progress is not None:
+            progress(done)
     judged: list[dict[str, Any]] = [{"outcome": "tie", "scores": [], "preferences": [], "replies": []} for _ in pairs]
     # Replies alternate: as they are, swapped.
     for number, texts in zip(asked, zip(replies[::2], replies[1::2], strict=True), strict=True):

@@ -60,6 +60,7 @@ def measure_difference(
     pad_id: int,
     task: Task = CAUSAL,
     labels: Labels | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compare the trained model with the exported checkpoint on the targets of ``examples``.
 
@@ -69,7 +70,8 @@ def measure_difference(
         exported) per target, the largest difference of a log probability, the share of targets with the same most
         likely output, and the number of rows where all targets agree.
     """
-    exported = load_exported(exported_dir, next(trained.parameters()).device, task.exported_class)
+    device = next(trained.parameters()).device
+    exported = load_exported(exported_dir, device, task.exported_class, trust_remote_code)
     examples = [row for example in examples for _, row in example.shown()]  # both answers of a pair
     largest_logit, measured = 0.0, list[torch.Tensor]()
     for rows in _batches(examples):
@@ -182,7 +184,8 @@ def compare_merged(target: Artifact, recipe: Recipe, merged: Path, limit: int, c
         opened, datasets, rows, split = _open_with_rows(target, recipe, limit, console)
         labels = opened.labels if task_of(recipe).exported_class.has_own_head else None
         with Phase(console, "comparing the trained with the exported model"):
-            found = measure_difference(opened.model, merged, rows, datasets.pad_id, task_of(recipe), labels)
+            about = datasets.pad_id, task_of(recipe), labels, recipe.model.trust_remote_code
+            found = measure_difference(opened.model, merged, rows, *about)
         return {"split": split, **found}
 
     return _measured(measure, merged, again)

@@ -360,6 +360,9 @@ def export_merged(
                     if section.eos_token is not None:
                         generation.eos_token_id = merging.tokenizer.eos_token_id
                     place_files(out, generation.save_pretrained)
+                if section.trust_remote_code:  # a config that is saved brings its own code alone
+                    code = list(merging.base.directory.glob("*.py"))
+                    place_files(out, lambda scratch: [shutil.copy2(file, scratch) for file in code])
                 # The config comes last: from then on the directory is a model.
                 replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
                 place_files(out, merging.config().save_pretrained)

@@ -110,9 +110,10 @@ def _check_weights(adapters: Sequence[AdapterDeltas], weights: Sequence[float]) 
 
 
 def write_vectors(source: Path, vectors: dict[str, torch.Tensor], out: Path, chat_template: str | None = None) -> None:
-    """Write an adapter with the config of ``source`` and these vectors. InputError: ``out`` is not empty."""
+    """Write an adapter of these vectors, with the config of ``source`` else. InputError: ``out`` is not empty."""
     specs = [TensorSpec(name, vector.dtype, tuple(vector.shape)) for name, vector in vectors.items()]
     config = read_json(source / ADAPTER_CONFIG, "an adapter's config")
+    config["chat_template"] = chat_template  # that of the source may hold its system prompt
     write_adapter(out, config, specs, iter(vectors.values()), chat_template=chat_template)
 
 

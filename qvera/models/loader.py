@@ -303,24 +303,29 @@ def dense_note(facts: dict[str, Any]) -> str | None:
     return f"Not quantized: {first_of(list(kinds))} ({size(dense_bytes)}, {share:.0%} of the base)."
 
 
-def load_exported(directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM) -> PreTrainedModel:
+def load_exported(
+    directory: Path, device: torch.device, model_class: ModelClass = CAUSAL_LM, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The checkpoint in evaluation mode: on a CPU mapped, in fp32; on an accelerator as transformers loads it."""
-    config = AutoConfig.from_pretrained(directory)
+    trusted: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(directory, **trusted)
     if (stored := getattr(config, "quantization_config", None)) is not None:
         section = ModelSection(
             path=str(directory),
             quantization=stored.get("bnb_4bit_quant_type", "nf4"),
             double_quant=bool(stored.get("bnb_4bit_use_double_quant")),
+            **trusted,
         )
         if not accelerator.is_accelerator(device):
             section = section.replace(compute_dtype="float32")
         return load_base(section, device, model_class=model_class).model
     if accelerator.is_accelerator(device):
-        return model_class.from_pretrained(str(directory), config, dtype="auto", device_map={"": device}).eval()
+        placed = {"dtype": "auto", "device_map": {"": device}}
+        return model_class.from_pretrained(str(directory), config, **placed, **trusted).eval()
     try:  # fp16 products are slow or missing on CPUs, and fp32 holds every value of the file
-        return load_mapped(directory, config, torch.float32, device, model_class=model_class)
+        return load_mapped(directory, config, torch.float32, device, model_class=model_class, **trusted)
     except NotMappable:
-        return model_class.from_pretrained(str(directory), config, dtype=torch.float32).eval()
+        return model_class.from_pretrained(str(directory), config, dtype=torch.float32, **trusted).eval()
 
 
 def exported_bytes(directory: Path, device: torch.device) -> int:

@@ -85,7 +85,8 @@ def evaluate(
         group_prompts: join rows with the same prompt into one with all their references.
         answers: whether to answer prompts; False: only the loss is computed.
         max_new_tokens: the limit of an answer; None: the recipe's.
-        judge: compares answers. If it fails, its error is in ``judge_error``, so that no answers are lost.
+        judge: compares answers. Where it fails or is stopped, ``judge_error`` has its error, so that no answers are
+            lost.
         opened: returns the model, which may be loaded already.
 
     Raises:
@@ -191,7 +192,7 @@ def evaluate(
         try:
             with Phase(console, "judging") as show:
                 document["judge"] = judge.judge(answered, questions, others, show)
-        except QveraError as error:
+        except (QveraError, KeyboardInterrupt) as error:
             document["judge_error"] = error
     return document
 

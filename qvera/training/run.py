@@ -91,9 +91,9 @@ class Run(ABC):
                 self.warn(f"metrics: the run goes on without {', '.join(gone)}, which it was begun with.")
 
     def check_length(self) -> None:
-        """Say how a run goes on that has more steps now. InputError where it can't have more, or ends before a saved one.
+        """Say how a run goes on that has more steps now. InputError where it can't have more, or has fewer.
 
-        It may end at its newest checkpoint.
+        It may have fewer where it ends at its newest checkpoint.
         """
         before = self.planned_steps(load_recipe(self.run_dir / RECIPE_FILE, of_a_run=True))
         now, saved = self.planned_steps(self.recipe), checkpoint.directories(self.run_dir / "checkpoints")
@@ -249,7 +249,8 @@ class Run(ABC):
         saved = checkpoint.directories(checkpoint.of_rank(self.run_dir, self.group.rank))
         text = f"No {self.unit} was saved yet: the same command begins again."
         if saved:
-            text = f"{self.unit.capitalize()} {checkpoint.number_of(saved[-1])} is saved: the same command goes on from it."
+            number = checkpoint.number_of(saved[-1])
+            text = f"{self.unit.capitalize()} {number} is saved: the same command goes on from it."
         return Interrupted(f"Stopped by {str(signal) or 'Ctrl-C'}. {text}")
 
     @property

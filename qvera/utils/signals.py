@@ -2,13 +2,17 @@
 
 import contextlib
 import os
+import queue
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from types import FrameType
-from typing import Self, TextIO
+from typing import Self, TextIO, TypeVar
 
+T = TypeVar("T")
+R = TypeVar("R")
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -88,3 +92,35 @@ class StopRequests:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+
+
+def in_threads(do: Callable[[T], R], items: Sequence[T], most: int) -> Iterator[tuple[int, R]]:
+    """Do something with each item, ``most`` at a time; yield an item's number and result as they come.
+
+    The threads end with the process: Ctrl-C, or an error of one item, does not wait for what a server answers others.
+    """
+    waiting, is_over = queue.SimpleQueue[tuple[int, T]](), threading.Event()
+    ended = queue.SimpleQueue[tuple[int, Future[R]]]()
+    for numbered in enumerate(items):
+        waiting.put(numbered)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while not is_over.is_set():
+                number, item = waiting.get_nowait()
+                future = Future[R]()
+                try:
+                    future.set_result(do(item))
+                except BaseException as error:
+                    future.set_exception(error)
+                    is_over.set()  # an error of one ends all
+                ended.put((number, future))
+
+    for _ in range(min(most, len(items))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in items:
+            number, future = ended.get()
+            yield number, future.result()  # raises what it raised
+    finally:
+        is_over.set()

@@ -127,7 +127,7 @@ def test_sampling_is_reproducible_and_leaves_the_random_state_alone(
     greedy = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
     assert sample(1, top_p=1e-6) == greedy != first
     # which does not heed the model's own settings
-    for name, value in (("do_sample", True), ("temperature", 5.0), ("top_p", 0.99)):
+    for name, value in (("do_sample", True), ("temperature", 5.0), ("top_p", 0.99), ("repetition_penalty", 1.5)):
         monkeypatch.setattr(model.generation_config, name, value)
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == greedy
 

@@ -146,7 +146,9 @@ def test_eval_has_a_server_judge_the_answers(
 
 
 @pytest.mark.process
-def test_a_judge_that_fails_costs_no_answers(trained_run: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_judge_that_fails_or_is_stopped_costs_no_answers(
+    trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(_: str) -> str:
         raise RunFailed("out of credit")
 
@@ -157,6 +159,15 @@ def test_a_judge_that_fails_costs_no_answers(trained_run: Path, tmp_path: Path, 
     document = json.loads((tmp_path / "scores.json").read_text())
     assert document["answers"]
     assert document["judge"] is None
+
+    def stops(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qvera.evaluation.judge.judge_pairs", stops)
+    with serving(longest_wins) as server:
+        line[3] = server.url
+        assert main([*line, "--max-new-tokens", "2", "--json", str(tmp_path / "stopped.json")]) == 75
+    assert json.loads((tmp_path / "stopped.json").read_text())["answers"] == document["answers"]
 
 
 def test_wrong_options_are_said_before_anything_is_loaded(tmp_path: Path, capsys: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from qvera.config.sections import ExportSection
 from qvera.data import Example
@@ -59,6 +62,20 @@ def test_tokens_and_answers_are_counted(exported: tuple[Any, Path], monkeypatch:
     alone = measure_difference(model, merged, examples, 0)
     assert alone.pop("unit") == found.pop("unit") == "token"
     assert alone == pytest.approx(found, rel=1e-4, abs=1e-6)
+
+
+def test_an_export_has_the_code_of_a_base_that_needs_it(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_model_dir, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config |= {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    (base / "config.json").write_text(json.dumps(config))
+    own = "from transformers import LlamaForCausalLM\n\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    is_own = True\n"
+    (base / "own.py").write_text(own)
+    model, section, adapter = trained_adapter(base, tmp_path / "adapter", {"trust_remote_code": True})
+    export_merged(adapter, section, tmp_path / "merged", ExportSection(base="original"))
+    found = measure_difference(model, tmp_path / "merged", rows(), 0, trust_remote_code=True)
+    assert found["rows"] == len(LENGTHS)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=True).is_own
 
 
 def test_the_text_says_answers_and_which_base_is_nearer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from qvera.adapters.shared_model import load_adapters
 from qvera.cli.main import main
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
+from qvera.evaluation.load import find_target, template_beside
 from qvera.exporting.deltas import AdapterDeltas, read_deltas
 from qvera.exporting.lora import export_lora
 from qvera.exporting.sums import same_directions, stacked_factors, union
@@ -184,6 +186,20 @@ def test_sums_of_adapters_that_share_d_are_exact_adapters(
         expected = sum(w * p[name] for w, p in zip(weights or [0.5, 0.5], parts, strict=True))
         torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-8)
     load_adapter(load_base(section).model, tmp_path / "sum")  # a whole adapter, hash of the projections and all
+
+
+def test_a_sum_has_the_chat_template_of_its_adapters_if_they_share_one(
+    without_d: list[Path], tmp_path: Path, capsys: Any
+) -> None:
+    for shared in (False, True):
+        for number, directory in enumerate(without_d):
+            file = shutil.copytree(directory, tmp_path / str(number), dirs_exist_ok=True) / "adapter_config.json"
+            own = {"chat_template": "same" if shared else f"Be {number}."}  # with the run's system prompt
+            file.write_text(json.dumps(json.loads(file.read_text()) | own))
+        out = tmp_path / f"sum {shared}"
+        assert main(["merge-adapters", str(tmp_path / "0"), str(tmp_path / "1"), str(out)]) == 0
+        assert ("different chat templates, so none is written" in capsys.readouterr().out) is not shared
+        assert template_beside(find_target(out)) == ("same" if shared else None)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from qvera.utils.signals import StopRequests
+from qvera.utils.signals import StopRequests, in_threads
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -68,3 +68,34 @@ def test_what_nohup_ignores_stays_ignored() -> None:
             assert requests.asked is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+_WAITS_FOR_A_SERVER = """
+import time
+from qvera.utils.signals import in_threads
+for number, _ in in_threads(time.sleep, [0.0, 60.0, 60.0], 2):
+    print(number, flush=True)
+"""
+
+
+def test_ctrl_c_does_not_wait_for_what_a_server_has_not_answered() -> None:
+    script = [sys.executable, "-u", "-c", _WAITS_FOR_A_SERVER]
+    with subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+    assert process.returncode not in (0, None)
+
+
+def test_results_come_with_their_numbers_and_an_error_ends_all() -> None:
+    assert dict(in_threads(lambda item: item * 2, [3, 4, 5], 2)) == {0: 6, 1: 8, 2: 10}
+    asked = []
+
+    def ask(item: int) -> float:
+        asked.append(item)
+        return 1 / item
+
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(ask, [1, 0, 1, 1], 1))
+    assert asked == [1, 0]
