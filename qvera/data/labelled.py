@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ def few_of_each_label(sources: Sequence[Rows], count: int, seed: int) -> list[Ro
 
     Raises InputError: a label is a fraction, so it is no class.
     """
-    names = [name for rows in sources for name in _reference(rows).to_pylist()]
+    columns = [(rows.table["reference"], rows.chosen) for rows in sources]
+    names = [name for column, at in columns for name in (column if at is None else column.take(at)).to_pylist()]
     for row, name in enumerate(names):
         if (value := _as_number(name)) is not None and not value.is_integer():
             raise InputError(
@@ -182,14 +183,24 @@ def few_of_each_label(sources: Sequence[Rows], count: int, seed: int) -> list[Ro
     return [rows.take(np.flatnonzero(part)) for rows, part in zip(sources, parts, strict=True)]
 
 
-def _reference(rows: Rows) -> pa.ChunkedArray:
-    column = rows.table["reference"]
-    return column if rows.chosen is None else column.take(rows.chosen)
+def _references(rows: Rows) -> Iterator[pa.Array]:
+    """Yield the references of the rows chunk by chunk, in the table's order: those of all may not fit into RAM."""
+    chosen, start = None if rows.chosen is None else np.sort(rows.chosen), 0
+    for chunk in rows.table["reference"].chunks:
+        if chosen is None:
+            yield chunk
+        else:
+            low, high = np.searchsorted(chosen, (start, start + len(chunk)))
+            yield chunk.take(pa.array(chosen[low:high] - start))
+        start += len(chunk)
 
 
 def rows_by_label(rows: Rows) -> dict[str, int]:
     """Label → number of rows."""
-    return {entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(_reference(rows))}
+    found: Counter[str] = Counter()
+    for chunk in _references(rows):
+        found.update({entry["values"].as_py(): entry["counts"].as_py() for entry in pc.value_counts(chunk)})
+    return dict(found)
 
 
 _ROWS_OF_A_LABEL = 10
@@ -198,10 +209,16 @@ _ROWS_OF_A_LABEL = 10
 
 def new_labels(train: Rows, held_out: Rows) -> list[str]:
     """The answers of held-out rows that no training row has; none where answers are no labels."""
-    known, found = _reference(train).unique(), _reference(held_out).unique().drop_null()
-    if len(known) * _ROWS_OF_A_LABEL > len(train):
-        return []
-    return [str(answer) for answer in found.filter(pc.invert(pc.is_in(found, value_set=known))).to_pylist()]
+    known: set[str | None] = set()
+    for chunk in _references(train):
+        known.update(chunk.unique().to_pylist())
+        if len(known) * _ROWS_OF_A_LABEL > len(train):
+            return []
+    known.add(None)
+    new: dict[str, None] = {}
+    for chunk in _references(held_out):
+        new.update(dict.fromkeys(answer for answer in chunk.unique().to_pylist() if answer not in known))
+    return list(new)
 
 
 def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequence[str] = ()) -> Labels:

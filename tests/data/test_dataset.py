@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ from qvera.config.schema import parse_recipe
 from qvera.config.sections import DataSection, DataSource
 from qvera.data import Datasets, build_datasets, data_warnings, print_preflight
 from qvera.data.dataset import length_histogram
+from qvera.data.labelled import new_labels, rows_by_label
+from qvera.data.rows import SCHEMA, Rows
 from qvera.evaluation.load import template_name
 from qvera.utils.errors import InputError
 from tests.data.conftest import MakeTokenizer, Read, Write
@@ -359,6 +362,26 @@ def test_a_system_prompt_that_rows_do_not_take_and_labels_that_none_has_are_told
     numbered = [{"prompt": "x", "completion": 1}, {"prompt": "y", "completion": 2}]  # who counts from 1
     said = " ".join(data_warnings(read(numbered, label_names=["urgent", "soon", "routine"], eval_fraction=0.0).stats))
     assert "No row has urgent of data.label_names. Its first name is that of 0." in said
+
+
+def test_labels_are_found_among_more_answers_than_an_array_holds() -> None:
+    """An array of strings holds 2 GiB at most, and such a copy of all answers may not fit into RAM either."""
+
+    def rows_of(answers: list[pa.Array], taken: list[int]) -> Rows:
+        nothing = {"input_ids": [1], "rejected_ids": None, "trained_tokens": 1, "ids_hash": 0, "mask_hash": 0}
+        table = pa.Table.from_pylist([nothing] * sum(map(len, answers)), SCHEMA)
+        place = SCHEMA.get_field_index("reference")
+        return Rows(table.set_column(place, SCHEMA.field(place), pa.chunked_array(answers))).take(np.array(taken))
+
+    a, b, c = (pa.array([label]) for label in "abc")
+    assert rows_by_label(rows_of([a, b, c], [2, 0, 2])) == {"a": 1, "c": 2}
+    asked = rows_of([b, c, c], [2, 1, 0])
+    assert new_labels(rows_of([a, b] * 20, list(range(40))), asked) == ["c"]
+    assert new_labels(rows_of([c, *[a, b] * 20], list(range(1, 41))), asked) == ["c"], "its row is not trained on"
+    assert new_labels(rows_of([a, b] * 20, list(range(19))), asked) == []
+    long = pa.array(["x" * 2**24])
+    many = rows_of([long] * 140, [*range(0, 140, 12), 12])
+    assert new_labels(many, asked) == ["b", "c"] and list(rows_by_label(many).values()) == [13]
 
 
 def test_a_misspelt_label_among_held_out_answers_is_told(write: Write, base_tokenizer: Any) -> None:
