@@ -251,6 +251,7 @@ class RowTokenizer:
     def __init__(self, section: DataSection, encoder: Encoder, template: ChatTemplate, row_format: RowFormat) -> None:
         self.section, self.encoder, self.template, self.row_format = section, encoder, template, row_format
         self._counts = RowCounts()
+        self._counted: set[tuple[str, str]] = set()
 
     def tokenize_chunk(self, rows: Sequence[RawRow]) -> TokenizedChunk:
         """Check and tokenize consecutive rows."""
@@ -270,7 +271,7 @@ class RowTokenizer:
 
         Raises InputError: the template refuses a row, or rewrites its answers.
         """
-        self._counts = RowCounts()
+        self._counts, self._counted = RowCounts(), set()
         if self.row_format.name in PREFERENCES:
             if shown := next((row for row in rows if any(turn.images for turn in row.turns)), None):
                 raise InputError(f"{shown.source}: holds an image; preferences are read as text only. Remove the row.")
@@ -288,7 +289,8 @@ class RowTokenizer:
                 rendered.append((row.text, []))
             else:
                 texts = [turn.text for turn in row.turns]
-                self._counts.own_system_rows += self.section.system not in (None, "", row.turns[0].content)
+                if self.section.system not in (None, "", row.turns[0].content):
+                    self._count("own_system_rows", row.source)
                 for turn in row.turns:
                     if turn.role in ("user", "assistant") and not (turn.text.strip() or turn.images or turn.extra):
                         self._counts.silent.setdefault(turn.role, []).append(row.source)
@@ -297,7 +299,8 @@ class RowTokenizer:
                 )
                 needed = [] if self.section.train_on == "all" else self._trained_turns(row)
                 rendered.append(self.template.lay_out(row, needed))
-            self._counts.special_token_rows += any(map(self.template.special.search, texts))
+            if any(map(self.template.special.search, texts)):
+                self._count("special_token_rows", row.source)
         expanded = [
             self.encoder.expand(text, [(span.header, span.start, span.end) for span in answers], images, row.source)
             for row, (text, answers), images in zip(rows, rendered, shown, strict=True)
@@ -396,6 +399,8 @@ class RowTokenizer:
                 if answer.turn == last:
                     prompt_ids, prompt_text = input_ids[:start], text[: answer.start]
                     reference = row.turns[last].content if row.about is None else None
+            if not prompt_ids:  # nothing to ask with: as text without a prompt
+                prompt_text, reference = "", None
         if append_eos:
             assert self.encoder.eos_id is not None  # rows with answers ask for one
             input_ids = [*input_ids, self.encoder.eos_id]
@@ -441,7 +446,7 @@ class RowTokenizer:
             self._drop(whole, f"longer than data.max_length ({limit}), and images are not cut")
             return []
         if not keep.all():  # a row that is split or dropped below has lost these too
-            counts.truncated_rows += 1
+            self._count("truncated_rows", whole.source)
             counts.truncated_tokens += int((~keep).sum())
             counts.truncated_targets += int(whole.trained[~keep].sum())
         elif not is_long:
@@ -472,6 +477,12 @@ class RowTokenizer:
         if len(prompt_ids) <= bos < len(whole.prompt_ids):  # nothing to ask with: as text without a prompt
             row = replace(row, prompt_ids=prompt_ids[:0], prompt_text="", reference=None)
         return [row]
+
+    def _count(self, name: str, source: str) -> None:
+        """Count a row of the data; a pair's two rows are one."""
+        if (name, source) not in self._counted:
+            self._counted.add((name, source))
+            setattr(self._counts, name, getattr(self._counts, name) + 1)
 
     def _drop(self, row: Example, reason: str) -> None:
         self._counts.dropped.setdefault(reason, []).append(row.source)

@@ -361,6 +361,8 @@ def place_files(out: Path, save: Callable[[Path], Any]) -> None:
         save(scratch)
         for file in sorted(scratch.iterdir()):
             flush(file)
+            if file.is_dir():  # a directory takes the place of an empty one only
+                shutil.rmtree(out / file.name, ignore_errors=True)
             file.replace(out / file.name)
         flush(out)
     finally:

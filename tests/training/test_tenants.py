@@ -403,6 +403,32 @@ def test_a_saved_model_goes_on_to_the_same_losses(tmp_path: Path) -> None:
     assert equal({"vectors": again.tensors("whole")["vectors"]}, {"vectors": calls.tensors("one")["vectors"]})
 
 
+def test_a_load_takes_the_place_of_a_model_in_its_turn(tmp_path: Path) -> None:
+    """Of one that is being made, in the same slice, and of one that has a slot. If it fails, no call goes on."""
+    calls, file, rows = Calls(tmp_path), tmp_path / "state.safetensors", some_rows(3, 5)
+    calls.create("saved", LORA, seed=1)
+    calls.rows("saved", rows)
+    calls.step("saved")
+    calls.tenants.save_state("saved", file, calls.done("saved"))
+    calls.finish()
+    calls.tenants.create("new", "anna", LORA, 2, calls.done("new"))
+    calls.tenants.load("new", "anna", file, True, calls.done("new"))
+    calls.create("trained", LORA, seed=3)
+    calls.rows("trained", rows)
+    calls.tenants.load("trained", "anna", file, True, calls.done("trained"))
+    calls.finish()
+    assert calls.results["new"] == [None, None] and calls.results["trained"][-1] is None
+    expected = calls.tensors("saved")
+    assert equal(calls.tensors("new"), expected) and equal(calls.tensors("trained"), expected)
+    calls.rows("trained", rows)
+    calls.tenants.load("trained", "anna", tmp_path / "nowhere", True, calls.done("trained"))
+    calls.rows("trained", rows)
+    *_, missing, ended = calls.finish()["trained"]
+    assert "nowhere" in missing.message and "could not be made" in ended.message
+    (pool,) = calls.tenants._pools.values()
+    assert "trained" not in {model.id for model in pool.residents if model is not None}
+
+
 def test_a_lora_starts_as_tinkers_do_and_is_saved_as_pefts(tmp_path: Path) -> None:
     calls = Calls(tmp_path)
     for name, shape, seed in (("a", LORA, 1), ("b", LORA, 1), ("c", LORA, 2), ("mlp", ModelShape("lora", 2, "mlp"), 1)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class ScriptedTenants:
 
     def __init__(self) -> None:
         self.models: dict[str, Numbers] = {}
+        self._removals = Counter[str]()
         self.done_calls: list[tuple[str, str]] = []
         self.runs = threading.Event()
         self.runs.set()
@@ -48,9 +50,11 @@ class ScriptedTenants:
             call()
 
     def _add(self, model_id: str, kind: str, work: Callable[[], Any], done: Done) -> None:
+        removals = self._removals[model_id]
+
         def call() -> None:
             try:
-                result = work()
+                result = work() if self._removals[model_id] == removals else CallFailed("was removed")
             except KeyError:
                 result = CallFailed("no such model", "server")
             except CallFailed as failure:
@@ -117,12 +121,11 @@ class ScriptedTenants:
         self._add(model_id, "save_adapter", run, done)
 
     def remove(self, model_ids: Sequence[str], done: Done = lambda _: None) -> None:
-        def run() -> None:
-            for model_id in model_ids:
-                self.models.pop(model_id, None)
-            done(None)
-
-        self._calls.put(run)
+        """At once, before calls that came earlier."""
+        self._removals.update(model_ids)
+        for model_id in model_ids:
+            self.models.pop(model_id, None)
+        self._calls.put(lambda: done(None))
 
     def has_work(self) -> bool:
         return False

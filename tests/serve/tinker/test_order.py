@@ -153,6 +153,7 @@ def test_calls_behind_a_state_that_can_not_be_loaded_fail_with_it(
     assert server.train(model, 2).status_code == 410  # ...comes when the model has ended
     soon(lambda: server.tinker.database.open_of("local", samples=False) == (0, 0))
     assert server.result(waits)["error"] == "The model was not made: its file is damaged"
+    soon(lambda: model not in server.tenants.models)
 
 
 def test_a_load_that_comes_late_is_refused_and_the_model_goes_on(server: TinkerServer) -> None:

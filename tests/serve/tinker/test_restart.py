@@ -102,6 +102,22 @@ def test_a_part_that_came_late_is_not_done_again_on_a_state_that_has_it(
     assert second.result(second.step(model, 3))["metrics"]["grad_norm:mean"] == 9
 
 
+def test_a_state_is_loaded_into_a_model_that_the_next_server_has_to_bring_back(start_tinker: StartTinker) -> None:
+    first = start_tinker()
+    session = first.session()
+    saved = first.result(
+        first.call("save_weights", {"model_id": first.model(session, seed=5), "seq_id": 1, "path": "a"})
+    )
+    model = first.model(session, 1, seed=2)
+    killed(first)
+    body = {"model_id": model, "seq_id": 1, "path": saved["path"], "optimizer": True}
+    promised = first.call("load_weights", body)
+    second = start_tinker()
+    assert second.result(promised)["path"] == saved["path"]
+    assert second.tenants.models[model].value == 5
+    assert "error" not in second.result(second.step(model, 2))
+
+
 def test_a_model_whose_state_is_damaged_ends_and_that_is_the_servers_fault(start_tinker: StartTinker) -> None:
     first = start_tinker(save_seconds=0.0)
     model = first.model()
