@@ -223,6 +223,9 @@ class FrozenLinear8bit(_FrozenForward, Linear8bit):
 class FrozenLinear(_FrozenForward, nn.Linear):
     """A dense linear stored in another dtype than it computes in (a mapped file). It is cast for each product."""
 
+    compute_dtype: torch.dtype | None = None
+    """That of the model's other layers: adapters hold their tensors in it."""
+
 
 class FrozenEmbedding(nn.Embedding):
     """An embedding that gives another dtype than its table is stored in."""
@@ -242,6 +245,7 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
             cast(FrozenEmbedding, module).output_dtype = dtype
         elif type(module) is nn.Linear and module.weight.dtype != dtype:
             module.__class__ = FrozenLinear
+            cast(FrozenLinear, module).compute_dtype = dtype
 
 
 def embedding_dtype(module: nn.Module) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qvera.adapters.layer import adapted_layers
 from qvera.adapters.save_load import attach, load_adapter, save_adapter
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.generate import generate, generating
@@ -98,6 +99,16 @@ def test_a_16_bit_checkpoint_can_be_mapped_too(tiny_model_dir: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, whole(IDS).logits)
+
+
+def test_a_layer_that_is_not_quantized_is_adapted_in_the_compute_dtype(tiny_model_dir: Path, tmp_path: Path) -> None:
+    whole = "model.layers.0.mlp.down_proj"
+    stock_four_bit(tiny_model_dir, tmp_path, llm_int8_skip_modules=["lm_head", whole])
+    model = attach(load_base(section(tmp_path), CPU).model, AdapterSection(rank=8))
+    layer: Any = next(one for one in adapted_layers(model) if one.spec.name == whole)
+    layer.cache_merged_weight(True, base_only=True)
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert {one.dtype for one in (*layer.pair("default"), layer._inference_weight)} == {torch.float32}
 
 
 def test_answers_hold_the_head_in_the_compute_dtype_and_let_go_of_it(packed_dir: Path) -> None:
