@@ -25,6 +25,7 @@ from qvera.models.experts import stacks
 from qvera.models.hub import base_directory, fingerprint_of
 from qvera.models.loss import require_own_logits
 from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
+from qvera.models.safetensors_stream import read_tensor
 from qvera.models.stored_weights import NotMappable, load_mapped
 from qvera.models.structure import beside_the_layers, routers
 from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
@@ -33,7 +34,7 @@ from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import read_json, resolve_path
 from qvera.utils.formatting import first_of, size
-from qvera.utils.safetensors_io import checkpoint_tensors
+from qvera.utils.safetensors_io import checkpoint_tensors, file_stamps
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -114,7 +115,7 @@ def load_base(
                 f"with model.quantization {section.quantization} can't be read so. Leave model.stream out."
             )
         if model is None:
-            model = _load_by_transformers(section, config, empty, dtype, device, model_class)
+            model = _load_by_transformers(section, config, directory, empty, dtype, device, model_class)
     except (OSError, ValueError, KeyError, HFValidationError, SafetensorError, ImportError) as error:
         raise InputError(
             f"model.path: {name!r} can't be loaded as {model_class.what}: {first_line(error)} Expected a hub id, or a "
@@ -185,6 +186,7 @@ def _load_mapped(
 def _load_by_transformers(
     section: ModelSection,
     config: PretrainedConfig,
+    directory: Path,
     empty: PreTrainedModel,
     dtype: torch.dtype,
     device: torch.device,
@@ -208,13 +210,19 @@ def _load_by_transformers(
         attn_implementation=None if section.attn_implementation == "auto" else section.attn_implementation,
         **({} if wanted is None else {"quantization_config": wanted}),
     )
-    missing = sorted(key for key in loading["missing_keys"] if keeps_head or key.partition(".")[0] not in heads)
+    drawn = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
+    missing = sorted(key for key in drawn if keeps_head or key.partition(".")[0] not in heads)
     if missing and not prequantized:
         raise InputError(
-            f"model.path: the weights of {name!r} hold no {first_of(missing)}, which transformers would draw "
-            "at random. Copy config.json and all weight files of one checkpoint again."
+            f"model.path: the weights of {name!r} hold no {first_of(missing)} of the shape that config.json asks for, "
+            "which transformers would draw at random. Copy config.json and all weight files of one checkpoint again."
         )
     model_class.start_head(model, keeps_head, device)
+    if keeps_head and not prequantized:  # transformers has rounded it to the compute dtype
+        entries = as_named(checkpoint_tensors(directory), empty)
+        stored = [entry for entry in entries if entry.name.partition(".")[0] in heads]
+        stamps = file_stamps(stored)
+        model.load_state_dict({entry.name: read_tensor(entry, stamps) for entry in stored}, strict=False)
     return model
 
 

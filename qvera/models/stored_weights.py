@@ -192,7 +192,8 @@ def load_mapped(
         model = model_class.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
         )
-    new_head = () if keeps_head else tuple(f"{name}." for name in model_class.head_modules(model))
+    heads = tuple(f"{name}." for name in model_class.head_modules(model))
+    new_head = () if keeps_head else heads
     wanted = model_class.stored_names(entries, model)
     stored = [entry for name, entry in entries.items() if name in wanted and not name.startswith(new_head)]
     packed, plain = _sorted_by_kind(model, stored)
@@ -201,10 +202,10 @@ def load_mapped(
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     sharded: set[str] = set()
     if sharder is not None:
-        # big dense weights too, but not an embedding that is also the head
+        # big dense weights too, but not an embedding that is also the head, and no head that is trained
         whole = tables if getattr(config, "tie_word_embeddings", False) else []
         big = {f"{n}.weight" for n, m in model.named_modules() if type(m) in _BIG and not any(m is t for t in whole)}
-        sharded = big.intersection(plain)
+        sharded = {name for name in big.intersection(plain) if not name.startswith(heads)}
         sizes = {name: math.prod(entries[name].shape) for name in (*packed, *sharded)}
         inside = [[size for name, size in sizes.items() if name.startswith(prefix)] for prefix in prefixes]
         sharder.expect(max((numel for layer in inside for numel in layer), default=0), max(map(len, inside)))
@@ -233,7 +234,10 @@ def load_mapped(
                 sharder(layer.weight, table=False)
         for name in plain:
             tensor = files[entries[name].file].get_tensor(name)
-            module = _put_plain(model, entries[name], tensor.clone() if name in sharded else tensor, dtype, device)
+            tensor = tensor.clone() if name in sharded else tensor
+            # a trained head is never rounded to the compute dtype
+            own_dtype = torch.float32 if name.startswith(heads) else dtype
+            module = _put_plain(model, entries[name], tensor, own_dtype, device)
             del tensor
             if sharder is not None and name in sharded:
                 sharder(cast(nn.Parameter, module.weight), table=any(module is end for end in tables))
@@ -244,7 +248,8 @@ def load_mapped(
         raise NotMappable(f"{directory} has no {first_of(missing)}")
     for buffer in model.buffers():
         buffer.data = buffer.to(device)
-    linear.compute_in(model, dtype)
+    # a trained head is fp32, and takes its input so
+    linear.compute_in(model.base_model if model_class.has_own_head else model, dtype)
     model_class.start_head(model, keeps_head, device)
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(published or directory)

@@ -59,20 +59,55 @@ def test_all_tasks_share_one_quantized_copy(
     assert len(list((tmp_path / "bases").glob("nf4-*/"))) == 1
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_checkpoint_with_a_head_of_the_same_labels_starts_from_it(tmp_path: Path, quantization: str) -> None:
+def save_classifier(directory: Path, dtype: torch.dtype) -> Any:
     config = small_llama().config
     config.id2label, config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
-    stored = LlamaForSequenceClassification(config)
-    stored.save_pretrained(tmp_path)
-    small_tokenizer().save_pretrained(tmp_path)
-    kept = classifier(tmp_path, "no", "yes", quantization=quantization).model
-    assert torch.equal(kept.score.weight, stored.score.weight)
+    model = LlamaForSequenceClassification(config).to(dtype)
+    model.save_pretrained(directory)
+    small_tokenizer().save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(("dtype", "compute"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_checkpoint_with_a_head_of_the_same_labels_starts_from_it_in_fp32(
+    tmp_path: Path, quantization: str, dtype: str, compute: str
+) -> None:
+    stored, settings = save_classifier(tmp_path, getattr(torch, dtype)), {"compute_dtype": compute}
+    kept = classifier(tmp_path, "no", "yes", quantization=quantization, **settings).model
+    assert kept.score.weight.dtype == torch.float32 and torch.equal(kept.score.weight, stored.score.weight.float())
     for labels in (("yes", "no"), ("a", "b", "c")):  # outputs of another meaning, of another number
         fresh = classifier(tmp_path, *labels, quantization=quantization).model
         assert fresh.score.weight.shape == (len(labels), 64)
         assert not torch.equal(fresh.score.weight[:2], stored.score.weight)
-    assert torch.equal(kept.model.embed_tokens.weight.float(), stored.model.embed_tokens.weight)
+    embedding = kept.model.embed_tokens.weight
+    assert torch.equal(embedding, stored.model.embed_tokens.weight.to(embedding.dtype))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_head_of_another_shape_than_the_configs_is_refused(tmp_path: Path, quantization: str) -> None:
+    save_classifier(tmp_path, torch.float32)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["score.weight"] = weights["score.weight"][:1].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"score\.weight .*shape"):
+        classifier(tmp_path, "no", "yes", quantization=quantization)
+
+
+def test_a_stored_head_is_not_sharded(tmp_path: Path) -> None:
+    class Recorder:
+        expect = staticmethod(lambda *sizes: None)
+
+        def __init__(self) -> None:
+            self.shapes: list[tuple[int, ...]] = []
+
+        def __call__(self, weight: torch.Tensor, table: bool) -> None:
+            self.shapes.append(tuple(weight.shape))
+
+    save_classifier(tmp_path, torch.bfloat16)
+    sharder: Any = Recorder()
+    load_base(section(tmp_path), CPU, sharder=sharder, model_class=classification_class(["no", "yes"]))
+    assert (304, 64) in sharder.shapes and (2, 64) not in sharder.shapes
 
 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
