@@ -236,6 +236,8 @@ class Tenants:
         """Make a model. ``owner``: the one whose turns its calls take."""
 
         def make(model: _Model) -> None:
+            if hasattr(model, "pool"):
+                raise CallFailed(f"The model {model_id} is there already.")
             pool = self._pool(shape)
             self._pack(model, {"vectors": pool.start(seed)})
             model.pool = pool  # last: it is made now
@@ -243,9 +245,15 @@ class Tenants:
         self._send(model_id, _Do(done, make), owner)
 
     def load(self, model_id: str, owner: str, file: Path, with_optimizer: bool, done: Done) -> None:
-        """Make a model from a file of `save_state`, with its optimizer's state or without."""
+        """Make a model from a file of `save_state`, with its optimizer's state or without.
+
+        A model that is there already gives way to it. If the file can't be used, there is none from then on.
+        """
 
         def make(model: _Model) -> None:
+            if hasattr(model, "pool"):
+                self._forget(model)
+                del model.pool  # until it is made
             tensors, state = read_state(file, "Give another one.")
             if "shape" not in state or state.get("base") != self._base.facts.get("fingerprint"):
                 raise InputError(f"{file}: is no model's state, or one of another base. Give another one.")
@@ -329,9 +337,8 @@ class Tenants:
     def _take(self, model_id: str, call: _Call, owner: str | None) -> None:
         """Queue a call of a model. With an owner, the call makes the model."""
         model = self._models.get(model_id)
-        if (model is None) is (owner is None):
-            text = "is there already" if owner is not None else "is not there: it was never made, or removed"
-            return call.done(CallFailed(f"The model {model_id} {text}."))
+        if model is None and owner is None:
+            return call.done(CallFailed(f"The model {model_id} is not there: it was never made, or removed."))
         if model is None:
             model = self._models[model_id] = _Model(model_id, str(owner))
         model.calls.append(call)
@@ -340,9 +347,7 @@ class Tenants:
     def _drop(self, model: _Model, why: str) -> None:
         self._models.pop(model.id)
         self._busy.pop(model.id, None)
-        if model.slot >= 0:
-            model.pool.residents[model.slot] = None
-        self._unpack(model)
+        self._forget(model)
         for call in model.calls:
             call.done(CallFailed(f"The model {model.id} {why}."))
         model.calls.clear()
@@ -577,6 +582,12 @@ class Tenants:
                 return _logger.warning("%s", error)
             self._unpack(first)
             first.file = file
+
+    def _forget(self, model: _Model) -> None:
+        """Drop a model's tensors, wherever they are."""
+        if model.slot >= 0:
+            model.pool.residents[model.slot], model.slot = None, -1
+        self._unpack(model)
 
     def _unpack(self, model: _Model) -> None:
         """Drop a model's copy in host memory or in a file."""

@@ -145,11 +145,7 @@ def _load(tinker: Tinker, model: TrainedModel, seq: int, kind: str, body: bytes)
         raise InputError("load_weights: a state is loaded before the model's first other call; create a new model.")
     if found.shape != model.shape:
         raise InputError(f"path: {asked.path} is of another method, rank or targets than {model.id}.")
-
-    def start(done: Done) -> None:
-        tinker.tenants.remove([model.id])  # what `create_model` made, in the older form
-        tinker.tenants.load(model.id, model.owner, found.directory / STATE, asked.optimizer, done)
-
+    start = partial(tinker.tenants.load, model.id, model.owner, found.directory / STATE, asked.optimizer)
     return Call(kind, start, lambda _: {"path": asked.path, "model_id": model.id, "type": kind})
 
 

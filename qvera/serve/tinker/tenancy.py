@@ -224,6 +224,11 @@ class Tinker:
         self.database.saved(model, 2**31)  # none of its calls is done again
         self.database.rows("UPDATE models SET ended = ? WHERE id = ?", (time.time(), model))
 
+    def _end_unmade(self, model: str, why: str, category: Literal["user", "server"] = "user") -> None:
+        """End a model that could not be made, or not be brought back after a restart."""
+        self._end_model(model, why, category)
+        self.tenants.remove([model])  # a load that came before this has made it after all
+
     def drop_unasked_samplers(self, session: str) -> None:
         """Delete unnamed adapters that no call of `kept_seconds` has asked for, but for the newest of each model."""
         before, unnamed = time.time() - self.settings.kept_seconds, "session = ? AND directory > '' AND ended IS NULL"
@@ -380,7 +385,7 @@ class Tinker:
         if isinstance(result, CallFailed):
             _logger.error("%s can't be brought back after a restart: %s", model.id, result)
             why = "The server could not bring the model back after a restart; load its last saved state."
-            self.put(partial(self._end_model, model.id, why, "server"))
+            self.put(partial(self._end_unmade, model.id, why, "server"))
 
     def _states(self, model_id: str) -> Path:
         return self.directory / "models" / model_id.replace(":", "_")
@@ -424,7 +429,7 @@ class Tinker:
         if isinstance(found, CallFailed):
             self.database.fail(promise, found.message, found.category)
             if call.kind in ("create_model", "load_weights"):  # there is no such model, then
-                self._end_model(model.id, f"The model was not made: {found.message}")
+                self._end_unmade(model.id, f"The model was not made: {found.message}")
                 remove_remains([self._states(model.id)])
             return
         payload = found if isinstance(found, bytes) else json.dumps(found).encode()
