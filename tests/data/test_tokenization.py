@@ -147,6 +147,12 @@ def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokeniz
     assert build_datasets(section.replace(too_long="cut-end"), tokenizer).train  # one of the ways out that it names
 
 
+def test_a_row_with_an_empty_prompt_is_text_and_has_no_label(make_tokenizer: MakeTokenizer) -> None:
+    (row,) = build([{"prompt": "", "completion": "some words"}], make_tokenizer(bos=None), template="plain").train
+    assert (row.is_labelled, row.reference, len(row.prompt_ids)) == (False, None, 0)
+    assert row.trained_tokens == len(row.input_ids) - 1
+
+
 def read(rows: list[dict[str, Any]], format: str = "preference", **keys: Any) -> Datasets:
     return build(rows, small_tokenizer(), format=format, **keys)
 
@@ -212,6 +218,9 @@ def test_max_length_cuts_each_answer_and_leaves_out_a_pair_without_one() -> None
     assert [max(pair.row_tokens) for pair in cut.train] == [60, 12]
     dropped = {reason: [source.rsplit(":")[-1] for source in lost] for reason, lost in cut.stats.dropped.items()}
     assert dropped == {"cut to length, without a trained token": ["2"], "chosen and rejected are the same": ["3"]}
+    both = [{"prompt": "a</s><|im_end|>", "chosen": "a" * 70, "rejected": "b" * 70}] * 2
+    stats = read(both, max_length=60).stats
+    assert (stats.truncated_rows, stats.special_token_rows) == (2, 2), "a pair is one row"
     whole = read(rows, max_length=60, too_long="drop")
     assert [pair.source[-1] for pair in whole.train] == ["4"]
 

@@ -182,8 +182,17 @@ def test_small_files_are_whole_or_as_they_were(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         place_files(tmp_path, dying)
-    place_files(tmp_path, lambda where: (where / "b.json").write_text("{}"))
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.json": '{"a": 1}', "b.json": "{}"}
+    for text in "{}", "[]":
+
+        def two(where: Path, text: str = text) -> None:
+            (where / "chat_templates").mkdir()  # as a tokenizer with several writes them
+            for name in "b.json", "chat_templates/c.json":
+                (where / name).write_text(text)
+
+        place_files(tmp_path, two)
+    written = {str(p.relative_to(tmp_path)): p.read_text() for p in tmp_path.rglob("*.json")}
+    assert written == {"a.json": '{"a": 1}', "b.json": "[]", "chat_templates/c.json": "[]"}
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_full_or_read_only_disk_is_reported_and_other_errors_are_left_alone(tmp_path: Path) -> None:
