@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qvera.utils.errors import QveraError
+from qvera.utils.errors import InputError, QveraError
 
 if TYPE_CHECKING:
     import torch
@@ -92,10 +92,21 @@ def for_all(error: _Error) -> _Error:
     return error
 
 
+def refuse_other_launchers() -> None:
+    """Raise InputError where mpirun or srun started several processes that know nothing of each other."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if "WORLD_SIZE" not in os.environ and os.environ.get(name, "1") != "1":
+            raise InputError(
+                f"{name} is {os.environ[name]} in the environment, but WORLD_SIZE is not set: each of these processes "
+                f"would train the whole run. Start them with `qvera launch`; for a single one unset {name}."
+            )
+
+
 def in_group() -> AbstractContextManager[Group]:
     """Return the group of the processes that a launcher or the calling program started. Raises as `joined`."""
     # torch takes seconds to import. A program that has not imported it has set up no process group.
     if "torch" not in sys.modules and not {"WORLD_SIZE", "MASTER_ADDR"} & os.environ.keys():
+        refuse_other_launchers()
         return contextlib.nullcontext(ALONE)
     from qvera.distributed.processes import joined
 

@@ -10,6 +10,7 @@ key-value store and reads the keys of the others. It ends this process when a pe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qvera.distributed.group import JSON, Group, T, for_all
+from qvera.distributed.group import JSON, Group, T, for_all, refuse_other_launchers
 from qvera.utils import accelerator
 from qvera.utils.errors import EXIT_FAILED, InputError, Interrupted, OwnCodeFailed, QveraError, RunFailed, first_line
 
@@ -311,14 +312,14 @@ def joined() -> Iterator[Group]:
         count = dist.get_world_size()
         kind = Group if count == 1 else Processes
         local_rank = accelerator.launcher_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
-        yield kind(dist.get_rank(), count, local_rank)
+        group = kind(dist.get_rank(), count, local_rank)
+        if count > 1:  # with flags of its own, since the program may train several times
+            prefix = group.broadcast(f"qvera/{uuid.uuid4().hex}")
+            store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+            group = dataclasses.replace(group, store=store)
+        yield group
         return
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):  # of mpirun and srun
-        if "WORLD_SIZE" not in os.environ and os.environ.get(name, "1") != "1":
-            raise InputError(
-                f"{name} is {os.environ[name]} in the environment, but WORLD_SIZE is not set: each of these processes "
-                f"would train the whole run. Start them with `qvera launch`; for a single one unset {name}."
-            )
+    refuse_other_launchers()
     numbers = [name for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT") if name in os.environ]
     given = {name: accelerator.launcher_number(name) for name in numbers}
     count = given.get("WORLD_SIZE", 1)

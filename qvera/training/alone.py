@@ -127,7 +127,8 @@ class Trainer(Run):
         if state.evaluation_due:
             self.evaluate()
         if self._wants("should_training_stop") and not state.stopped_early and state.step < self.steps:
-            state.stopped_early = True
+            # the step may have been saved before
+            state.stopped_early = self.callbacks.control.should_save = True
             self.say("stopping: a callback asks for it")
         if self._wants("should_save") or state.best_step != best_step:
             self.save_checkpoint()

@@ -90,9 +90,13 @@ class TrainingSession:
         if recipe.training.full_determinism:
             # with its default workspace cuBLAS is not deterministic, and torch refuses its products
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            settings: Any = torch.utils.deterministic
+            self.resources.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+            filled = "fill_uninitialized_memory", settings.fill_uninitialized_memory
+            self.resources.callback(setattr, settings, *filled)
             torch.use_deterministic_algorithms(True)
             # no kernel of ours reads memory that it has not written, and filling every new tensor takes time
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            settings.fill_uninitialized_memory = False
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,6 +21,7 @@ from qvera.distributed.group import Group, in_group
 from qvera.distributed.processes import Heartbeat, Processes, agreed_attempt, end_if_stuck
 from qvera.utils.errors import EXIT_FAILED, InputError, RunFailed
 from tests.distributed.ranks import free_port
+from tests.helpers import start_process
 
 _VIEWS = ("view", "split", "unsafe_split", "_reshape_alias", "reshape", "alias")
 
@@ -295,6 +298,34 @@ def test_processes_of_mpirun_and_srun_that_know_nothing_of_each_other_are_refuse
         monkeypatch.setenv(name, "2")
         refused(f"{name} is 2 in the environment, but WORLD_SIZE is not set.* Start them with `qvera launch`")
         monkeypatch.delenv(name)
+    # the usual case: nothing has imported torch yet
+    code = "from qvera.distributed.group import in_group\nwith in_group(): pass"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PMI_SIZE": "2"}, capture_output=True, text=True, check=False
+    )
+    assert "PMI_SIZE is 2 in the environment" in found.stderr
+
+
+def _two_runs_in_the_programs_group(rank: int, port: int) -> None:
+    place = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    for _ in range(2):  # the second one knows nothing of the first one's flags
+        with in_group() as group:
+            assert not group.has_flag("stop")
+            group.sum([0.0])
+            if rank == 1:
+                group.set_flag("stop")
+            group.sum([0.0])
+            assert group.has_flag("stop")
+
+
+def test_the_ranks_of_a_programs_own_group_see_each_others_flags() -> None:
+    """By which those that train many adapters stop together."""
+    port = free_port()
+    ranks = [start_process(_two_runs_in_the_programs_group, rank, port) for rank in range(2)]
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
 def test_one_process_alone_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:

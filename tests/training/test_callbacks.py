@@ -22,6 +22,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from qvera.config.schema import Recipe
+from qvera.training import checkpoint
 from qvera.training.callbacks import EVENTS
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted
@@ -232,6 +233,19 @@ def test_stop_iteration_of_a_callback_stops_a_run_to_be_resumed(make_recipe: Any
         train(make_recipe(training={"max_steps": 2, "sample_count": 1}), tmp_path, callbacks=[Stop()])
     (sample,) = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["samples"]  # of before, as while it ran
     assert "before" in sample and "after" not in sample
+
+
+def test_a_stop_at_the_end_of_an_epoch_is_in_the_checkpoint_of_its_step(make_recipe: Any, tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            control.should_training_stop = True
+
+    recipe = make_recipe(training={"num_train_epochs": 2, "save_steps": 1, "sample_count": 0})
+    result = train(recipe, tmp_path, callbacks=[Stop()])
+    assert result is not None and result.run["result"]["stopped_early"]
+    found = checkpoint.newest(tmp_path / "checkpoints")
+    assert found is not None and found.number == result.run["result"]["steps"]
+    assert found.state["progressed"]["stopped_early"]
 
 
 @pytest.mark.parametrize("kind", [np.bool_, torch.tensor])

@@ -262,11 +262,18 @@ def test_the_manifest_is_written_last_and_everything_is_flushed_before_the_renam
     assert flushed[-2:] == ["manifest.json", tmp_path.name]
 
 
-def test_the_same_step_again_replaces_it(tmp_path: Path) -> None:
+def test_the_same_step_again_replaces_it_and_is_never_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, optimizer = run()
-    checkpoint.save(tmp_path, 4, vectors, optimizer, {"a": 1})
+    saved = checkpoint.save(tmp_path, 4, vectors, optimizer, {"a": 1})
     with torch.no_grad():
         vectors["layers.0.q.qvera_d"].fill_(9)
+    remove = shutil.rmtree
+
+    def removed(path: Path, **options: Any) -> None:
+        assert path != saved, "a kill now would lose the only checkpoint"
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
     loaded = checkpoint.load(checkpoint.save(tmp_path, 4, vectors, optimizer, {"a": 2}))
     assert loaded.state["a"] == 2
     assert torch.equal(loaded.files["vectors"]["layers.0.q.qvera_d"], torch.full((3,), 9.0))
