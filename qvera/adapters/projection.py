@@ -141,8 +141,8 @@ class SharedInput(LastInput):
 class SharedProjection(nn.Module):
     """A [rank, in_features] and B [out_features, rank], of which every adapted layer reads a prefix.
 
-    They are non-persistent buffers in the compute dtype, never trained. If the model is cast to another dtype, the
-    values are drawn again, so they are always the seed's fp32 values, rounded once.
+    They are non-persistent buffers in the compute dtype, never trained. If the model is cast to another dtype, or
+    leaves the meta device, they are drawn again, so they are always the seed's fp32 values, rounded once.
     """
 
     A: Tensor
@@ -202,10 +202,24 @@ class SharedProjection(nn.Module):
         dtype, was_meta = self.A.dtype, self.A.is_meta
         self._grams.clear()
         self._slices.clear()
-        super()._apply(fn, recurse)
+
+        def moved(tensor: Tensor) -> Tensor:
+            # every layer names this module, so `to_empty` comes once a layer, and would empty what is drawn here
+            found = fn(tensor)
+            return found if tensor.is_meta else tensor.to(found)
+
+        super()._apply(moved, recurse)
         if self.A.dtype != dtype or (was_meta and not self.A.is_meta):
             self._draw(len(self.A), self.A.shape[1], len(self.B))
         return self
+
+
+def moved_weight_factor(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """``fn`` of a tensor that was made from a base's weight. On the meta device there was none to make it from."""
+    found = fn(tensor)
+    if tensor.is_meta and not found.is_meta:
+        raise RuntimeError("this adapter is made from its base's weights: load them before you add it")
+    return found
 
 
 class OwnProjection(nn.Module):
@@ -222,6 +236,9 @@ class OwnProjection(nn.Module):
     def slices(self, rank: int, in_features: int, out_features: int) -> Pair:
         """A [rank, in_features] and B [out_features, rank]."""
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OwnProjection:
+        return super()._apply(functools.partial(moved_weight_factor, fn), recurse)
 
 
 def pair_number(B: Tensor) -> float:

@@ -16,11 +16,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qvera.adapters import QveraConfig, SharedProjection
 from qvera.adapters.products import functional
-from qvera.adapters.projection import projection_sha256, uniform_matrix, uniform_pair, vera_scale
+from qvera.adapters.projection import OwnProjection, projection_sha256, uniform_matrix, uniform_pair, vera_scale
 from qvera.adapters.save_load import attach
 from qvera.config.sections import AdapterSection
 from qvera.utils.errors import InputError
@@ -137,10 +138,17 @@ def test_casts_never_add_up() -> None:
     assert equal(projection.half().float())
 
 
-def test_meta_then_to_empty_gives_the_numbers_of_the_seed() -> None:
+def test_meta_then_to_empty_gives_the_numbers_of_the_seed_and_none_of_a_weight() -> None:
     projection = pair(device=torch.device("meta"))
     assert projection.A.is_meta and (projection.A.shape, projection.B.shape) == ((6, 10), (14, 6))
-    assert equal(projection.to_empty(device="cpu"))
+    shared = nn.ModuleList([nn.ModuleList([projection]) for _ in range(3)])  # as the layers of a model name it
+    shared.to_empty(device="cpu")
+    assert equal(projection)
+    shared.share_memory()
+    assert equal(projection) and projection.A.is_shared()
+    own = OwnProjection(torch.empty(6, 10, device="meta"), torch.empty(14, 6, device="meta"))
+    with pytest.raises(RuntimeError, match="load them before you add it"):
+        own.to_empty(device="cpu")
 
 
 def test_growing_keeps_what_was_there_and_shrinks_nothing() -> None:

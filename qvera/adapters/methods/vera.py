@@ -20,7 +20,7 @@ from qvera.adapters.factors import Factors, no_zeros
 from qvera.adapters.methods.base import Change, LinearSpec, Method, Shapes, Tensors, Traits
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
-from qvera.adapters.projection import Pair, vera_scale
+from qvera.adapters.projection import Pair, moved_weight_factor, vera_scale
 from qvera.distributed.zero import gathered
 from qvera.kernels.low_rank import row_blocks, times_b
 from qvera.models.linear import BLOCK_WEIGHTS, WeightBlocks
@@ -159,8 +159,9 @@ class RowNorms(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowNorms:
         self._latest = None
 
-        def moved(tensor: Tensor) -> Tensor:  # casting a model does not change packed weights, nor may it round these
-            found = fn(tensor)
+        def moved(tensor: Tensor) -> Tensor:
+            # casting a model does not change packed weights, nor may it round these
+            found = moved_weight_factor(fn, tensor)
             return found if found.dtype == tensor.dtype else tensor.to(found.device)
 
         return super()._apply(moved, recurse)

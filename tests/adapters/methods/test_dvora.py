@@ -155,6 +155,14 @@ def test_adapters_of_one_seed_hold_what_is_made_from_the_weight_once() -> None:
         layer(x)
 
 
+def test_a_base_without_weights_has_no_norms_to_move() -> None:
+    projection = SharedProjection(3, torch.device("meta"), torch.float32)
+    projection.ensure(12, IN, OUT)
+    layer = adapted(nn.Linear(IN, OUT, device="meta"), projection)
+    with pytest.raises(RuntimeError, match="load them before you add it"):
+        layer.to_empty(device="cpu")
+
+
 def test_the_plan_knows_what_is_held() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         projection = pair_of(12, dtype)
