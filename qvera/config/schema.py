@@ -210,6 +210,10 @@ def _reward_contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "training.clip_low_threshold", "the bounds of the ratio have to be on both sides of 1."
     if recipe.adapter.dropout:
         yield "adapter.dropout", f"with {name} an answer's probability would change by what is dropped; set it to 0."
+    if data.too_long == "split":
+        yield "data.too_long", f"split would part a prompt; with {name} use cut-start or drop."
+    if data.train_on != "assistant":
+        yield "data.train_on", f"{name} trains on the model's own answers; remove the key."
     for key in ("packing", "group_by_length"):
         if getattr(data, key):
             yield f"data.{key}", f"{name} trains on answers that are not known before; remove one of the two."

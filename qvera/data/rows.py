@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 
 from qvera.data.images import ImageProcessor, ImageTextProcessor, StoredImage
 from qvera.utils import accelerator
+from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -255,10 +256,15 @@ class Rows(Sequence[Example]):
         return [path for paths in chunks for path in paths.to_pylist()]
 
     def ask(self, answer_tokens: int) -> None:
-        """Count an answer of ``answer_tokens`` tokens to each row, a prompt. The tokens are 0 until it is generated."""
+        """Count an answer of ``answer_tokens`` tokens to each row, a prompt. The tokens are 0 until it is generated.
+
+        Raises InputError: a prompt is empty.
+        """
         self.answer_tokens, prompts = answer_tokens, pc.list_value_length(self.table["prompt_ids"]).to_numpy()
         self.lengths = self.all_tokens = (prompts if self.chosen is None else prompts[self.chosen]) + answer_tokens
         self.trained_tokens = np.full_like(self.lengths, answer_tokens)
+        for row in np.flatnonzero(self.lengths == answer_tokens)[:1].tolist():
+            raise InputError(f"{self[row].source}: the prompt is empty. Fill it in, or leave the row out.")
 
     def take(self, rows: np.ndarray) -> Rows:
         """The rows of these numbers, in this order."""

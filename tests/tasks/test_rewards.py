@@ -252,3 +252,10 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
     for keys, message in (({"reward": None}, r"training.reward: .*needs a function"), ({"on_oom": "halve"}, "on_oom")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             make_rewarded(**keys)
+    for key, value in ("too_long", "split"), ("train_on", "all"):  # parts of a prompt, or all of one that is too long
+        with pytest.raises(InputError, match=f"data.{key}: "):
+            make_rewarded().replace(data={key: value})
+    (tmp_path / "empty.jsonl").write_text('{"prompt": "say"}\n{"prompt": ""}\n')
+    recipe = make_rewarded().replace(data={"path": f"{tmp_path}/empty.jsonl", "template": "plain"})
+    with pytest.raises(InputError, match=r"empty.jsonl:2: the prompt is empty"):
+        task_of(recipe).prepare_rows(build_datasets(recipe.data, small_tokenizer()))
