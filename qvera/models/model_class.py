@@ -7,6 +7,7 @@ from a seed as torch draws layers, the same on every rank and machine.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -296,7 +297,10 @@ def empty_model(
                 f"model.path: {config.model_type} {reason}, which qvera is not made for. Take another model."
             )
         with torch.device("meta"):
-            return model_class.from_config(config, trust_remote_code=section.trust_remote_code)
+            model = model_class.from_config(config, trust_remote_code=section.trust_remote_code)
+        if model_class.has_own_head:
+            _require_base_model(model)
+        return model
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         name = str(source or resolve_path(section.path))
         if not (Path(name) / "config.json").is_file():
@@ -311,6 +315,17 @@ def empty_model(
             f"model.path: no model can be made from the config of {name!r}; it can't be loaded as {model_class.what}: "
             f"{reason}{fix}"
         ) from None
+
+
+def _require_base_model(model: PreTrainedModel) -> None:
+    """Refuse a class that does not hold its base model as a part (CLIP), or whose base has no embedding (ConvNeXt)."""
+    with contextlib.suppress(NotImplementedError):
+        if hasattr(model, model.base_model_prefix) and model.get_input_embeddings() is not None:
+            return
+    raise InputError(
+        f"model.path: {type(model).__name__} has no base model with an input embedding as a part of its own, which "
+        "qvera adapts beside the head. Take another model."
+    )
 
 
 def require_own_weights(

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification
+from transformers import ConvNextConfig, LlamaForSequenceClassification, SiglipConfig
 
 from qvera.config.sections import ModelSection
 from qvera.models.loader import Base, load_base
-from qvera.models.model_class import classification_class
+from qvera.models.model_class import classification_class, empty_model, image_class
 from qvera.models.quantize_checkpoint import quantized_copy
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer
@@ -152,6 +152,13 @@ def test_absurd_values_are_refused_by_name(edited: Any, config: dict[str, Any], 
     directory = edited(**config)
     with pytest.raises(InputError, match=rf"config\.json.*{message}"):
         load_base(section(directory))
+
+
+@pytest.mark.parametrize("config", [SiglipConfig(), ConvNextConfig()], ids=lambda config: config.model_type)
+def test_a_classifier_without_a_base_model_or_an_embedding_is_refused(tmp_path: Path, config: Any) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="ForImageClassification has no base model with an input embedding"):
+        empty_model(section(tmp_path), model_class=image_class(["a", "b"]))
 
 
 def without(name: str) -> Change:
