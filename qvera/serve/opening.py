@@ -40,7 +40,8 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
 
     Args:
         path: a run, an adapter directory or one's hub id, a directory of adapters, an exported checkpoint, or a base (a
-            directory or hub id). A base is loaded as the adapters' run says, else in 4 bits.
+            directory or hub id). A base is loaded as the adapters' run says, else in 4 bits; an exported checkpoint
+            that way too, else as it is stored.
         adapters: a directory of adapters, or a run that trained many. None: those of ``path``, if it has any.
     """
     if adapters is not None and not adapters.is_dir():
@@ -69,19 +70,20 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
                     f"`qvera serve {target.section.path} --adapters {adapters}`."
                 )
         opened = open_target(target, adapter=False)
-    elif (directory / CERTIFICATE).is_file() and adapters is None:  # an exported checkpoint
-        target = find_target(directory)
-        require_answers(target, "qvera serve")
-        opened = open_target(target)
     else:
-        # a base, with the number format, dtype and tokens of the adapters' recipe
         found = None
         if adapters is not None and adapters_root(adapters) is not None:
             found = find_target(adapters, needs_name=False)
-        section = ModelSection(path=path) if found is None else found.section.replace(path=path)
-        base = load_base(section)
-        recipe, run = (None, None) if found is None else (found.recipe, found.run)
-        opened = OpenRun(Artifact(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)
+        if (directory / CERTIFICATE).is_file() and (found is None or found.recipe is None):  # an exported checkpoint
+            target = find_target(directory)
+            require_answers(target, "qvera serve")
+            opened = open_target(target)
+        else:
+            # a base, with the number format, dtype and tokens of the adapters' recipe
+            section = ModelSection(path=path) if found is None else found.section.replace(path=path)
+            base = load_base(section)
+            recipe, run = (None, None) if found is None else (found.recipe, found.run)
+            opened = OpenRun(Artifact(Path(path), "a base", section, recipe=recipe, run=run), base, base.model)
     section = opened.target.section
     name = Path(resolve_path(section.path)).name
     # the path of an adapter, or of a run, must not be taken for its base

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from qvera.adapters import save_load
 from qvera.adapters.save_load import attach
 from qvera.adapters.shared_model import load_adapters
-from qvera.config.sections import AdapterSection
+from qvera.config.sections import AdapterSection, ExportSection, ModelSection
+from qvera.exporting.merged import export_merged
 from qvera.serve.opening import open_served, warm_up
 from qvera.serve.requests import AdapterChanged, EndEvent
 from qvera.serve.slots import ServingBank
@@ -30,6 +31,7 @@ from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.adapters.helpers import perturb
 from tests.conftest import small_llama, small_tokenizer
 from tests.helpers import wait_until
+from tests.many_adapters import write_run
 from tests.serve.helpers import ENGINES, Alone, assert_same, request, resolved, submit, tiny_base, write_adapters
 
 
@@ -193,6 +195,20 @@ def test_one_adapter_that_cannot_be_served_is_refused_before_its_base_is_loaded(
     shutil.copytree(root / "dvora", tmp_path / "others" / "dvora")
     with pytest.raises(InputError, match=rf"has an adapter dvora too.*`qvera serve {tiny_model_dir} --adapters "):
         open_served(str(root / "dvora"), tmp_path / "others")
+
+
+def test_a_merged_export_is_loaded_as_it_is_stored_unless_a_recipe_of_the_adapters_says_otherwise(
+    tiny_model_dir: Path, adapters_dir: Path, make_recipe: Any, tmp_path: Path
+) -> None:
+    merged, empty = tmp_path / "merged", tmp_path / "empty"
+    empty.mkdir()
+    section = ModelSection(path=str(tiny_model_dir), compute_dtype="float32")
+    export_merged(adapters_dir / "a1", section, merged, ExportSection(dtype="float32"))
+    of_run = write_run(tmp_path / "run", make_recipe())
+    for adapters, is_stored in ((None, True), (empty, True), (adapters_dir, True), (of_run, False)):
+        model = open_served(str(merged), adapters).opened.base.model
+        weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
+        assert (weight.dtype == torch.float32) is is_stored, adapters
 
 
 def test_a_server_that_starts_makes_the_layers_of_the_first_adapter_that_is_whole(
