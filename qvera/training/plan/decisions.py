@@ -319,6 +319,8 @@ def decide(run: PlannedRun) -> tuple[PlannedRun, Checkpointing, Streaming]:
     why = "as the recipe says"
     if asked == "auto" and decided.fits:
         why = "auto: the run fits without it"
+    elif asked == "auto" and run.recipe.model.resident is True:
+        why = "auto: model.resident keeps the layers on the device"
     elif asked == "auto" and not can_stream(run):
         why = "auto: this run's layers can't be streamed"
     elif asked == "auto":
@@ -397,12 +399,13 @@ def _steps(run: PlannedRun) -> dict[str, list[Any]]:
     training, data, adapter = run.recipe.training, run.recipe.data, run.recipe.adapter
     rows, modes = pass_rows(run.recipe), modes_of(run)
     # rows of a pass have to divide those of a step
-    fewer_rows = [n for n in range(rows - 1, 0, -1) if training.global_batch_size % n == 0]
+    fewer_rows = [n for n in range(rows - 1, 0, -1) if training.step_rows % n == 0]
     if data.has_adapters:  # their rows are cut into passes together, so a pass need not divide a step of one
         fewer_rows = list(_eighths(rows, 1))
     longest = data.max_length if run.batch.joined else min(data.max_length, run.batch.tokens)
     few = [name for name in ("q_proj", "v_proj") if any(x.role == name for x in run.shape.linears)]
     return {
+        "model.resident": [False] if run.recipe.model.resident is True else [],
         "training.gradient_checkpointing": modes[modes.index(run.checkpointing) + 1 :],
         "model.stream": [True] if can_stream(run) and run.recipe.model.stream is not True else [],
         "training.per_device_train_batch_size": [] if data.packing else fewer_rows,

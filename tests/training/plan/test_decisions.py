@@ -208,6 +208,10 @@ def test_streaming_is_among_the_changes_that_make_a_run_fit_and_too_little_ram_i
     plan = plan_of("Llama-2 70B", 4, layers=12, model={"stream": False})
     assert not plan.fits
     assert any("model.stream=true" in line for line in change_lines(plan))
+    resident = plan_of("Llama-2 70B", 8, layers=4, model={"resident": True})
+    assert not resident.fits and {"model.resident": False} in [change.settings for change in resident.changes]
+    (last,) = plan_of("Llama-2 70B", 1, layers=4, model={"resident": True}).changes
+    assert last.settings["model.resident"] is False and last.settings["model.stream"] is True
     for host_gb, short in ((20, True), (64, False)):
         streaming = plan_of("Llama-2 70B", 24, host_bytes=host_gb * 10**9).streaming
         assert ("read from their file" in str(streaming)) is short

@@ -182,6 +182,15 @@ def test_rows_a_pass_are_no_change_where_rows_are_packed(recipe_of: Any) -> None
             assert ("training.per_device_train_batch_size" in keys) is not packing
 
 
+def test_rows_a_pass_divide_the_answers_of_a_step_of_grpo(recipe_of: Any) -> None:
+    training = {"objective": "grpo", "reward": "r.py:f", "global_batch_size": 1, "group_size": 16,
+                "per_device_train_batch_size": 16, "gradient_checkpointing": True}  # fmt: skip
+    recipe = recipe_of(data={"max_length": 256}, model={"resident": False}, training=training)
+    half = make_plan(changed(recipe, {"training.per_device_train_batch_size": 8}), gpu(10**9)).memory.total_bytes
+    found = [change.settings for change in make_plan(recipe, gpu(half)).changes]
+    assert {"training.per_device_train_batch_size": 8} in found
+
+
 def test_sizes() -> None:
     for text, size in (("24GB", 24 * 10**9), ("24", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)):
         assert parse_size(text) == size
