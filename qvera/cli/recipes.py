@@ -455,6 +455,8 @@ def plan(
         except InputError:  # without one, the longest batch is that of data.max_length
             tokenizer = None
         data = None if tokenizer is None else build_datasets(loaded.data, tokenizer, console)
+        if data is not None:
+            task_of(loaded).prepare_rows(data)
     rows, adapter_rows = (None, []) if data is None else (data.train, [len(one.train) for one in data.adapters])
     if machine is None and (problem := accelerator.unusable_card()) is not None:
         Console().print(problem, style="yellow", highlight=False, soft_wrap=True)

@@ -528,6 +528,11 @@ class TrainingSection(Section):
         return self.global_batch_size * (self.group_size if self.objective == "grpo" else 1)
 
     @property
+    def answer_tokens(self) -> int:
+        """The most tokens that training adds to a row: with ``objective: grpo`` those of an answer."""
+        return self.sample_max_new_tokens if self.objective == "grpo" else 0
+
+    @property
     def takes_greater(self) -> bool:
         """Whether a greater score of ``metric_for_best_model`` is better."""
         by_name = self.metric_for_best_model not in ("loss", "perplexity")

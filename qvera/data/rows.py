@@ -217,12 +217,12 @@ class Rows(Sequence[Example]):
         if self.chosen is not None:
             number = int(self.chosen[number])
         ids, trained, prompt_ids = (
-            self.table[name][number].values.to_numpy() for name in ("input_ids", "trained", "prompt_ids")
+            self.table[name][number].values.to_numpy()[: self._max_tokens]
+            for name in ("input_ids", "trained", "prompt_ids")
         )
         if self.answer_tokens:
             ids = np.append(prompt_ids, np.zeros(self.answer_tokens, np.int32))
             trained = (np.arange(len(ids)) >= len(prompt_ids)).view(np.uint8)
-        ids, trained, prompt_ids = (values[: self._max_tokens] for values in (ids, trained, prompt_ids))
         source, prompt_text, reference, owner, pair_start, desirable = (
             self.table[name][number].as_py()
             for name in ("source", "prompt_text", "reference", "owner", "pair_start", "desirable")
@@ -276,10 +276,13 @@ class Rows(Sequence[Example]):
         return taken
 
     def cut(self, max_tokens: int) -> Rows:
-        """All rows cut to ``max_tokens`` tokens, without prompts, for a plan. Labelled images are never cut."""
+        """All rows cut to ``max_tokens`` tokens, without prompts, for a plan. Labelled images are never cut.
+
+        Of rows that are prompts (see `ask`), the prompt is cut.
+        """
         cut = copy.copy(self)
         if not isinstance(self.processor, ImageProcessor):
-            cut._max_tokens, cut.lengths = max_tokens, np.minimum(self.lengths, max_tokens)
+            cut._max_tokens, cut.lengths = max_tokens, np.minimum(self.lengths, max_tokens + self.answer_tokens)
         return cut
 
     def owners(self) -> tuple[list[str], np.ndarray]:

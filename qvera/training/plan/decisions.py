@@ -53,7 +53,7 @@ def longest_batch(
             return assumed_batch(recipe, joined, image_tokens)
         key = recipe.data.max_length, recipe.training.per_device_train_batch_size
         if key not in known:
-            cut = rows if int(rows.lengths.max()) <= key[0] else rows.cut(key[0])
+            cut = rows if int(rows.lengths.max()) - rows.answer_tokens <= key[0] else rows.cut(key[0])
             many = recipe.data.has_adapters
             if many:  # how rows meet depends on who leaves when: the longest ones may all meet
                 chosen = np.argsort(-cut.lengths, kind="stable")[: pass_rows(recipe)].tolist()
@@ -62,9 +62,10 @@ def longest_batch(
             examples = [cut[i] for i in chosen]
             batch = batch_of(examples, joined, recipe.data.packing, rounded, masked, whole_rows=many)
             different = {round_up_length(n) if rounded else n for n in set(cut.lengths.tolist())}
-            counts = len(different)
-            if batch.joined:  # any number up to the longest pass, of which `round_up_length` leaves some an octave
-                counts = 1 + math.ceil(LENGTHS_PER_OCTAVE * math.log2(batch.tokens / min(different)))
+            counts, shortest = len(different), min(different) - rows.answer_tokens
+            # any number up to the longest pass, of which `round_up_length` leaves some an octave
+            if batch.joined or rows.answer_tokens:
+                counts = 1 + math.ceil(LENGTHS_PER_OCTAVE * math.log2(batch.tokens / shortest))
             batch = replace(batch, token_counts=counts)
             images = [image for example in examples for image in example.images]
             if images and isinstance(processor := images[0].processor, ImageTextProcessor):
@@ -79,18 +80,22 @@ def longest_batch(
 def assumed_batch(recipe: Recipe, joined: Joined | None = None, image_tokens: int = 0) -> Batch:
     """Assume every row to be ``data.max_length`` long, and trained but for what ``data.max_target_length`` excludes.
 
+    A prompt that training answers is assumed to be so long too, and its answer to be as long as it may be.
     An image is a row of ``image_tokens``; the last one stands for the class.
     """
-    data, rows, tokens = recipe.data, pass_rows(recipe), image_tokens or recipe.data.max_length
+    data, rows, answer = recipe.data, pass_rows(recipe), recipe.training.answer_tokens
+    tokens = image_tokens or data.max_length + answer
     if image_tokens:
         source = f"images of the base's size: {rows} x {tokens:,} tokens"
         return Batch(rows, tokens, rows, False, False, source, tokens)
     rows *= 2 if data.format == "preference" else 1  # a pair is two rows
-    source, targets = f"data.max_length: {rows} x {tokens:,} tokens", rows
+    keys = "data.max_length" + (" and training.sample_max_new_tokens" if answer else "")
+    source, targets = f"{keys}: {rows} x {tokens:,} tokens", rows
     if data.packing:  # one full sequence; two rows in it, so that attention has to tell them apart
         source, rows, targets = f"data.max_length: packed into {tokens:,} tokens", 1, 2
-    trained = all_tokens = rows * tokens
-    if data.train_on != "all" and data.max_target_length:
+    all_tokens = rows * tokens
+    trained = rows * (answer or tokens)
+    if data.train_on != "all" and data.max_target_length and not answer:
         trained = min(targets * min(data.max_target_length, tokens), trained)
     together = data.packing or (data.has_adapters and joined is not None)
     offsets = together and joined is not Joined.MASK
@@ -110,15 +115,20 @@ def pass_rows(recipe: Recipe) -> int:
 
 
 def longest_rows(recipe: Recipe, rows: Sequence[Example], joined: Joined | None, steps: int) -> list[int]:
-    """Find the forward pass with the most tokens (padding included) in the first ``steps`` steps; return its rows."""
+    """Find the forward pass with the most tokens (padding included) in the first ``steps`` steps; return its rows.
+
+    A prompt is returned for each of its answers in the pass.
+    """
     batches, packing = batches_of(recipe, rows), recipe.data.packing
+    answers = recipe.training.step_rows // recipe.training.global_batch_size  # to each row
     # First by padded size, which numpy has for an epoch at once. Then only the longest are collated, to see how many
     # tokens they have where their rows are joined.
     candidates: dict[tuple[int, ...], int] = {}
     for stretch in batches.stretches(steps):
-        passes = [each for part in stretch for each in batches.cut(part)]
+        parts = [np.repeat(np.asarray(part, dtype=np.int64), answers) for part in stretch]
+        passes = [each for part in parts for each in batches.cut(part.tolist())]
         counts = np.array([len(p) for p in passes], dtype=np.int64)
-        chosen = np.concatenate([np.asarray(part, dtype=np.int64) for part in stretch])
+        chosen = np.concatenate(parts)
         join = np.add if packing else np.maximum
         row_tokens = join.reduceat(batches.lengths[chosen], np.cumsum(counts) - counts)
         sizes = row_tokens * (1 if packing else counts)

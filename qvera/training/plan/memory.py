@@ -312,10 +312,14 @@ def _loss(run: PlannedRun) -> tuple[Component, ...]:
 def _answers(run: PlannedRun) -> tuple[Component, ...]:
     """Return the memory of answers. A CPU makes dense copies of weights that take a quarter of what is free at most."""
     shape, machine, item, training = run.shape, run.machine, run.itemsize, run.recipe.training
-    answered = max(training.sample_count, training.exact_match_rows)
-    if run.slots or not task_of(run.recipe).has_answers or not run.recipe.data.has_held_out_rows or not answered:
+    has_held_out_rows = run.recipe.data.has_held_out_rows
+    answered = max(training.sample_count, training.exact_match_rows) if has_held_out_rows else 0
+    if training.objective == "grpo":  # answers each prompt of a step many times, and all held-out ones
+        of_step = run.sharing.share(training.global_batch_size) * training.group_size
+        answered = training.answer_batch_size if has_held_out_rows else of_step
+    if run.slots or not task_of(run.recipe).has_answers or not answered:
         return ()
-    tokens = run.batch.longest_row + training.sample_max_new_tokens
+    tokens = run.batch.longest_row + training.sample_max_new_tokens - training.answer_tokens
     cache = 2 * shape.layers * min(training.answer_batch_size, answered) * tokens * shape.kv_heads * shape.head_dim
     head = shape.vocabulary * shape.hidden * item if machine.dense_itemsize()[0] != item else 0
     weights = [x.n * x.m for x in run.adapted]

@@ -18,9 +18,10 @@ from qvera.config.schema import Recipe, load_recipe, parse_recipe
 from qvera.data import batches_of, build_datasets
 from qvera.data.rows import Joined
 from qvera.models.tokenizer import load_tokenizer
+from qvera.tasks import task_of
 from qvera.training.plan import Machine, Plan, Sharing, make_plan, parse_size
 from qvera.training.plan import plan as planning
-from qvera.training.plan.decisions import batch_of, longest_rows
+from qvera.training.plan.decisions import batch_of, longest_batch, longest_rows
 from qvera.training.plan.run import changed
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -77,6 +78,41 @@ def test_the_longest_batch_is_one_that_training_takes(make_recipe: Any) -> None:
         assert chosen in taken
         tokens = [batch_of([rows[i] for i in micro], joined).all_tokens for micro in taken]
         assert batch_of([rows[i] for i in chosen], joined).all_tokens == max(tokens)
+
+
+def test_a_plan_of_grpo_counts_each_prompt_with_all_its_answers(
+    make_recipe: Any, write_recipe: Any, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{"word " * n}"}}\n' for n in (1, 9, 2)))
+    sections = {
+        "data": {"path": f"{tmp_path}/rows.jsonl", "max_length": 64, "eval_fraction": 0.0, "prefix_once": False,
+                 "shuffle": False},
+        "training": {"objective": "grpo", "reward": "r.py:f", "sample_max_new_tokens": 50, "group_size": 4,
+                     "global_batch_size": 2, "per_device_train_batch_size": 8, "max_steps": 2, "seed": 0},
+    }  # fmt: skip
+    recipe = make_recipe(**sections)
+    datasets = build_datasets(recipe.data, load_tokenizer(recipe.model))
+    task_of(recipe).prepare_rows(datasets)
+    rows = datasets.train
+    assert longest_rows(recipe, rows, None, 2) == [0] * 4 + [1] * 4
+    longest = int(rows.lengths.max())
+    assert main(["plan", str(write_recipe(**sections)), "--no-timing", "--json"]) == 0
+    batch = json.loads(capsys.readouterr().out)["batch"]
+    assert (batch["rows"], batch["tokens"]) == (8, longest)
+    assert longest == len(rows[1].prompt_ids) + 50 > 64
+    known = longest_batch(rows, None, False, False)
+    assert known(recipe).trained_tokens == 8 * 50
+    shorter = known(recipe.replace(data={"max_length": 20}))
+    assert (shorter.tokens, shorter.trained_tokens) == (20 + 50, 8 * 50)
+    plan = make_plan(recipe, gpu(10**9))  # its rows are not known
+    assert (plan.batch.tokens, plan.batch.trained_tokens) == (64 + 50, 8 * 50)
+
+    def cached(**keys: Any) -> int:
+        parts = make_plan(recipe.replace(**keys), gpu(10**9)).memory.moments["answers"]
+        return next(part.bytes for part in parts if part.name == "keys and values of answers")
+
+    assert cached() == 2 * cached(training={"answer_batch_size": 4})  # a step has 8 answers, of 16 at a time
+    assert cached(data={"eval_fraction": 0.5}) == 2 * cached()  # and any number of held-out prompts
 
 
 def test_from_the_config_alone(recipe_of: Any) -> None:
