@@ -107,8 +107,9 @@ class Pages:
             events = f"/events/run/{quote(id)}?{urlencode({'from': view.read.position, 'seen': view.signature})}"
             served = _served([(id, "")], events, id=id, state=view.state, recipe=f"{view.directory}/recipe.yaml")
             served |= _now(view)
-            if self.starter is not None and (self.starter.place / f"{id}.yaml").is_file():
-                served["form"] = ("Recipe, stop, chat", f"/recipe/{quote(id)}")
+            name, starter = view.directory.name, self.starter
+            if starter is not None and (starter.place / f"{name}.yaml").is_file() and starter.id_of(name) == id:
+                served["form"] = ("Recipe, stop, chat", f"/recipe/{quote(name)}")
             if view.many is None:
                 return run_page(view.run, served=served)
             shown, finder = find(view.many.entries, asked, lambda entry: entry.name, lambda entry: bool(entry.remarks))

@@ -106,6 +106,18 @@ def test_fields_are_the_options_of_init_and_names_stay_in_their_directory(
     assert form.ask("/recipe/none").status_code == 404
 
 
+def test_a_run_of_the_first_directory_leads_back_to_its_recipe_also_beside_others(tmp_path: Path) -> None:
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        (place / "mine").mkdir(parents=True)
+        (place / "mine" / "run.json").write_text('{"status": "done"}')
+        (place / "mine.yaml").write_text("a: 1")
+    for count, leads in ((1, {"mine": True}), (2, {"first/mine": True, "second/mine": False})):
+        with running(create_app(places[:count], trains=True)) as (_, url, _):
+            pages = {id: httpx.get(f"{url}/run/{id}", timeout=120).text for id in leads}
+        assert {id: 'href="/recipe/mine"' in page for id, page in pages.items()} == leads
+
+
 def test_stop_asks_as_ctrl_c_does_and_the_end_of_the_server_stops_no_training(
     form: Form, quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
