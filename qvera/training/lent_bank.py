@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from qvera.adapters.shared_model import add_adapter, leave_to_training, training
 from qvera.models import linear
 from qvera.models.attention import implementation_on, joining_of
 from qvera.models.checkpointing import Mode, enable_checkpointing
+from qvera.models.structure import causal_model
 from qvera.training import checkpoint
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
@@ -49,12 +50,12 @@ class LentBank:
         section: AdapterSection,
         seed: int = 0,
         tokens: ModelSection | None = None,
-        checkpointing: Mode = True,
+        checkpointing: Mode | Literal["auto"] = "auto",
     ) -> None:
         """Put the adapter on, unless it is on already; this takes as long as the first request for an adapter.
 
-        ``seed`` is that of dropout. ``tokens`` has the recipe's padding and end-of-sequence tokens. InputError: a
-        target matches nothing.
+        ``seed`` is that of dropout. ``tokens`` has the recipe's padding and end-of-sequence tokens. ``checkpointing``
+        is `Mode`, or ``auto``: on where this base can recompute its layers. InputError: a target matches nothing.
         """
         self.adapter, self._base, self._seed = adapter, base, seed
         config = new_config(section, base.facts.get("path"), base.facts.get("fingerprint"), None, tokens)
@@ -65,7 +66,9 @@ class LentBank:
         leave_to_training(self.model, adapter)
         if section.init_from is not None:
             start_from(self.model, config, section.init_from, adapter)
-        enable_checkpointing(self.model, checkpointing, by_tiles=False)
+        can_recompute = bool(causal_model(base.model).supports_gradient_checkpointing)
+        mode = can_recompute if checkpointing == "auto" else checkpointing
+        enable_checkpointing(self.model, mode, by_tiles=False)
         self._random: dict[str, torch.Tensor] | None = None
 
     def make_bank(self, slots: int) -> AdapterBank:

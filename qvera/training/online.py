@@ -5,9 +5,9 @@ any time. The loop is the same (`bank_loop.BankLoop`). `run_slice` does one slic
 optimizer step, or a pass over held-out rows, for which the model is lent (`lent_bank.LentBank`). Between two slices it
 belongs to whoever answers.
 
-**Memory.** ``gradient_checkpointing: auto`` is true here. Where memory runs out, the round begins again with half as
-many rows in a pass. If a single row does not fit, its job ends with the reason, and the others go on with as many rows
-as at first.
+**Memory.** ``gradient_checkpointing: auto`` is true here, on a base that can recompute its layers. Where memory runs
+out, the round begins again with half as many rows in a pass. If a single row does not fit, its job ends with the
+reason, and the others go on with as many rows as at first.
 """
 
 from __future__ import annotations
@@ -199,9 +199,9 @@ class OnlineTrainer:
 
     def _attach(self, pad_id: int) -> None:
         """Put on the adapter that stands for all jobs, and make the bank and the loop."""
-        recipe, mode = self.recipe, self.recipe.training.gradient_checkpointing
-        checkpointing = True if mode == "auto" else mode
-        lent = LentBank(self._base, ADAPTER, recipe.adapter, recipe.training.seed, recipe.model, checkpointing)
+        recipe, training = self.recipe, self.recipe.training
+        mode = training.gradient_checkpointing
+        lent = LentBank(self._base, ADAPTER, recipe.adapter, training.seed, recipe.model, mode)
         bank = lent.make_bank(self.slots)
         self.loop = BankLoop(lent.model, bank, self._roster, recipe, pad_id, beside_answers=True)
         self._lent = lent

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import CTRLConfig, CTRLLMHeadModel, GPT2Config, GPT2LMHeadModel
 
 from qvera.adapters import save_load
 from qvera.models.token_losses import TOKEN_LOSSES
@@ -148,11 +148,21 @@ def test_calls_add_up_to_one_call_of_all_rows_and_a_forward_leaves_nothing(tmp_p
     assert not torch.equal(after["vectors"], before["vectors"])
 
 
-def test_a_base_with_dropout_computes_as_it_answers(tmp_path: Path) -> None:
+SIZES = {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GPT2LMHeadModel(GPT2Config(**SIZES, eos_token_id=None)),
+        lambda: CTRLLMHeadModel(CTRLConfig(**SIZES, dff=48, resid_pdrop=0.0, embd_pdrop=0.0)),
+    ],
+    ids=["with dropout", "of layers that can not be recomputed"],
+)
+def test_another_base_computes_as_it_answers(make: Callable[[], Any], tmp_path: Path) -> None:
     """Its rows are padded. A fresh model changes nothing."""
     torch.manual_seed(0)
-    settings = {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": None}
-    base, rows = GPT2LMHeadModel(GPT2Config(**settings, eos_token_id=None)), some_rows(6, 3)
+    base, rows = make(), some_rows(6, 3)
     calls = Calls(tmp_path, base)
     calls.create("one", LORA)
     calls.rows("one", rows)
