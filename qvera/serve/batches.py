@@ -583,7 +583,9 @@ class StaticBatches:
         return StepOutput([rows[i] for i in going], logits[going], scored, hidden)
 
     def end(self, request: CachedTokens) -> None:
-        """Do nothing: the row stays until the batch ends."""
+        """Let the row stay until the batch ends, and forget the batch then."""
+        if self.may_begin():
+            self.reset()
 
     def reset(self) -> None:
         """Forget the batch."""

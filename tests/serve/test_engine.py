@@ -211,6 +211,7 @@ def test_an_adapter_that_goes_while_its_static_batch_runs_on_takes_no_other_answ
         engine.unload(short.adapter.identity)
         wait_until(lambda: engine.stats().adapters_resident == 0)
         assert_same(answers[1], alone)
+        assert engine._batches._cache is None, "a server that waits keeps no keys and values"
 
 
 # Faults
