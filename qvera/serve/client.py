@@ -95,6 +95,8 @@ class ServerClient:
                 return found
         except (ValueError, KeyError, TypeError, AttributeError):
             raise RunFailed(f"{self.url}: /v1/models is no list of models. Is this a server of OpenAI's API?") from None
+        except (OSError, HTTPException) as error:
+            raise self._cut_off(error) from None
 
     def chat(
         self,
@@ -137,8 +139,11 @@ class ServerClient:
                 if line.startswith(b"data:"):
                     yield json.loads(data)
         except (OSError, HTTPException, ValueError) as error:
-            raise RunFailed(f"{self.url}: the connection broke in the middle of an answer: {error}") from None
+            raise self._cut_off(error) from None
         raise RunFailed(f"{self.url}: the connection ended in the middle of an answer.")
+
+    def _cut_off(self, error: Exception) -> RunFailed:
+        return RunFailed(f"{self.url}: the connection broke in the middle of an answer: {error}")
 
     def _call(self, path: str, body: Mapping[str, Any] | None = None) -> HTTPResponse:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -167,7 +172,7 @@ class ServerClient:
         try:
             said = json.load(error)["error"]
             message, code = said["message"], said.get("code")
-        except (ValueError, KeyError, TypeError, OSError):
+        except (ValueError, KeyError, TypeError, OSError, HTTPException):
             message = f"answered {error.code} {error.reason}"
         if error.code in (401, 403) and self.key is None:
             message += f" Set {KEY_VARIABLE} to a key of this server."

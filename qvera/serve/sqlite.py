@@ -31,7 +31,7 @@ class SqliteFile:
     ) -> None:
         """Open the database, or make one.
 
-        Raises InputError if it is damaged, no database, from a newer qvera, can't be written, or was lost.
+        Raises InputError if it is damaged, no database, from a newer qvera, can't be opened or written, or was lost.
 
         Args:
             schema: SQL that makes the tables.
@@ -47,7 +47,10 @@ class SqliteFile:
                     "another --training-dir."
                 )
         self.path, self._lock, problem = path, threading.RLock(), ""
-        self._connection = sqlite3.connect(path, isolation_level="IMMEDIATE", check_same_thread=False, timeout=10)
+        try:
+            self._connection = sqlite3.connect(path, isolation_level="IMMEDIATE", check_same_thread=False, timeout=10)
+        except sqlite3.OperationalError as error:
+            raise InputError(f"{path}: can't be opened ({error}). Is it a file, and may you write there?") from None
         self._connection.row_factory = sqlite3.Row
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")

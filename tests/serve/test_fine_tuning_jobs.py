@@ -424,3 +424,6 @@ def test_a_directory_is_for_one_server_and_a_database_that_can_t_be_read_is_name
     with contextlib.closing(sqlite3.connect(here / DATABASE)) as newer:
         newer.execute("PRAGMA user_version = 99")
     refused("newer version of qvera .its version is 99")
+    (here / DATABASE).unlink()
+    (here / DATABASE).mkdir()
+    refused(f"{DATABASE}: can't be opened")

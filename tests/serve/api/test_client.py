@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,32 @@ def test_answers_of_a_server_are_kept_too(served: Served, tmp_path: Path, monkey
 def test_https_to_a_server_without_it(served: Served, capsys: Any) -> None:
     assert main(["generate", served.url.replace("http:", "https:"), "--prompt", "say it"]) == 1
     assert "Is it a server of http://?" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_cut_off_is_said(capsys: Any) -> None:
+    """Of the list of models, and of what a server refuses."""
+    heads = iter(["200 OK", "429 Busy", "403 No"])
+
+    def answer(listener: socket.socket) -> None:
+        for head in heads:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(
+                    f'HTTP/1.1 {head}\r\nRetry-After: 0\r\nContent-Length: 500\r\n\r\n{{"data": ['.encode()
+                )
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        answering = threading.Thread(target=answer, args=(listener,))
+        answering.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        for code, message in (
+            (1, "the connection broke in the middle of an answer: IncompleteRead"),
+            (2, "answered 403"),
+        ):
+            assert main(["generate", url, "--prompt", "say it"]) == code
+            assert message in capsys.readouterr().err
+        answering.join()
 
 
 def test_a_server_that_is_not_there(capsys: Any) -> None:
