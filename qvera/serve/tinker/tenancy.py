@@ -46,6 +46,7 @@ _logger = logging.getLogger(__name__)
 _TICK_SECONDS = 1.0
 _RETRY_SECONDS = 2.0  # after the disk was full
 _UNNAMED_KEPT = 8  # of a model's adapters for sampling, also if nobody asks for them
+_NOT_BACK = "The server could not bring the model back after a restart; load its last saved state."
 _VERA = re.compile(r":vera-(\d{1,4})\Z")
 
 
@@ -384,8 +385,7 @@ class Tinker:
         """End a model whose state can't be read back, before the engine says why its calls fail."""
         if isinstance(result, CallFailed):
             _logger.error("%s can't be brought back after a restart: %s", model.id, result)
-            why = "The server could not bring the model back after a restart; load its last saved state."
-            self.put(partial(self._end_unmade, model.id, why, "server"))
+            self.put(partial(self._end_unmade, model.id, _NOT_BACK, "server"))
 
     def _states(self, model_id: str) -> Path:
         return self.directory / "models" / model_id.replace(":", "_")
@@ -508,7 +508,11 @@ class Tinker:
                     model.waiting[seq] = kind, key, READERS[kind](self, model, seq, kind, body)
                 except (ApiError, InputError):
                     self.database.fail(key, "After a restart the server can't do it as it is.", "server")
-            self._advance(model)
+                    if kind == "load_weights":  # its state was deleted: no later call may be done on other numbers
+                        self._end_model(model.id, _NOT_BACK, "server")
+                        break
+            else:
+                self._advance(model)
 
 
 def require_room(what: str, count: int, most: int, more: int = 1) -> None:

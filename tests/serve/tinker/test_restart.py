@@ -118,6 +118,25 @@ def test_a_state_is_loaded_into_a_model_that_the_next_server_has_to_bring_back(s
     assert "error" not in second.result(second.step(model, 2))
 
 
+def test_a_model_whose_loaded_state_was_deleted_before_it_was_saved_ends(
+    start_tinker: StartTinker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvera.serve.tinker.tenancy._TICK_SECONDS", 100.0)  # nothing is saved
+    first = start_tinker()
+    session = first.session()
+    saver, model = first.model(session), first.model(session, 1)
+    saved = first.result(first.call("save_weights", {"model_id": saver, "seq_id": 1, "path": "a"}))
+    body = {"model_id": model, "seq_id": 1, "path": saved["path"], "optimizer": True}
+    assert "error" not in first.result(first.call("load_weights", body))
+    assert first.call(f"training_runs/{saver}/checkpoints/weights/a", method="DELETE").status_code == 204
+    killed(first)
+    pending = first.step(model, 2)
+    second = start_tinker()
+    assert "could not bring the model back" in second.result(pending)["error"]
+    assert second.step(model, 3).status_code == 410
+    assert "error" not in second.result(second.step(saver, 2))
+
+
 def test_a_model_whose_state_is_damaged_ends_and_that_is_the_servers_fault(start_tinker: StartTinker) -> None:
     first = start_tinker(save_seconds=0.0)
     model = first.model()
