@@ -78,6 +78,12 @@ class FirstGradient(Schedule):
                 "gradients of whole weights. Use zero1, zero2 or none."
             )
 
+        if recipe.training.objective == "grpo" and recipe.adapter.init_from is None:
+            raise InputError(
+                f"training.objective: grpo has no gradient before there are answers, and adapter.method {method.name} "
+                "starts from one. Choose another method, or give adapter.init_from."
+            )
+
     def hook(self, training: Any) -> StartFromGradient | None:
         return StartFromGradient() if training.recipe.adapter.init_from is None else None
 
@@ -98,7 +104,9 @@ class StartFromGradient(TrainingHook):
         rows, rate = _first_rows(training.batches, steps, section.gradient_rows), current_rate(training.schedule)
         # Linears in parts, whose gradients fit into the memory together. Each part takes a pass over the rows.
         parts: list[dict[str, QveraLinear]] = []
-        most, room = memory.available_bytes(training.device) // _SHARE_OF_FREE_MEMORY, 0
+        # They are the same on all ranks, which meet in each of them.
+        free = min(training.group.gather(memory.available_bytes(training.device)))
+        most, room = free // _SHARE_OF_FREE_MEMORY, 0
         for name, layer in layers.items():
             size = 4 * layer.in_features * layer.out_features
             if not parts or size > room:
@@ -126,6 +134,8 @@ class StartFromGradient(TrainingHook):
                     with torch.no_grad():
                         for kind, vector in layer.vectors("default").items():
                             vector.copy_(made[kind])
+        # a head is trained too, and has got the gradients of these passes
+        training.optimizer.zero_grad(set_to_none=True)
 
 
 def _first_rows(batches: Batches, steps: int, most: int) -> list[int]:

@@ -179,7 +179,9 @@ class LayerStream:
         self._starts_over = False
         if pinned is None:  # without a stream nothing would run beside the computation
             free = PINNED_SHARE * memory.available_bytes(torch.device("cpu"))
-            pinned = self._copies is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * total <= free
+            # torchrun's name for the processes of this machine, and that of DeepSpeed's launcher
+            ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1
+            pinned = self._copies is not None and int(ranks) * total <= free
         self._pinned = self._pin() if pinned else None
         if self._copies is not None:
             for buffer in self._buffers:

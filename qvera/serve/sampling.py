@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from qvera.models.loss import Head
 from qvera.serve.requests import PromptScores, PromptScoring, Sampling, TokenEvent
+from qvera.utils import accelerator
 
 SMALLEST_TEMPERATURE = 1e-4
 """Division by less would overflow; this one already gives the likeliest token."""
@@ -47,6 +48,7 @@ class TokenChooser:
         given = sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty
         self._penalizes = given != (0, 0, 1)
         self._counts: torch.Tensor | None = None  # [vocabulary], of the answer so far; once it is needed
+        self._bias: tuple[torch.Tensor, ...] = ()  # likewise: tokens, and what is added to their logits
         self.grammar = None if sampling.grammar is None else sampling.grammar.copy()
         # whether `change` does anything
         self.changes = self._penalizes or bool(sampling.logit_bias) or self.grammar is not None
@@ -57,15 +59,18 @@ class TokenChooser:
         if self._penalizes:
             if self._counts is None:
                 self._counts, self._in_prompt = torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool)
-                self._in_prompt[[token for token in self._prompt if token < len(row)]] = True  # an image's has no logit
+                known = [token for token in self._prompt if token < len(row)]  # an image's has no logit
+                self._in_prompt.index_fill_(0, _sent(known, row), True)
             there = self._counts > 0
             if (factor := asked.repetition_penalty) != 1:
                 repeated = torch.where(row > 0, row / factor, row * factor)
                 row.copy_(torch.where(there | self._in_prompt, repeated, row))
             row -= self._counts * asked.frequency_penalty + there * asked.presence_penalty
         if asked.logit_bias:
-            tokens, values = zip(*asked.logit_bias, strict=True)
-            row[list(tokens)] += torch.tensor(values, device=row.device)
+            if not self._bias:
+                tokens, values = zip(*asked.logit_bias, strict=True)
+                self._bias = _sent(tokens, row), _sent(values, row).float()
+            row.index_add_(0, *self._bias)
         if self.grammar is not None:
             row.masked_fill_(torch.from_numpy(~self.grammar.allowed(len(row))).to(row.device), -math.inf)
 
@@ -99,7 +104,8 @@ def choose_tokens(
         scores = scores / _column([_divisor(one) for one in settings], logits)
         cut = [i for i, one in enumerate(settings) if one.temperature > 0 and (one.top_p < 1 or one.top_k)]
         if cut:
-            scores[cut] = _likeliest(scores[cut], [settings[i] for i in cut])
+            rows = _sent(cut, logits)
+            scores.index_copy_(0, rows, _likeliest(scores.index_select(0, rows), [settings[i] for i in cut]))
         noise = torch.ones_like(scores)  # the log of 1 changes nothing, so greedy rows stay greedy
         for row, chooser in zip(noise, choosers, strict=True):
             if chooser.generator is not None:
@@ -122,8 +128,14 @@ def _divisor(sampling: Sampling) -> float:
     return max(sampling.temperature, SMALLEST_TEMPERATURE) if sampling.temperature > 0 else 1.0
 
 
+def _sent(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """Return numbers as a tensor on the device of ``like``. The host does not wait for what the device computes."""
+    dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float32
+    return accelerator.tensors_on(like.device, {"values": np.array(values, dtype)})["values"]
+
+
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=like.device).unsqueeze(1)
+    return _sent(values, like).unsqueeze(1)
 
 
 def _likeliest(scores: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tensor:
@@ -153,8 +165,8 @@ def _logprobs(
     if not asked:
         return {}
     divisors = [_divisor(settings[i]) if settings[i].tempered else 1.0 for i in asked]
-    logprobs = (logits[asked] / _column(divisors, logits)).log_softmax(-1)
-    chosen = logprobs.gather(1, torch.tensor([[tokens[i]] for i in asked], device=logits.device)).squeeze(1).tolist()
+    logprobs = (logits.index_select(0, _sent(asked, logits)) / _column(divisors, logits)).log_softmax(-1)
+    chosen = logprobs.gather(1, _column([tokens[i] for i in asked], logits)).squeeze(1).tolist()
     most = min(max(settings[i].top_logprobs or 0 for i in asked), logits.shape[-1])
     values, places = (t.tolist() for t in logprobs.topk(most)) if most else ([[]] * len(asked),) * 2
     return {

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from qvera.adapters.projection import forget_inputs
@@ -27,6 +28,7 @@ from qvera.training.loop import Loop, Records, Step
 from qvera.training.optim import AdamSettings, BankAdamW
 from qvera.training.plan import Plan
 from qvera.training.roster import AdapterRun, Roster
+from qvera.utils import accelerator
 from qvera.utils.errors import OutOfMemory
 from qvera.utils.memory import Shortage, each_in_halves
 
@@ -149,7 +151,8 @@ class BankLoop(Loop[BankStep]):
         ``slots`` and ``weights`` have an entry for each row. Without weights no gradient is computed.
         """
         batch = forward.make_batch(self.model, examples, self.pad_id, prefix_once=False, whole_rows=True)
-        row_weights = torch.tensor(weights or [1.0] * len(slots), dtype=torch.float32).to(self.device)
+        given = np.array(weights or [1.0] * len(slots), np.float32)
+        row_weights = accelerator.tensors_on(self.device, {"weights": given})["weights"]
         tokens = forward.row_tokens(batch, examples)
         with self.bank.rows(slots, tokens), torch.set_grad_enabled(weights is not None):
             # a held-out loss is not smoothed

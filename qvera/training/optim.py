@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LambdaLR
@@ -193,7 +194,7 @@ class BankAdamW:
         """
         if not slots:
             return []
-        rows = torch.tensor(slots, device=self.bank.device)
+        rows = self._sent(slots)
         norms: list[float] = torch.linalg.vector_norm(self.bank.gradients, dim=1)[rows].tolist()
         # the others are left out: clipped by a factor of 0, infinite gradients become NaN, and moments still decay
         finite = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
@@ -209,6 +210,9 @@ class BankAdamW:
         self.bank.gradients.index_fill_(0, rows, 0.0)
         return norms
 
+    def _sent(self, slots: Sequence[int]) -> torch.Tensor:
+        return accelerator.tensors_on(self.bank.device, {"slots": np.array(slots, np.int64)})["slots"]
+
     def _step(self, slots: Sequence[int], settings: Sequence[AdamSettings], norms: Sequence[float]) -> None:
         # Numbers of one adapter are one row [8]. They go to the device as one tensor, whatever the number of adapters.
         columns = []
@@ -219,8 +223,9 @@ class BankAdamW:
             size, correction = rate / (1 - own.beta1**steps), math.sqrt(1 - own.beta2**steps)
             betas = 1 - own.beta1, own.beta2, 1 - own.beta2
             columns.append([clip, size, correction, rate * own.weight_decay, own.epsilon, *betas])
-        each = torch.tensor(columns, dtype=torch.float32, device=self.bank.device).t().unsqueeze(2)
-        rows, begin = torch.tensor(slots, device=self.bank.device), 0
+        numbers = accelerator.tensors_on(self.bank.device, {"each": np.array(columns, np.float32)})
+        each = numbers["each"].t().unsqueeze(2)
+        rows, begin = self._sent(slots), 0
         width = max(_BLOCK_NUMBERS // len(slots), 1)
         while begin < self.bank.trained_numbers:
             block = slice(begin, min(begin + width, self.bank.trained_numbers))

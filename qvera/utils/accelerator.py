@@ -177,13 +177,17 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def multiplies_groups(device: torch.device) -> bool:
-    """Whether torch multiplies groups of rows, each with a matrix of its own, in one launch: CUDA 8.0 and newer."""
+    """Whether torch multiplies groups of rows, each with a matrix of its own, in one launch.
+
+    That is on Hopper and data centre Blackwell. On other cards torch reads the ends of the groups on the host, and
+    launches a product for each (its GroupedMMUtils.h).
+    """
     import torch
 
     ask = _function(device, "get_device_capability")
     if device.type != "cuda" or ask is None or not hasattr(torch.nn.functional, "grouped_mm"):
         return False
-    return tuple(ask(device)) >= (8, 0)
+    return ask(device)[0] in (9, 10)
 
 
 def pages_optimizer_state() -> bool:

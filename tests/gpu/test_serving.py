@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 from unittest import mock
@@ -12,7 +13,7 @@ import torch
 from qvera.adapters.bank import AdapterShape
 from qvera.evaluation.generate import generating
 from qvera.models.loader import Base
-from qvera.serve import batches
+from qvera.serve import batches, sampling
 from qvera.serve.engine import Engine
 from qvera.serve.paged import PagedKernel
 from qvera.serve.requests import EngineSettings, GenerationRequest, ResolvedAdapter, Sampling
@@ -68,6 +69,21 @@ def steps(fake: FakeAccelerator, has_kernel: bool, **settings: Any) -> list[dict
     return found
 
 
+def drawn(fake: FakeAccelerator) -> list[dict[str, int]]:
+    """What the host waits for in a step that draws tokens, for each kind of request."""
+    found, device = [], torch.device(fake.device)
+    one, change = Sampling(max_tokens=9, temperature=0.7), dataclasses.replace
+    kinds = one, change(one, top_p=0.9, top_k=40), change(one, logit_bias=((5, 1.0),), frequency_penalty=0.5)
+    with mock.patch.object(sampling, "generator_of", return_value=None):  # a generator needs a real device
+        for kind in kinds:
+            choosers = [sampling.TokenChooser(kind, device, [3, 4]) for _ in range(4)]
+            for _ in range(2):  # in the first one, what is a request's own is sent
+                with fake.record() as seen:
+                    sampling.choose_tokens(torch.empty(4, 1000, dtype=torch.bfloat16, device=device), choosers)
+            found.append(seen.to_dict()["syncs"])
+    return found
+
+
 @pytest.fixture(scope="module")
 def found() -> list[list[dict[str, Any]]]:
     """With torch's kernel and graphs, without, and in passes of fixed shapes."""
@@ -82,6 +98,10 @@ def test_a_step_waits_for_the_drawn_tokens_alone(found: list[list[dict[str, Any]
     for step in itertools.chain(*found[:2]):
         assert step["syncs"] == {"serve.sampling.choose_tokens: list": 1}
         assert step["copies"]["to device"] <= 4  # the step's numbers, those of two banks, and now and then new blocks
+
+
+def test_settings_of_drawn_answers_cost_no_wait() -> None:
+    assert measured(drawn) == [{"serve.sampling.choose_tokens: list": 1}] * 3
 
 
 def test_attention_takes_the_blocks_as_they_are(found: list[list[dict[str, Any]]]) -> None:

@@ -25,6 +25,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"training": LEVELS, "adapter": {"train_d": False}}, "adapter.method vera has one here. Remove it, or train d"),
     ({"training": LEVELS, "adapter": {"method": "lora", "rank": 4}}, "or choose adapter.method bilora"),
     ({"adapter": {"method": "lora-sb", "rank": 4}, "deepspeed": "zero3"}, "zero3 shards the base"),
+    (
+        {
+            "adapter": {"method": "lora-sb", "rank": 4},
+            "training": {"objective": "grpo", "reward": "rewards.py:score", "sample_count": 0, "exact_match_rows": 0},
+        },
+        "training.objective: grpo has no gradient before there are answers",
+    ),
     ({"adapter": BILORA, "deepspeed": "zero1"}, "adapter.orthogonal_penalty: is added to gradients"),
     (
         {"training": {"torch_compile": True}, "adapter": {"method": "sara", "rank": 4}},

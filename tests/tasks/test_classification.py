@@ -24,11 +24,13 @@ from qvera.cli.main import main
 from qvera.config.schema import Recipe
 from qvera.config.sections import ModelSection
 from qvera.data import Datasets, Example, Labels, build_datasets, data_warnings
+from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.evaluation.metrics import class_scores
 from qvera.models.structure import causal_model
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks.classification import SequenceClassification, label_scores
+from qvera.training.loop import AloneLoop
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
@@ -459,6 +461,38 @@ def test_what_a_classifier_can_t_train_is_refused(classify: Any, tmp_path: Path)
         train(classify(model={"added_tokens": ["<|x|>"]}), tmp_path / "run")
     with pytest.raises(InputError, match=r"task: is sequence-classification, and adapter\.method spiel"):
         train(classify(adapter={"method": "spiel", "rank": 2}), tmp_path / "run")
+
+
+def test_passes_before_the_first_step_leave_the_head_no_gradient(
+    classify: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA-SB's, which takes as many as the memory of the poorest rank asks for."""
+    left: list[torch.nn.Parameter] = []
+    phases: list[str] = []
+    take, passes, gather = AloneLoop.train_step, AloneLoop.over_passes, Group.gather
+
+    def train_step(loop: AloneLoop) -> Any:
+        left.extend(vector for vector in loop.engine.vectors.values() if vector.grad is not None)
+        return take(loop)
+
+    def over_passes(loop: AloneLoop, rows: Any, do: Any, what: str) -> Any:
+        phases.append(what)
+        return passes(loop, rows, do, what)
+
+    def gathered(group: Group, value: Any) -> list[Any]:
+        return [value, 1000] if type(value) is int and value > 2**20 else gather(group, value)  # free bytes
+
+    monkeypatch.setattr(AloneLoop, "train_step", train_step)
+    monkeypatch.setattr(AloneLoop, "over_passes", over_passes)
+    monkeypatch.setattr(Group, "gather", gathered)
+    train(classify(adapter={"method": "lora-sb", "rank": 4}, training={"max_steps": 1}), tmp_path / "run")
+    assert not left
+    assert len(phases) == 14  # each linear by itself
+
+
+def test_a_head_learns_before_factors_that_begin_at_zero(classify: Any, tmp_path: Path) -> None:
+    keys = {"adapter": {"method": "bilora", "rank": 4, "alpha": 64}, "training": {"bilevel": True}}
+    assert train(classify(**keys), tmp_path / "run").run["status"] == "done"
 
 
 def test_a_classifier_is_in_no_sum(finished: Path, trained_run: Path, tmp_path: Path, capsys: Any) -> None:

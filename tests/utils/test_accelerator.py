@@ -97,6 +97,15 @@ def test_workspaces_of_products_are_those_that_torch_allocates(monkeypatch: pyte
     assert accelerator.product_workspace_bytes(MPS) == 0
 
 
+def test_groups_are_one_launch_where_torch_has_a_kernel_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        with_device(monkeypatch, CUDA, get_device_capability=lambda device, found=capability: found)
+        found[capability] = accelerator.multiplies_groups(CUDA)
+    assert [capability for capability, is_one in found.items() if is_one] == [(9, 0), (10, 0)]
+    assert not accelerator.multiplies_groups(MPS)
+
+
 def test_nccls_buffers_follow_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert accelerator.collective_buffer_bytes("cpu") == 0
     monkeypatch.setenv("NCCL_MAX_NCHANNELS", "")
