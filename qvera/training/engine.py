@@ -70,7 +70,7 @@ class LocalEngine:
         A gradient that is not finite takes no step. With loss scaling, it lowers the scale.
         """
         self._sum_gradients()
-        # on sums over the ranks: one rank's rows may miss a layer. A step of one level (bilevel) says nothing of it
+        # on sums over the ranks: one rank's rows may miss a layer. A step that trains some vectors alone tells nothing
         if self._is_first_step and all(vector.requires_grad for vector in self.vectors.values()):
             require_gradients({name: vector.grad for name, vector in self.vectors.items()})
             self._is_first_step = False
