@@ -77,7 +77,6 @@ class FirstGradient(Schedule):
                 f"deepspeed: {recipe.deepspeed} shards the base (ZeRO-3), and adapter.method {method.name} starts from "
                 "gradients of whole weights. Use zero1, zero2 or none."
             )
-
         if recipe.training.objective == "grpo" and recipe.adapter.init_from is None:
             raise InputError(
                 f"training.objective: grpo has no gradient before there are answers, and adapter.method {method.name} "

@@ -319,7 +319,7 @@ def empty_model(
 
 def _require_base_model(model: PreTrainedModel) -> None:
     """Refuse a class that does not hold its base model as a part (CLIP), or whose base has no embedding (ConvNeXt)."""
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(NotImplementedError):  # which transformers raises where it knows of no embedding
         if hasattr(model, model.base_model_prefix) and model.get_input_embeddings() is not None:
             return
     raise InputError(

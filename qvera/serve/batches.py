@@ -376,7 +376,7 @@ class PagedBatches:
             )
         if fresh := self._blocks.take_fresh():
             # a masked key or value that is not finite would still make the output nan
-            [zeroed] = accelerator.tensors_on(self._model.device, {"fresh": np.array(fresh)}).values()
+            zeroed = accelerator.tensor_on(self._model.device, np.array(fresh))
             for tensor in itertools.chain.from_iterable(self._layers.values()):
                 tensor.index_fill_(0, zeroed, 0)
         if adapters is not None and self._graphs is not None and not places:

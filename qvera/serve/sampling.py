@@ -131,7 +131,7 @@ def _divisor(sampling: Sampling) -> float:
 def _sent(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """Return numbers as a tensor on the device of ``like``. The host does not wait for what the device computes."""
     dtype = np.int64 if all(isinstance(value, int) for value in values) else np.float32
-    return accelerator.tensors_on(like.device, {"values": np.array(values, dtype)})["values"]
+    return accelerator.tensor_on(like.device, np.array(values, dtype))
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

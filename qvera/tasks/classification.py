@@ -65,7 +65,7 @@ class Classification(Task):
         """Return the cross entropy, or the squared error of a regression, summed over rows."""
         labels = self._labels
         logits = self.row_logits(model, rows, self.datasets.pad_id, core)
-        targets = accelerator.tensors_on(logits.device, {"targets": labels.targets(rows)})["targets"]
+        targets = accelerator.tensor_on(logits.device, labels.targets(rows))
         if self.own_loss is not None:
             return own_loss_sum(self.own_loss, logits, targets, rows), len(rows)
         smoothing = self.training.label_smoothing
@@ -186,7 +186,7 @@ class ImageClassification(Classification):
     def row_logits(self, model: nn.Module, rows: Sequence[Example], pad_id: int, core: Core = None) -> torch.Tensor:
         inner, device = causal_model(model), next(model.parameters()).device
         pixels = pixel_batch([row.image for row in rows if row.image is not None])
-        values = accelerator.tensors_on(device, {"pixel_values": pixels})["pixel_values"]
+        values = accelerator.tensor_on(device, pixels)
         return (core or inner)(pixel_values=values.to(inner.dtype)).logits.float()
 
 

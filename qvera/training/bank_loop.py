@@ -151,8 +151,7 @@ class BankLoop(Loop[BankStep]):
         ``slots`` and ``weights`` have an entry for each row. Without weights no gradient is computed.
         """
         batch = forward.make_batch(self.model, examples, self.pad_id, prefix_once=False, whole_rows=True)
-        given = np.array(weights or [1.0] * len(slots), np.float32)
-        row_weights = accelerator.tensors_on(self.device, {"weights": given})["weights"]
+        row_weights = accelerator.tensor_on(self.device, np.array(weights or [1.0] * len(slots), np.float32))
         tokens = forward.row_tokens(batch, examples)
         with self.bank.rows(slots, tokens), torch.set_grad_enabled(weights is not None):
             # a held-out loss is not smoothed

@@ -194,7 +194,7 @@ class BankAdamW:
         """
         if not slots:
             return []
-        rows = self._sent(slots)
+        rows = accelerator.tensor_on(self.bank.device, np.array(slots, np.int64))
         norms: list[float] = torch.linalg.vector_norm(self.bank.gradients, dim=1)[rows].tolist()
         # the others are left out: clipped by a factor of 0, infinite gradients become NaN, and moments still decay
         finite = [i for i, norm in enumerate(norms) if math.isfinite(norm)]
@@ -210,9 +210,6 @@ class BankAdamW:
         self.bank.gradients.index_fill_(0, rows, 0.0)
         return norms
 
-    def _sent(self, slots: Sequence[int]) -> torch.Tensor:
-        return accelerator.tensors_on(self.bank.device, {"slots": np.array(slots, np.int64)})["slots"]
-
     def _step(self, slots: Sequence[int], settings: Sequence[AdamSettings], norms: Sequence[float]) -> None:
         # Numbers of one adapter are one row [8]. They go to the device as one tensor, whatever the number of adapters.
         columns = []
@@ -223,9 +220,8 @@ class BankAdamW:
             size, correction = rate / (1 - own.beta1**steps), math.sqrt(1 - own.beta2**steps)
             betas = 1 - own.beta1, own.beta2, 1 - own.beta2
             columns.append([clip, size, correction, rate * own.weight_decay, own.epsilon, *betas])
-        numbers = accelerator.tensors_on(self.bank.device, {"each": np.array(columns, np.float32)})
-        each = numbers["each"].t().unsqueeze(2)
-        rows, begin = self._sent(slots), 0
+        each = accelerator.tensor_on(self.bank.device, np.array(columns, np.float32)).t().unsqueeze(2)
+        rows, begin = accelerator.tensor_on(self.bank.device, np.array(slots, np.int64)), 0
         width = max(_BLOCK_NUMBERS // len(slots), 1)
         while begin < self.bank.trained_numbers:
             block = slice(begin, min(begin + width, self.bank.trained_numbers))

@@ -47,7 +47,7 @@ from qvera.models.structure import beside_the_layers
 from qvera.training.checkpoint import read_state, write_state
 from qvera.training.lent_bank import LentBank, require_trainable_base
 from qvera.training.optim import AdamSettings, BankAdamW
-from qvera.training.token_rows import LossSettings, PassRow, TokenRow, run_pass
+from qvera.training.token_rows import LossSettings, PassRow, RowResults, TokenRow, run_pass
 from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.files import disk_errors
 from qvera.utils.memory import Shortage, or_shortage
@@ -85,13 +85,6 @@ class ModelShape(NamedTuple):
     def is_lora(self) -> bool:
         """Whether each model has A and B of its own. If not, it has vectors of VeRA."""
         return self.method == Lora.name
-
-
-class RowResults(NamedTuple):
-    """The result of `Tenants.forward_backward`."""
-
-    logprobs: list[np.ndarray]  # of each row's targets, in fp32, by the model before the next step
-    loss: float  # the sum over the call
 
 
 class CallFailed(Exception):

@@ -31,6 +31,13 @@ class TokenRow(NamedTuple):
     inputs: Mapping[str, np.ndarray]  # fp32, of the targets' shape, by the names of `TOKEN_LOSSES`
 
 
+class RowResults(NamedTuple):
+    """The result of a call with rows (`Tenants.forward_backward`)."""
+
+    logprobs: list[np.ndarray]  # of each row's targets, in fp32, by the model before the next step
+    loss: float  # the sum over the call
+
+
 LossSettings: TypeAlias = tuple[tuple[str, float], ...]
 """The settings of a loss, by name."""
 
@@ -60,8 +67,8 @@ def run_pass(
         batch = forward.make_batch(lent.model, examples, 0, prefix_once=False, whole_rows=True)
         tokens = forward.row_tokens(batch, examples)
         begins = zip(itertools.accumulate([0, *tokens[:-1]]), counts, strict=True)
-        arrays = {"places": np.concatenate([begin + np.arange(count) for begin, count in begins])}
-        places = accelerator.tensors_on(bank.device, arrays)["places"]
+        numbers = np.concatenate([begin + np.arange(count) for begin, count in begins])
+        places = accelerator.tensor_on(bank.device, numbers)
         with bank.rows([own.slot for own in rows], tokens), torch.set_grad_enabled(gradients):
             # the states of all rows' own tokens, in one sequence; those of padding are left out
             hidden = states_at(forward.hidden_states(lent.model, batch), places)

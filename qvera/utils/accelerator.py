@@ -264,6 +264,11 @@ def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dic
     return HeldTensors(device, arrays).fill(arrays)
 
 
+def tensor_on(device: torch.device | str, array: np.ndarray) -> torch.Tensor:
+    """Turn one numpy array into a tensor on a device, as `tensors_on` does."""
+    return tensors_on(device, {"array": array})["array"]
+
+
 def records_graphs(device: torch.device) -> bool:
     """Whether `GraphRecorder` works here: CUDA, with torch 2.13 or newer."""
     import torch

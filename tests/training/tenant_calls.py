@@ -16,8 +16,8 @@ from qvera.adapters.projection import uniform_pair, vera_scale
 from qvera.models.loader import Base
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.training.optim import AdamSettings
-from qvera.training.tenants import ModelShape, RowResults, Tenants, TenantSettings
-from qvera.training.token_rows import TokenRow
+from qvera.training.tenants import ModelShape, Tenants, TenantSettings
+from qvera.training.token_rows import RowResults, TokenRow
 from tests.conftest import small_llama
 from tests.models.test_token_losses import plain_loss
 

@@ -21,8 +21,8 @@ from qvera.adapters import save_load
 from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.training import tenants
 from qvera.training.optim import AdamSettings
-from qvera.training.tenants import CallFailed, ModelShape, RowResults
-from qvera.training.token_rows import PassRow, TokenRow
+from qvera.training.tenants import CallFailed, ModelShape
+from qvera.training.token_rows import PassRow, RowResults, TokenRow
 from qvera.utils.files import ADAPTER_WEIGHTS
 from tests.training.online_jobs import difference
 from tests.training.tenant_calls import LORA, STEP, VERA, Calls, Reference, some_rows

@@ -21,8 +21,7 @@ from google.protobuf.message import DecodeError
 from google.protobuf.message_factory import GetMessageClass
 
 from qvera.models.token_losses import TOKEN_LOSSES
-from qvera.training.tenants import RowResults
-from qvera.training.token_rows import TokenRow
+from qvera.training.token_rows import RowResults, TokenRow
 from qvera.utils.errors import InputError
 
 # Fields in the order of their numbers, which begin with 1. `*` repeated, `%` map by text, `?` one of which is set.

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from qvera.training.optim import AdamSettings
-from qvera.training.tenants import CallFailed, Done, ModelShape, RowResults, TokenRow
+from qvera.training.tenants import CallFailed, Done, ModelShape
+from qvera.training.token_rows import RowResults, TokenRow
 
 
 @dataclass

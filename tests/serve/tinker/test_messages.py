@@ -14,7 +14,7 @@ from qvera.models.token_losses import TOKEN_LOSSES
 from qvera.serve.tinker import messages
 from qvera.serve.tinker.messages import ForwardBackward, call_of, decode_forward_backward
 from qvera.serve.tinker.routes import NewSession
-from qvera.training.tenants import RowResults
+from qvera.training.token_rows import RowResults
 from qvera.utils.errors import InputError
 
 tinker = pytest.importorskip("tinker")
