@@ -43,10 +43,11 @@ from qvera.utils.files import (
     ADAPTERS,
     CHAT_TEMPLATE,
     RECIPE_FILE,
+    discard,
     disk_errors,
-    exchange,
     flush,
     resolve_path,
+    take_place,
 )
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import save_tensors
@@ -283,8 +284,8 @@ def save_adapter(
     RunFailed: the disk is full. An adapter that was there before is kept.
     """
     with disk_errors(str(directory), kept):
-        partial, old = (directory.with_name(f".{directory.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-        _discard(partial)
+        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+        discard(partial)
         if isinstance(config := model.peft_config[adapter], QveraConfig):
             config.chat_template = chat_template
         try:
@@ -298,20 +299,11 @@ def save_adapter(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        # the two change places in one step, so that a server finds an adapter at any moment; where the system can't do
-        # that, the old one is moved away first
-        if not (directory.exists() and exchange(partial, directory)):
-            if directory.exists():
-                _discard(old)
-                directory.rename(old)
-            partial.rename(directory)
-        flush(directory.parent)
-        for replaced in (partial, old):
-            _discard(replaced)
+        take_place(partial, directory)  # so that a server finds an adapter at any moment
         for leftover in directory.parent.iterdir():  # temporary directories of processes that were killed in here
             found = re.fullmatch(rf"\.{re.escape(directory.name)}\.(?:partial|old)-(\d+)", leftover.name)
             if found and not psutil.pid_exists(int(found[1])):
-                _discard(leftover)
+                discard(leftover)
     ours = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADDED_ROWS)
     return sum(f.stat().st_size for f in directory.iterdir() if f.name in ours)
 
@@ -344,13 +336,6 @@ def _write_files(
         save_token_rows(model.get_base_model(), ids, directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-
-
-def _discard(path: Path) -> None:
-    if path.is_symlink():  # to an adapter elsewhere, which stays
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_vectors(model: nn.Module, vectors: dict[str, Tensor], source: str, adapter: str = "default") -> None:

@@ -43,7 +43,7 @@ from qvera.distributed.group import Group
 from qvera.training.run_dir import LENGTH, changed_keys, metrics_path, read_records
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import disk_errors, exchange, file_sha256, flush, plain_json, replacing
+from qvera.utils.files import disk_errors, file_sha256, flush, plain_json, replacing, take_place
 from qvera.utils.safetensors_io import save_tensors
 
 FORMAT = 1
@@ -175,12 +175,7 @@ def write(
         document = {"format": FORMAT, unit: number, "files": manifest}
         (partial / "manifest.json").write_text(json.dumps(document, indent=1))
         flush(partial / "manifest.json")
-        # one of the same number may be the only one that there is, so it stays until the new one has its name
-        if not (final.exists() and exchange(partial, final)):
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-        flush(directory)
-        shutil.rmtree(partial, ignore_errors=True)
+        take_place(partial, final)  # one of the same number may be the only one that there is
         on_error.pop_all()
     return final
 

@@ -330,6 +330,30 @@ def exchange(one: Path, other: Path) -> bool:
     return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
+def take_place(written: Path, directory: Path) -> None:
+    """Rename a directory to ``directory``, on the disk, and delete what had that name, or only the link that it was.
+
+    Where the system can exchange two names in one step, ``directory`` is there at any moment.
+    """
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    if not (directory.exists() and exchange(written, directory)):
+        if directory.exists():
+            discard(old)
+            directory.rename(old)
+        written.rename(directory)
+    flush(directory.parent)
+    for replaced in (written, old):
+        discard(replaced)
+
+
+def discard(directory: Path) -> None:
+    """Delete a directory, if there is one. What a link leads to stays."""
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a small file's text: after a kill it has the new text or the old one."""
     with replacing(path) as partial:

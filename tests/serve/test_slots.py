@@ -81,7 +81,7 @@ def test_an_adapter_that_is_saved_anew_is_whole_and_never_missing(
     base = tiny_base(tiny_model_dir)
     model = attach(base.model, AdapterSection(rank=8), str(tiny_model_dir), base.facts.get("fingerprint"))
     if not can_exchange:
-        monkeypatch.setattr(save_load, "exchange", lambda *paths: False)
+        monkeypatch.setattr("qvera.utils.files.exchange", lambda *paths: False)
     anna, elsewhere = tmp_path / "anna", tmp_path / "elsewhere"
     save_load.save_adapter(model, elsewhere)
     anna.symlink_to(elsewhere)  # replaced as a name, and what it leads to stays

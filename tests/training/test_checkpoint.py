@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qvera.training import checkpoint
+from qvera.utils import files
 from qvera.utils.errors import InputError, RunFailed
 from tests.disk import fill, small_disk
 from tests.training.runs import vouch_for
@@ -256,7 +257,8 @@ def test_the_manifest_is_written_last_and_everything_is_flushed_before_the_renam
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(checkpoint, "flush", lambda path: flushed.append(path.name))
+    for module in (checkpoint, files):
+        monkeypatch.setattr(module, "flush", lambda path: flushed.append(path.name))
     save_steps(tmp_path, 4)
     assert sorted(flushed[:-2]) == FILES[1:]
     assert flushed[-2:] == ["manifest.json", tmp_path.name]

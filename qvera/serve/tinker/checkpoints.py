@@ -28,7 +28,7 @@ from qvera.serve.api.errors import ApiError, unknown_id
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import ModelShape
 from qvera.utils.errors import InputError
-from qvera.utils.files import exchange, flush, replacing
+from qvera.utils.files import replacing, take_place
 from qvera.utils.formatting import size
 
 if TYPE_CHECKING:
@@ -115,11 +115,7 @@ class Checkpoints:
                 shutil.rmtree(written, ignore_errors=True)
                 raise
             if written.exists():
-                if not exchange(written, place.directory):  # there is none yet, or the system can't do that
-                    shutil.rmtree(place.directory, ignore_errors=True)
-                    written.rename(place.directory)
-                flush(place.directory.parent)
-                shutil.rmtree(written, ignore_errors=True)
+                take_place(written, place.directory)
             names = {"path": place.path, "owner": owner, "run": place.run, "kind": place.kind, "name": place.name}
             facts = {
                 "created": now,
