@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -68,9 +69,10 @@ def quickstart(
             print(f"{label + ':':<11}{formatting.folded(sample[label])}")
     print("\n" + "─" * 80)
     print_result(result.run_dir, result.run)
-    print(f"loss              {loss_line(result.run, f'qvera train {result.run_dir}/recipe.yaml')}")
-    print(f"talk to it        qvera chat {result.run_dir}")
-    print(f"export it         qvera export {result.run_dir} OUT --to merged")
+    named = shlex.quote(str(result.run_dir))
+    print(f"loss              {loss_line(result.run, f'qvera train {named}/recipe.yaml')}")
+    print(f"talk to it        qvera chat {named}")
+    print(f"export it         qvera export {named} OUT --to merged")
 
 
 class QuickstartFiles(NamedTuple):

@@ -198,6 +198,10 @@ class Task(ABC):
         """
         return None
 
+    def has_gradient(self, row: Example) -> bool:
+        """Whether a row that `step_rows` made changes the gradient. One that does not is counted and gets no pass."""
+        return True
+
     def step_hook(self) -> TrainingHook | None:
         """Return a hook that keeps what later steps need (`qvera.adapters.hooks`); None: no hook."""
         return None

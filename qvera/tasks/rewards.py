@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from statistics import fmean, pstdev
+from statistics import mean as exact_mean
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,6 +130,7 @@ class Rewards(CausalLM, TrainingHook):
         self.rewards: list[Reward] = []
         self._kept: list[dict[str, Any]] = []  # the answers of all ranks, as JSON
         self._of_step: dict[str, float] = {}  # metrics of the rewards
+        self._step_tokens = 1  # of all answers of all ranks
         self._sums: dict[str, float] = defaultdict(float)  # metrics, summed over the tokens of a step
         self._pass: dict[str, torch.Tensor] = {}  # those of the latest pass, until it counts
 
@@ -165,7 +167,7 @@ class Rewards(CausalLM, TrainingHook):
             seed = int(np.random.Philox(key=[training.seed % 2**64, step * 2**20 + group.rank]).random_raw() >> 1)
             found = self._answers(model, prompts, training.answer_temperature, seed)
             for part in microbatches(found, training.group_size):
-                mean, deviation = fmean(one["reward"] for one in part), 1.0
+                mean, deviation = exact_mean(one["reward"] for one in part), 1.0  # equal rewards: advantages of 0
                 if training.scale_rewards:
                     deviation = pstdev(one["reward"] for one in part) + _SMALLEST_DEVIATION
                 for one in part:
@@ -180,8 +182,11 @@ class Rewards(CausalLM, TrainingHook):
             kept = [{"row": number, **one} for number, one in zip(numbers, found, strict=True)]
             self._kept = list(itertools.chain(*group.gather(kept)))
         answers = [_answer(datasets.train[one["row"]], one) for one in self._kept]
-        self._of_step = self._measured(answers)
+        self._of_step, self._step_tokens = self._measured(answers), max(1, self.targets(answers))
         return answers
+
+    def has_gradient(self, row: Example) -> bool:
+        return bool(getattr(row, "advantage", 0.0)) or self.training.kl_coefficient > 0
 
     def step_hook(self) -> TrainingHook:
         return self
@@ -271,7 +276,7 @@ class Rewards(CausalLM, TrainingHook):
                 _, now = self._weighed(model, batch, lambda lp, _: (lp, lp), core)
             inputs["sequence_ratio"] = sequence_ratios(now, {"logprobs": now, **inputs}, row, len(rows))
         chosen = {key: float(getattr(settings, key)) for key in loss.settings}
-        self._pass = defaultdict(lambda: torch.zeros((), device=device), tokens=torch.tensor(float(sum(counts))))
+        self._pass = defaultdict(lambda: torch.zeros((), device=device))
 
         # called for one chunk of tokens at a time; returns each token's loss and its derivative
         def weigh(logprobs: torch.Tensor, part: slice) -> Weighed:
@@ -297,10 +302,10 @@ class Rewards(CausalLM, TrainingHook):
 
     def take_metrics(self, group: Group = ALONE) -> dict[str, float]:
         """Return the step's rewards, the share of tokens that clipping held back, and the divergence from the base."""
-        names = ["tokens", "clipped", *(["kl"] if self.training.kl_coefficient else [])]
-        tokens, *sums = group.sum([self._sums[name] for name in names])
+        names = ["clipped", *(["kl"] if self.training.kl_coefficient else [])]
+        sums = group.sum([self._sums[name] for name in names])
         self._sums.clear()
-        return self._of_step | {name: total / max(tokens, 1) for name, total in zip(names[1:], sums, strict=True)}
+        return self._of_step | {name: each / self._step_tokens for name, each in zip(names, sums, strict=True)}
 
     def _measured(self, answers: Sequence[Answer]) -> dict[str, float]:
         groups = [[a.reward for a in part] for part in microbatches(answers, self.training.group_size)]

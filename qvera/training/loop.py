@@ -273,10 +273,13 @@ class AloneLoop(Loop[AloneStep]):
     def next_step(self) -> AloneStep:
         group, rows, number = self.group, self.batches.rows(self.state.step), self.state.step + 1
         source: Sequence[Example] = self.datasets.train
+        taught = rows
         self.task.forget_metrics()
         if (made := self.task.step_rows(self.model, rows, number, group)) is not None:
             source, rows = made, list(range(len(made)))
-        return AloneStep(number, rows, self.batches.passes(rows, group.rank, group.world_size), source)
+            taught = [row for row in rows if self.task.has_gradient(made[row])]
+        # a step needs a pass, be it one without rows
+        return AloneStep(number, rows, self.batches.passes(taught, group.rank, group.world_size) or [[]], source)
 
     def do_pass(self, step: AloneStep) -> None:
         """Take a pass; a process that has no rows in it runs a dummy one, so that collectives stay in sync."""

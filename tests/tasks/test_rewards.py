@@ -21,7 +21,7 @@ from qvera.evaluation.report.compare import run_figures
 from qvera.evaluation.report.read import read_run
 from qvera.models.loader import load_base
 from qvera.tasks import task_of
-from qvera.tasks.rewards import Answer, load_rewards
+from qvera.tasks.rewards import Answer, Rewards, load_rewards
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, OwnCodeFailed
 from tests.adapters.helpers import perturb, relative
@@ -41,6 +41,12 @@ def letters(prompt, answer, row):
 
 def short(prompt, answer, row):
     return -len(answer) / 100
+
+def some(prompt, answer, row):
+    return letters(prompt, answer, row) if int(prompt.split()[1]) % 3 == 0 else 0.1
+
+def same(prompt, answer, row):
+    return 0.1
 
 def broken(prompt, answer, row):
     return {"raises": 1 / 0 if row["wanted"] else 0, "nan": float("nan")}[row["kind"]]
@@ -181,6 +187,27 @@ def test_the_reward_rises_and_a_run_that_was_cut_off_goes_on_to_the_bit(make_rew
     # after step 15 the answers of step 15 are still to be trained on once
     train(recipe, cut_off(tmp_path / "whole", tmp_path / "cut", after=15), resume=True)
     assert same(vectors(tmp_path / "cut"), vectors(tmp_path / "whole"))
+
+
+@pytest.mark.process
+def test_answers_that_teach_nothing_get_no_pass_and_the_steps_are_the_same(
+    make_rewarded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_rewarded("some", max_steps=4)
+    train(recipe, tmp_path / "run")
+    train(make_rewarded("same", max_steps=2), tmp_path / "nothing")
+    monkeypatch.setattr(Rewards, "has_gradient", lambda *_: True)
+    train(recipe, tmp_path / "all")
+    for few, every in zip(records(tmp_path / "run", "train"), records(tmp_path / "all", "train"), strict=True):
+        assert few["equal_groups"] > 0
+        assert few["input_tokens"] < every["input_tokens"]
+        for name in ("trained_tokens", "reward", "clipped"):
+            assert few[name] == every[name]
+        assert few["grad_norm"] == pytest.approx(every["grad_norm"], rel=1e-4)
+    for name, vector in vectors(tmp_path / "all").items():
+        torch.testing.assert_close(vectors(tmp_path / "run")[name], vector, rtol=1e-4, atol=1e-5)
+    for record in records(tmp_path / "nothing", "train"):
+        assert (record["loss"], record["grad_norm"], record["input_tokens"]) == (0, 0, 0)
 
 
 @pytest.mark.process
