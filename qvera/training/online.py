@@ -224,14 +224,17 @@ def require_trainable(base: Base, recipe: Recipe) -> None:
 def _read_job(file: Path, run: AdapterRun, base: Base) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read and verify a file of `save`. InputError where it is damaged, or of another job, rows, recipe or base."""
     tensors, state = read_state(file, "Begin the job anew.")
+    inputs = _inputs_of(run, base)
+    # the base may have moved: its fingerprint is compared below
+    may_change = () if inputs["base"] is None else ("model.path",)
     try:
         TrainState(**state["state"])
-        changed = changed_keys(state["recipe"], run.recipe)
+        changed = changed_keys(state["recipe"], run.recipe, may_change)
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: was written by another version of qvera ({error}). Begin the job anew.") from None
     if changed:
         raise InputError(f"{file}: is of another job; {', '.join(changed)} differ from the recipe of {run.name}.")
-    for key, value in {"job": run.name, **_inputs_of(run, base)}.items():
+    for key, value in {"job": run.name, **inputs}.items():
         if state.get(key) != value:
             raise InputError(f"{file}: has another {key} than {run.name}. Give the file of this job, or begin anew.")
     return tensors, state

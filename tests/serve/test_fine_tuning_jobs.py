@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from qvera.config.sections import ModelSection
 from qvera.evaluation.load import Artifact
 from qvera.serve.fine_tuning import jobs as jobs_module
 from qvera.serve.fine_tuning import worker as worker_module
@@ -177,6 +179,17 @@ def test_a_job_goes_on_by_the_recipe_by_which_it_began_and_by_no_other(tmp_path:
             assert jobs.database.job(fresh.id).recipe["data"]["max_length"] == 99
             said = str(jobs.database.events(fresh.id, None, 100))
     assert "goes on after step 3" in said  # leaving a server saved it, as SIGTERM does
+
+
+def test_a_job_goes_on_where_the_path_of_its_base_is_another(tmp_path: Path) -> None:
+    with server(tmp_path) as jobs:
+        [job] = queued(jobs, "anna")
+        jobs.worker.run_slice()
+    moved = dataclasses.replace(target(), section=ModelSection(path="/elsewhere/tiny/"))
+    with server(tmp_path, served=moved) as jobs:
+        run_all(jobs)
+        assert statuses(jobs, job) == ["succeeded"]
+        assert steps_of(jobs, job) == list(range(1, STEPS + 1))
 
 
 def test_a_job_reads_the_columns_of_the_served_recipe_where_its_file_has_them(tmp_path: Path) -> None:

@@ -174,7 +174,9 @@ def test_a_saved_job_goes_on_to_the_bit_from_any_part_and_beside_others(
         assert found.after["loss"] == run.after["loss"]
     others = Jobs(narrow)
     others.begin("cleo", own["cleo"])
-    again_beside = others.begin("anna", own["anna"], files[len(files) // 2])
+    model = own["anna"].model
+    moved = own["anna"].replace(model=model.replace(path=f"{model.path}/"))  # another path to the same base
+    again_beside = others.begin("anna", moved, files[len(files) // 2])
     assert difference(others.finish([again_beside])["anna"], whole.vectors(run)) <= 1e-5
 
 

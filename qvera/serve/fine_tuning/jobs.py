@@ -243,7 +243,8 @@ class Jobs:
         if columns and all(has_columns(place, columns.values()) for place in places):
             recipe = recipe.replace(data=recipe.data.replace(columns=columns))
         has_begun = self.directory.state(job.id).exists()
-        if has_begun and (changed := changed_keys(job.recipe, recipe)):
+        # the base may have moved: `OnlineTrainer.begin` knows it by what is in it
+        if has_begun and (changed := changed_keys(job.recipe, recipe, ("model.path",))):
             raise InputError(
                 f"The server was started again with another recipe ({', '.join(changed)}), by which this job can't go "
                 "on. Create the job anew."
