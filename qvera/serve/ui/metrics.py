@@ -23,6 +23,7 @@ _SAMPLES = 3_000
 _SAMPLE_BYTES = 8 << 10
 _CHUNK_BYTES = 1 << 20
 _LINE_BYTES = 1 << 20  # a longer line is no record
+_END_BYTES = 256  # of what was read last, by which a file is known again
 _PLACES = ("step", "round")
 MOST_NEW_BYTES = 1 << 20
 """A reader that is further behind gets no records; it is told to reload the page."""
@@ -31,7 +32,7 @@ _KEYS, _CHARACTERS = 64, 512
 
 
 class Position(NamedTuple):
-    """The place up to which a file was read. A file that replaces it has another inode."""
+    """The place up to which a file was read. A file that replaces it mostly has another inode."""
 
     inode: int
     offset: int
@@ -156,6 +157,7 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.read = Read(NOTHING)
+        self._end = b""  # the last bytes that were read
 
     def update(self) -> Read:
         """Read what is new; a file that was replaced or cut is read from its beginning."""
@@ -166,7 +168,8 @@ class MetricsFile:
                 return self.read
             facts = os.fstat(descriptor)
             known = self.read.position
-            if facts.st_ino != known.inode or facts.st_size < known.offset:
+            # a file system may give the inode of a deleted file to the next one
+            if facts.st_ino != known.inode or _before(descriptor, known.offset) != self._end:
                 self.read = Read(Position(facts.st_ino, 0))
             if facts.st_size - self.read.position.offset > WHOLE_BYTES:
                 self._sample(descriptor, facts.st_size)
@@ -178,6 +181,7 @@ class MetricsFile:
                 elif line.strip():
                     read.unreadable += 1
                 read.position = Position(read.position.inode, offset)
+            self._end = _before(descriptor, read.position.offset)
         return self.read
 
     def _sample(self, descriptor: int, end: int) -> None:
@@ -193,6 +197,12 @@ class MetricsFile:
         # ordinary reading goes on with the first whole line behind the samples
         after = os.pread(descriptor, _LINE_BYTES, stop).find(b"\n")
         read.position = Position(read.position.inode, stop + after + 1)
+
+
+def _before(descriptor: int, offset: int) -> bytes:
+    """The bytes of a file that end at an offset; fewer where the file ends before it."""
+    start = max(0, offset - _END_BYTES)
+    return os.pread(descriptor, offset - start, start)
 
 
 def whole_rows(descriptor: int, offset: int, size: int) -> list[dict[str, Any]]:

@@ -115,6 +115,8 @@ def test_a_file_that_is_replaced_shortened_or_deleted_is_begun_again(path: Path)
     assert file.update().train.rows()[-1]["loss"] == 9.0
     path.write_bytes(lines(*rows[:3]))
     assert len(file.update().train.rows()) == 3
+    path.write_bytes(lines(*({**row, "loss": 7.0} for row in rows)))  # a new run's, longer and with the same inode
+    assert {row["loss"] for row in file.update().train.rows()} == {7.0}
     path.unlink()
     assert file.update().train.rows() == []
 
