@@ -1,7 +1,7 @@
 """Compare runs: their figures, the settings in which they differ, and what can't be compared."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -173,7 +173,7 @@ def run_figures(run: RunFiles) -> Figures:
     loss_after = run.number("result", "eval_after", "loss")
     if loss_after is None and curve and curve[-1][1] > 0:
         loss_after = curve[-1][0]
-    step_seconds = run.values("step_seconds")
+    step_seconds, tokens = run.values("step_seconds"), tokens_by_step(run)
     return {
         "loss_before": run.number("result", "eval_before", "loss"),
         "loss_after": loss_after,
@@ -185,15 +185,18 @@ def run_figures(run: RunFiles) -> Figures:
         "peak_bytes": run.totals["peak_bytes"],
         "seconds_a_step": statistics.median(step_seconds) if step_seconds else None,
         "steps": run.totals["steps"],
-        "tokens": (tokens_by_step(run)[-1][1] or None) if run.train else None,  # 0: the file does not say
+        "tokens": tokens[-1][1] if tokens else None,
         "seconds": run.totals["seconds"],
     }
 
 
 def tokens_by_step(run: RunFiles) -> list[tuple[float, float]]:
-    """(step, input tokens up to it) for every recorded step."""
-    seen = accumulate(get_number(row, "input_tokens") or 0.0 for row in run.train)
-    return [(float(row["step"]), tokens) for row, tokens in zip(run.train, seen, strict=True)]
+    """(step, input tokens up to it) for every step of the curve; none where the files do not say."""
+    seen: Iterable[float | None] = accumulate(get_number(row, "input_tokens") or 0.0 for row in run.train)
+    if run.recorded is not None:  # the curve has only some of the steps
+        seen = [get_number(row, "tokens_seen") for row in run.train]
+    found = [(float(row["step"]), tokens) for row, tokens in zip(run.train, seen, strict=True) if tokens is not None]
+    return found if found and found[-1][1] and len(found) == len(run.train) else []
 
 
 def score_columns(runs: dict[str, RunFiles]) -> list[Column]:

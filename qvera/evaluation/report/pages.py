@@ -151,8 +151,8 @@ def _loss_chart(comparison: Comparison, held_out: bool, unit: str) -> Chart | No
     for colour, (label, run) in enumerate(comparison.runs.items(), start=1):
         points = run.held_out() if held_out else loss_curves(series(run.train, "loss"))[1]
         if unit == "token":  # without steps that metrics.jsonl does not know
-            seen = {0.0: 0.0, **dict(tokens_by_step(run))}
-            points = [(seen[step], value) for step, value in points if step in seen]
+            steps, tokens = zip((0.0, 0.0), *tokens_by_step(run), strict=True)
+            points = [(float(np.interp(step, steps, tokens)), value) for step, value in points if step <= steps[-1]]
         line = Line(label, points, "held-out" if held_out else "main", colour=colour)
         if line.values:
             lines.append(line)

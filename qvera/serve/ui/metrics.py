@@ -139,9 +139,10 @@ class Read:
             self.evals.add(row)
 
     def _add_step(self, row: dict[str, Any]) -> None:
-        self.train.add(row)
         self.seconds += get_number(row, "step_seconds") or 0.0
         self.tokens += get_number(row, "input_tokens") or 0.0
+        # a thinned curve can't be summed up
+        self.train.add(row if self.sampled_bytes else {**row, "tokens_seen": self.tokens})
         self.adapter_steps += get_number(row, "adapters") or 0.0
         if (peak := get_number(row, "peak_bytes")) is not None:
             self.peak_bytes = max(self.peak_bytes or 0.0, peak)

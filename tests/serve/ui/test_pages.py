@@ -17,6 +17,7 @@ import pytest
 
 from qvera.evaluation.report.compare import compare_runs
 from qvera.evaluation.report.pages import compare_page
+from qvera.serve.ui import metrics
 from qvera.serve.ui.directories import RunDirectories
 from qvera.utils.errors import InputError
 from qvera.utils.files import RUN_OWNER, RUN_PROGRESS
@@ -217,6 +218,25 @@ def test_runs_and_adapters_are_compared_as_qvera_compare_does(build_run: Build, 
     for query, said in refused.items():
         answer = served.get(f"/compare{query}")
         assert (answer.status_code, said in answer.text) == (400, True), query
+
+
+def test_the_tokens_of_a_thinned_curve_are_those_of_all_steps(
+    build_run: Build, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        metrics, "MOST_ROWS", 20
+    )  # so every eighth step stays, and most held-out losses are between them
+    build_run(name="short", train=train_rows(16), evals=None)
+    build_run(name="long")
+    page = served.get("/compare?run=short&run=long").text
+    costs = text_of(page[page.index("Cost</h2>") :])
+    assert "Tokens seen" in costs and "307 k" in costs  # 96 × 3,200
+    assert page.count('class="dot held-out c2"') == 2 * 6  # by steps, and by tokens
+    monkeypatch.setattr(metrics, "WHOLE_BYTES", 1000)  # of a longer file, samples are read
+    build_run(name="sampled")
+    served.look_again()
+    page = served.get("/compare?run=short&run=sampled").text
+    assert re.search("sampled: its files lack: [^<]*tokens seen", page)
 
 
 def test_directories_are_named_so_that_no_two_runs_share_an_id(build_run: Build, tmp_path: Path) -> None:
