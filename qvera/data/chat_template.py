@@ -8,7 +8,7 @@ it, and the prompt for it (`_place`). There are three ways, in this order:
 - A *layout*: all contents of a conversation are replaced by slots at once. This is done once for each shape of
   conversation, and places the answers of every row that it fits. It is nine times faster than one by one, and it also
   works for templates that write more around an answer once a later turn follows, such as Qwen3's.
-- Each answer by itself, for rows with tool calls or empty answers, or whose contents the template changes.
+- Each answer by itself, for rows with tool calls, reasoning or empty answers, or whose contents the template changes.
 """
 
 from __future__ import annotations
@@ -257,10 +257,13 @@ class ChatTemplate:
             ) from None
         lost = set(needed) - {answer.turn for answer in answers}
         if lost:
+            way = "Set data.train_on: last, keep only the final answer in the row"
+            if max(needed) in lost:  # which the final answer alone would not mend
+                way = "Write the answer's reasoning, if it has any, as reasoning_content"
             raise InputError(
                 f"{conversation.source}: the chat template ({self.name}) rewrites turn {min(lost) + 1}, so it can't be "
-                "told which tokens are the answer. Set data.train_on: last, keep only the final answer in the row, or "
-                f"name another data.template ({', '.join(NAMED_TEMPLATES)})."
+                f"told which tokens are the answer. {way}, or name another data.template "
+                f"({', '.join(NAMED_TEMPLATES)})."
             )
         return text, answers
 
@@ -504,43 +507,77 @@ def _learn_layout(template: ChatTemplate, messages: list[Message], tools: Tools)
 def _slow_spans(
     template: ChatTemplate, text: str, messages: list[Message], conversation: Conversation
 ) -> list[AnswerSpan]:
-    """Place each answer in the text of the turns up to it; leave it out if the whole text does not begin with that."""
-    answers = []
+    """Place each answer by itself, in the text of the turns up to it or in the whole; leave out those rewritten."""
+    answers, tools = [], conversation.tools
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            upto, tools = messages[: turn + 1], conversation.tools
+            upto = messages[: turn + 1]
             through = template.render(upto, tools)
-            content = _content_place(template, upto, tools, through) if text.startswith(through) else None
+            content = _content_place(template, upto, turn, tools, through)
+            if content is not None and not text.startswith(through):
+                through, content = _place_within(template, text, messages, turn, tools, through, content)
             if content is not None:  # else rewritten: a marker inside of it could be mistaken for its end
                 answers.append(_place(template, through, upto, turn, tools, content, len(through)))
     return answers
 
 
+def _place_within(
+    template: ChatTemplate,
+    text: str,
+    messages: list[Message],
+    turn: int,
+    tools: Tools,
+    through: str,
+    own: tuple[int, int],
+) -> tuple[str, tuple[int, int] | None]:
+    """Find an answer around which the template writes something else once turns follow, as Qwen3's and gpt-oss' do.
+
+    Returns the text up to its end, and its content's place; None if it is rewritten, or its reasoning dropped.
+    ``through``, ``own``: the text of the turns up to it, and its content's place there.
+    """
+    message = messages[turn]
+    if "</think>" in message["content"] or any(key in message for key in REASONING):
+        return "", None
+    with contextlib.suppress(TemplateError):
+        content = _content_place(template, messages, turn, tools, text)
+        bare = template.render(messages[:turn], tools) if turn else ""
+        if content is not None and text.startswith(bare) and text[slice(*content)] == through[slice(*own)]:
+            if text.startswith(through[own[1] :], content[1]):
+                return text[: content[1] + len(through) - own[1]], content
+            marker = template.special.match(text, content[1])
+            if marker is not None and "tool_calls" not in message:
+                return text[: marker.end()], content
+    return "", None
+
+
 def _content_place(
-    template: ChatTemplate, messages: list[Message], tools: Tools, through: str
+    template: ChatTemplate, messages: list[Message], turn: int, tools: Tools, text: str
 ) -> tuple[int, int] | None:
-    """Find the last message's content in ``through``, by rendering a slot instead of it; None if that fails."""
-    *earlier, last = messages
-    mark = "QveraSlot"
+    """Find a turn's content in the text of ``messages``, by rendering a slot instead of it; None if that fails."""
+    mark, content = "QveraSlot", messages[turn]["content"]
     # The slot must be a text that the conversation does not hold.
     while mark in repr(messages) + repr(tools):
         mark += "Z"
-    try:
-        slotted = template.render([*earlier, {**last, "content": mark}], tools)
-    except TemplateError:
-        return None
-    if slotted == through:  # the content is left out, as some templates do with tool calls
-        prompt = template.render(earlier, tools, prompt=True) if earlier else ""
-        return (len(prompt), len(prompt)) if through.startswith(prompt) else None
-    before, _, behind = slotted.partition(mark)
-    if slotted != before + mark + behind or mark in behind:
-        return None
-    if through.startswith(before) and through.endswith(behind) and len(through) >= len(before) + len(behind):
-        return len(before), len(through) - len(behind)
-    if not last["content"].strip():
+    # A template may take reasoning out of the content and write it by itself. Then only the rest has a place.
+    reasoning = "".join(content.rpartition("</think>")[:2]) if "</think>" in content else ""
+    for kept in dict.fromkeys(("", reasoning)):
+        slot = {**messages[turn], "content": kept + mark}
+        try:
+            slotted = template.render([*messages[:turn], slot, *messages[turn + 1 :]], tools)
+        except TemplateError:
+            return None
+        if slotted == text:  # the content is left out, as some templates do with tool calls
+            prompt = template.render(messages[:turn], tools, prompt=True) if turn else ""
+            return (len(prompt), len(prompt)) if text.startswith(prompt) else None
+        before, _, behind = slotted.partition(mark)
+        if slotted != before + mark + behind or mark in behind:
+            return None
+        if text.startswith(before) and text.endswith(behind) and len(text) >= len(before) + len(behind):
+            return len(before), len(text) - len(behind)
+    if not content[len(reasoning) :].strip():
         # The template writes less around nothing at all: what it shares with the other text at its end is behind it.
-        opening = shared(through, before)
-        return opening, max(opening, len(through) - shared(through[::-1], behind[::-1]))
+        opening = shared(text, before)
+        return opening, max(opening, len(text) - shared(text[::-1], behind[::-1]))
     return None
 
 

@@ -16,7 +16,7 @@ Messages = list[dict[str, Any]]
 Pieces = list[tuple[str, bool]]
 
 _TEMPLATES = {file.stem: file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("templates/*.jinja")}
-SMOLLM2, QWEN_25 = _TEMPLATES["smollm2"], _TEMPLATES["qwen-2.5"]
+SMOLLM2, QWEN_25, QWEN_3 = (_TEMPLATES[name] for name in ("smollm2", "qwen-2.5", "qwen3"))
 _QWEN_DEFAULT = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 _SMOL_DEFAULT = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 

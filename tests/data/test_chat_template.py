@@ -18,7 +18,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from qvera.data import NAMED_TEMPLATES, Encoder, Turn, resolve_template
 from qvera.utils.errors import InputError
 from tests.data.conftest import MARKERS, MakeTokenizer
-from tests.data.real_templates import QWEN_25, REAL, SMOLLM2, Messages, Pieces
+from tests.data.real_templates import QWEN_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
 from tests.data.rows import build, decoded, messages_of, one, trained_text
 
 pytestmark = pytest.mark.process
@@ -527,6 +527,62 @@ def test_reasoning_is_trained_where_the_template_writes_it(make_tokenizer: MakeT
     with pytest.raises(InputError, match=r"does not write reasoning_content.*or train a base whose own") as refused:
         one(messages, make_tokenizer(chat_template=SMOLLM2))
     assert "Name another data.template" not in str(refused.value)  # none of them writes it
+
+
+_HMM = {"role": "assistant", "content": "Sun.", "reasoning_content": "June."}
+_TAGGED = {"role": "assistant", "content": "<think>\nJune.\n</think>\n\nSun."}
+_WRITTEN_TAGGED = "<think>\nJune.\n</think>\n\nSun.<|im_end|>"
+_WRITTEN_CALL = '<tool_call>\n{"name": "look_up", "arguments": {}}\n</tool_call><|im_end|>'
+_EMPTY = "<think>\n\n</think>\n\n"
+_TAGGED_CALL = {**_CALLED[1], "content": "<think>\nJune.\n</think>\n\n"}
+# rows, what Qwen3 writes of them: an empty think block before the last answer, no reasoning once a question follows
+QWEN_3_ROWS: dict[str, tuple[Messages, str]] = {
+    "reasoning within the answer": ([_CALLED[0], _TAGGED], _WRITTEN_TAGGED),
+    "reasoning within the last answer": ([*_ANSWERED, _CALLED[0], _TAGGED], f"Sun.<|im_end|>{_WRITTEN_TAGGED}"),
+    "reasoning beside the last answer": ([*_ANSWERED, _CALLED[0], _HMM], f"Sun.<|im_end|>{_WRITTEN_TAGGED}"),
+    "a call": (_CALLED, f"I look.\n{_WRITTEN_CALL}{_EMPTY}Sun.<|im_end|>"),
+    "a call without words": (
+        [_CALLED[0], {**_CALLED[1], "content": ""}, *_CALLED[2:]], f"{_WRITTEN_CALL}{_EMPTY}Sun.<|im_end|>",
+    ),
+    "a call behind reasoning": (
+        [_CALLED[0], _TAGGED_CALL, _CALLED[2], _TAGGED],
+        f"<think>\nJune.\n</think>\n\n{_WRITTEN_CALL}{_WRITTEN_TAGGED}",
+    ),
+    "a call before another question": (
+        [*_CALLED, *_ANSWERED], f"I look.\n{_WRITTEN_CALL}Sun.<|im_end|>{_EMPTY}Sun.<|im_end|>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("messages", "trained"), QWEN_3_ROWS.values(), ids=list(QWEN_3_ROWS))
+def test_answers_around_which_qwen3_writes_more_where_they_are_last(
+    messages: Messages, trained: str, make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = make_tokenizer(chat_template=QWEN_3, eos="<|im_end|>")
+    example = one(messages, tokenizer, max_length=100_000)
+    assert trained_text(tokenizer, example) == trained
+    assert example.prompt_text.endswith("<|im_start|>assistant\n")
+
+
+def test_an_answer_whose_end_of_turn_is_another_one_where_it_is_last(make_tokenizer: MakeTokenizer) -> None:
+    """As gpt-oss has it."""
+    jinja = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.thinking %}{{ '<think>' + m.thinking }}{% endif %}"
+        "{{ '|' + m.content + ('</s>' if m.role == 'assistant' and loop.last else '<|im_end|>') }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    messages = [*_ANSWERED, _CALLED[0], {**_ANSWERED[1], "thinking": "June."}]
+    tokenizer = make_tokenizer(chat_template=jinja)
+    assert trained_text(tokenizer, one(messages, tokenizer)) == "|Sun.<|im_end|><think>June.|Sun.</s>"
+
+
+def test_reasoning_that_a_later_question_removes_is_not_trained_without_a_word(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(chat_template=QWEN_3, eos="<|im_end|>")
+    for answer in (_TAGGED, _HMM):
+        messages = [_CALLED[0], answer, _CALLED[0], answer]
+        with pytest.raises(InputError, match=r"rewrites turn 2.*Set data\.train_on: last"):
+            one(messages, tokenizer)
+        assert trained_text(tokenizer, one(messages, tokenizer, train_on="last")) == _WRITTEN_TAGGED
 
 
 def test_a_tokenizer_with_a_template_for_tools_is_told_of_it(make_tokenizer: MakeTokenizer) -> None:
