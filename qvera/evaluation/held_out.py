@@ -127,8 +127,22 @@ def loss_scores(total: float, tokens: int, rows: int, seconds: float) -> dict[st
 def _answers(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], **settings: Any
 ) -> list[str]:
+    """Answer prompts, without the `_opening` of each."""
     images = [example.images for example in examples]
-    return generate(model, tokenizer, [e.prompt_ids.tolist() for e in examples], images=images, **settings)
+    answers = generate(model, tokenizer, [e.prompt_ids.tolist() for e in examples], images=images, **settings)
+    return [answer.removeprefix(_opening(tokenizer, e)) for e, answer in zip(examples, answers, strict=True)]
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, row: Example) -> str:
+    """What the row's template writes before the reference, and the model has to: Qwen3's empty think block."""
+    reference = row.reference or ""
+    if not reference.strip():
+        return ""
+    start = len(row.prompt_ids)
+    written = tokenizer.decode(row.input_ids[start:][row.trained[start:]].tolist(), skip_special_tokens=True).rstrip()
+    # with its own first space, which a completion's answer keeps, and as templates that strip it write it
+    contents = reference.rstrip(), reference.strip()
+    return next((written.removesuffix(each) for each in contents if written.endswith(each)), "")
 
 
 def answer_rows(

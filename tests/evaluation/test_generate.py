@@ -22,6 +22,7 @@ from qvera.models.loader import load_base
 from qvera.models.structure import causal_model
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, weight_bytes
+from tests.data.rows import byte_tokenizer, messages_of, one
 
 PROMPTS = [[5, 9, 200, 31, 7], [40], [8, 8, 30, 1, 99, 4, 250, 6, 17, 60, 61], [77, 12], [5, 9, 200, 31, 8]]
 WITH_MARKERS = [[0, 5, 9], [2, 0, 0, 41, 2, 7], [6]]
@@ -232,3 +233,23 @@ def test_a_setting_out_of_its_range_is_refused_by_name(dense: Loaded, setting: s
     settings: dict[str, Any] = {"max_new_tokens": 2, name: float(value)}
     with pytest.raises(InputError, match=f"^{name}: expected"):
         generate(*dense, [[5, 6]], **settings)
+
+
+@pytest.mark.parametrize(
+    ("written", "content"),
+    [("<think>\n\n</think>\n\n", "think"), ("<s>final<s>", "red"), ("", " red")],  # Qwen3, gpt-oss, a completion
+)
+def test_what_a_template_writes_before_an_answer_is_no_part_of_it(
+    written: str, content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model has to write it, as the first one here does; what it writes otherwise stays."""
+    tokenizer = byte_tokenizer()
+    turn = f"<|im_start|>{{{{ m.role }}}}\n{{{{ {written!r} if m.role != 'user' }}}}{{{{ m.content }}}}<|im_end|>\n"
+    prompt = "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}{prompt}"
+    row = one(messages_of("say it", content), tokenizer)
+    right, wrong = tokenizer.decode(row.input_ids[row.trained].tolist(), skip_special_tokens=True), "<think>red"
+    monkeypatch.setattr(held_out, "generate", lambda *_, **__: [right, wrong])
+    model: Any = None
+    found = held_out.answer_rows(model, tokenizer, [row, row], max_new_tokens=9)
+    assert [(each["answer"], each["exact"]) for each in found] == [(content, True), (wrong, False)]
