@@ -1,4 +1,4 @@
-"""README's block on rows of one's own: `qvera init`, `train` and `eval` as they stand, beside TF-IDF with logistic regression.
+"""The table of docs/benchmarks.md on rows of one's own: `qvera init`, `train` and `eval` as they stand, beside TF-IDF with logistic regression.
 
     python -m bench.first_rows --data ../shared/data/text_classification [--jobs csv pairs] [--sets sst2 trec]
     python -m bench.first_rows --table

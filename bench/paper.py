@@ -6,8 +6,8 @@
     python -m bench.paper table                             # what is there, beside the paper's figures, as Markdown
 
 `run` trains each recipe of a table with each seed and writes a line in results/paper.jsonl. It needs the hub, and a GPU for
-more than a try. The score of a classification is that of the best epoch, and a table shows the median of the seeds, as in the paper. E2E
-is decoded greedily and scored by sacrebleu and rouge-score, where the paper has a beam of 10 and the challenge's script.
+more than a try. The score of a classification is that of the best epoch, and a table shows the median of the seeds, as in the paper. The
+recipes of images score their test split once, after the last epoch. E2E is decoded greedily and scored by sacrebleu and rouge-score, where the paper has a beam of 10 and the challenge's script.
 The instruction-tuning recipes (recipes/instruct/) are not in it: MT-Bench needs its questions and GPT-4 as a judge; `qvera eval
 --judge` compares such runs with any judge.
 """
@@ -26,6 +26,7 @@ from typing import Any
 from bench import common
 from bench.common import RESULTS, ROOT, do_missing, markdown, read_lines
 from qvera.config.schema import Recipe, load_recipe
+from qvera.utils.files import read_json
 
 LINES = RESULTS / "paper.jsonl"
 SEEDS = (0, 1, 2, 3, 4)
@@ -95,10 +96,10 @@ def recipe_of(trial: Trial, runs: Path) -> Recipe:
 
 
 def best_epoch(run: Path, score: str) -> float:
-    """The highest value of a score over all evaluations of a run, in percent."""
-    records = read_lines(run / "metrics.jsonl")
-    found = [record[score] for record in records if record["kind"] == "eval" and record.get(score) is not None]
-    return 100 * max(found)
+    """The highest value of a score over all evaluations of a run, in percent; its last one where there are no others."""
+    scores = [record for record in read_lines(run / "metrics.jsonl") if record["kind"] == "eval"]
+    scores.append(read_json(run / "run.json", "a run's record")["result"]["eval_after"])
+    return 100 * max(each[score] for each in scores if each.get(score) is not None)
 
 
 def e2e_scores(recipe: Recipe, names: list[str]) -> dict[str, float]:

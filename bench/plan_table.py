@@ -198,7 +198,7 @@ def markdown() -> str:
     lines = [
         f"Made by `{COMMAND}`. The longest row, in tokens, at batch 1: NF4, VeRA r=256 on all linears, bf16,",
         "gradient checkpointing, at most the model's own context. Decimal GB, 0.5 of them for the CUDA context. \\*: with the base",
-        "streamed from RAM (`model.stream`, slower). The last three's experts are in 4 bits, frozen. **Computed, not measured.**",
+        "streamed from RAM (`model.stream`, slower). The last three have experts, in 4 bits too. **Computed, not measured.**",
         "",
         "| | memory at 512 tokens | " + " | ".join(head) + " |",
         "|---|---|" + "---|" * len(head),

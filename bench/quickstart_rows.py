@@ -3,9 +3,8 @@
     python -m bench.quickstart_rows
 
 Seven values, three of them in a nested object, three optional (null where the text does not say). All stand in the text
-as
-they are copied, and no key comes after the nested object: what a small model writes wrong first is the punctuation.
-Training and held-out rows come from vocabularies (words.py) that share no template, name, city, thing, colour, number,
+as they are copied, and no key comes after the nested object: what a small model writes wrong first is the punctuation.
+Training and held-out rows come from vocabularies (quickstart_words.py) that share no template, name, city, thing, colour, number,
 day or distractor. A third, ``development``, is what the task and the recipe were tuned on.
 """
 
@@ -69,7 +68,7 @@ def _order(words: Vocabulary, rng: random.Random) -> Order:
 
 
 def render(template: str, facts: dict[str, str | None]) -> str:
-    """Fill a template of words.py. A bracketed part is dropped where a fact in it is None."""
+    """Fill a template of quickstart_words.py. A bracketed part is dropped where a fact in it is None."""
 
     def part(match: re.Match[str]) -> str:
         inside = match[1]

@@ -4,7 +4,7 @@
     python -m bench.rewards [--task orders] --table          # prints what stands there
 
 SmolLM2-135M-Instruct in NF4, in steps of 4 prompts with 8 answers each. ``sums`` is recipes/rewards/sums.yaml: the reward is 1 where
-the answer ends with the sum. ``orders`` is recipes/rewards/orders.yaml: 1 where the answer equals the quickstart's JSON. Its base is
+the last number of the answer is the sum. ``orders`` is recipes/rewards/orders.yaml: 1 where the answer equals the quickstart's JSON. Its base is
 the model after 16 steps of the quickstart, merged, the same for all; the first trial makes it in runs/begun-merged. One line a trial
 in results/rewards.jsonl or rewards-orders.jsonl. A search begins at a guessed rate and tries the neighbours of
 the best so far, a factor of 3 away, until both are worse; the mean reward of the last 10 training steps chooses, with seed 0.

@@ -83,7 +83,10 @@ def test_seeds_change_rows_projections_and_head_and_the_best_epoch_is_the_score(
     assert one.training.output_dir != other.training.output_dir
     records = [{"kind": "train", "step": 1}, *({"kind": "eval", "accuracy": x} for x in (0.5, 0.75, 0.25))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "run.json").write_text(json.dumps({"result": {"eval_after": {"accuracy": 0.6}}}))
     assert paper.best_epoch(tmp_path, "accuracy") == 75.0
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(records[0]) + "\n")  # a recipe without `eval_steps`
+    assert paper.best_epoch(tmp_path, "accuracy") == 60.0
     common = {"recipe": "glue/rte-roberta-base", "changes": "", "seconds": 1.0, "device": "cpu", "trained": 7}
     lines = [{**common, "scores": scores} for scores in ({"accuracy": 80.0}, None, {"accuracy": 60.0})]
     assert "| 70.0 (60.0 to 80.0, 2 seeds), 1 diverged |" in paper.table("glue-base", lines)
