@@ -68,16 +68,15 @@ def send(jobs: Jobs, rows: bytes) -> str:
     return upload.finish("fine-tune").id
 
 
-def create(jobs: Jobs, name: str = "anna", held_out: str | None = None) -> Job:
-    """A job of `STEPS` steps."""
-    asked = {"n_epochs": float(STEPS), "batch_size": 4, "learning_rate_multiplier": "auto"}
+def create(jobs: Jobs, name: str = "anna", held_out: str | None = None, steps: int = STEPS) -> Job:
+    asked = {"n_epochs": float(steps), "batch_size": 4, "learning_rate_multiplier": "auto"}
     job = Job("me", name, "tiny", send(jobs, chat_rows(4)), held_out, None, asked, False, {})
     return jobs.create(job, lambda name: True, None)
 
 
-def queued(jobs: Jobs, *names: str) -> list[Job]:
+def queued(jobs: Jobs, *names: str, steps: int = STEPS) -> list[Job]:
     """A job for each name, whose rows are read."""
-    made = [create(jobs, name) for name in names]
+    made = [create(jobs, name, steps=steps) for name in names]
     wait_until(lambda: jobs.worker.has_work() and all(jobs.database.job(job.id).status == "queued" for job in made))
     return made
 
@@ -133,6 +132,7 @@ def kill_at(number: int, trainer: ScriptedTrainer, jobs: Jobs, monkeypatch: pyte
 
 def test_a_job_killed_at_any_call_goes_on_and_comes_out_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "_SAVE_STEPS", 2)
+    monkeypatch.setattr(worker_module, "_SAVE_PAUSE", 0)
     number, places = 0, set()
     while True:
         number += 1
@@ -333,9 +333,35 @@ def test_an_adapter_that_can_not_be_written_holds_up_no_other_job(
     fail_where(monkeypatch, trainer, "save_adapter", read_only)
     do_parts(jobs)
     assert statuses(jobs, first, second) == ["finishing", "succeeded"]
+    trainer.slots = 1  # the first has it
+    third = create(jobs, "chloe")
+    wait_until(lambda: third.id in jobs.worker._ready)
+    assert not jobs.worker.has_work()  # nothing can be done yet, so the engine must not ask for a slice at once
     clock[0] = 200.0
     do_parts(jobs)
-    assert statuses(jobs, first) == ["succeeded"]
+    assert statuses(jobs, first, third) == ["succeeded"] * 2
+
+
+def test_saving_takes_a_twentieth_of_training_and_one_job_a_slice(
+    jobs: Jobs, trainer: ScriptedTrainer, clock: list[float]
+) -> None:
+    """A step takes a second and a save three, as of large adapters; answers take most of the time."""
+    calls, slices = list[str](), list[float]()
+
+    def take_time(name: str) -> None:
+        calls.append(name)
+        clock[0] += {"run_slice": 1.0, "save": 3.0}.get(name, 0.0)
+
+    trainer.slots, trainer.before = 3, take_time
+    queued(jobs, "anna", "ben", "chloe", steps=900)
+    while calls.count("run_slice") < 400:
+        began = clock[0]
+        jobs.worker.run_slice()
+        slices.append(clock[0] - began)
+        clock[0] += 60.0
+    assert max(slices) == 3.0
+    assert calls.count("save") == 7  # after 30 s of training, and every 60 s from then on
+    assert len({trained.saved_at for trained in jobs.worker._trained.values()}) == 3  # in turn
 
 
 def test_a_disk_that_fails_while_a_job_is_cancelled_is_waited_for(

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from qvera.training.roster import AdapterRun
 
 _logger = logging.getLogger(__name__)
-_SAVE_SECONDS = 30.0  # a killed server repeats the steps of at most this long
+_SAVE_SECONDS = 30.0  # a state is saved after this long or this many steps of training, which a killed server repeats
 _SAVE_STEPS = 100
+_SAVE_PAUSE = 20.0  # but a save of t seconds, in which nothing is trained, is followed by t · 20 of training
 _WRITE_SECONDS = 1.0  # events of steps are written together, this often
 _PARK_SECONDS = 30.0  # no training for this long after the disk was full
 _COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate")
@@ -44,7 +45,7 @@ class Trained:
     job: Job
     run: AdapterRun
     saved_step: int
-    saved_at: float
+    saved_at: float  # by the seconds of training, of all jobs
     is_named: bool  # what is under its adapter's name may be its own, and is replaced
     retry_at: float = 0.0  # when to write its adapter again after the disk was full
 
@@ -74,6 +75,8 @@ class Worker:
         them first.
         """
         self._wrote_at, self._parked_until = clock(), 0.0
+        # waits for answers don't count: with a small share of the time each step would be followed by a save
+        self._seconds_trained, self._save_from = 0.0, 0.0
         self._timer: threading.Timer | None = None
         self.tokens = 0  # trained on since the server's start
 
@@ -97,7 +100,8 @@ class Worker:
         with self._lock:
             seconds = self._clock()
             trains = any(not one.run.has_ended or seconds >= one.retry_at for one in list(self._trained.values()))
-            return seconds >= self._parked_until and bool(trains or self._stops or self._ready)
+            begins = self._ready and self._trainer.free_slots
+            return seconds >= self._parked_until and bool(trains or self._stops or begins)
 
     # The engine's thread
 
@@ -106,7 +110,9 @@ class Worker:
         try:
             self._take_stops()
             self._begin_ready()
-            if self._trained:
+            if (due := self._due()) is not None:
+                self._save_or_finish(due)
+            elif self._trained:
                 self._train()
             self._write_events()
         except (RunFailed, OSError) as error:  # what a full disk refused is written again afterwards
@@ -164,44 +170,61 @@ class Worker:
             self._directory.fail(job.id, "server_error", f"It can't begin: {self._text(error)}")
             return
         step = run.state.step
-        self._trained[job.id] = Trained(job, run, step, self._clock(), is_named=status == "finishing")
+        self._trained[job.id] = Trained(job, run, step, self._seconds_trained, is_named=status == "finishing")
         self._taken_again[job.id] = -1 if saved is None else step
         text = "Fine-tuning job started" if saved is None else f"Fine-tuning job goes on after step {step:,}"
         self._events.append(Event(job.id, f"{text}: {run.steps:,} steps over {len(run.rows.train):,} rows"))
 
     def _train(self) -> None:
-        """Train all jobs with a slot for one slice, and save or finish those that are due."""
+        """Train all jobs with a slot for one slice."""
         # jobs that have ended are still here while a full disk keeps their adapters from being written
+        began, training = self._clock(), [one for one in self._trained.values() if not one.run.has_ended]
         try:
-            records = [] if all(one.run.has_ended for one in self._trained.values()) else self._trainer.run_slice()
+            records = self._trainer.run_slice() if training else []
         except Exception as error:
             _logger.exception("training failed; the jobs that were trained together are ended")
-            for trained in list(self._trained.values()):
+            for trained in training:
                 self._fail(trained, "server_error", f"Training failed: {self._text(error)}")
             return
+        self._seconds_trained += self._clock() - began
         for record in records:
             self.tokens += record.get("input_tokens", 0)
             self._events.append(metrics_event(record, self._trained[record["adapter"]].run.steps))
-        for trained in list(self._trained.values()):
-            steps, seconds = trained.run.state.step - trained.saved_step, self._clock()
-            try:
-                if trained.run.has_ended:
-                    if seconds >= trained.retry_at:
-                        self._finish(trained)
-                elif steps >= _SAVE_STEPS or (steps > 0 and seconds - trained.saved_at >= _SAVE_SECONDS):
-                    self._save(trained)
-            except RunFailed:
-                raise
-            except Exception as error:
-                _logger.exception("%s can't be saved", trained.job.id)
-                self._fail(trained, "server_error", f"It can't be saved: {self._text(error)}")
+
+    def _due(self) -> Trained | None:
+        """Return a job to finish, else the one to save that was saved longest ago: one a slice, as answers wait."""
+        found: list[Trained] = []
+        for trained in self._trained.values():
+            steps, seconds = trained.run.state.step - trained.saved_step, self._seconds_trained - trained.saved_at
+            if trained.run.has_ended:
+                if self._clock() >= trained.retry_at:
+                    return trained
+            elif steps >= _SAVE_STEPS or (steps > 0 and seconds >= _SAVE_SECONDS):
+                found.append(trained)
+        if self._seconds_trained < self._save_from:
+            return None
+        return min(found, key=lambda trained: trained.saved_at, default=None)
+
+    def _save_or_finish(self, trained: Trained) -> None:
+        try:
+            if trained.run.has_ended:
+                self._finish(trained)
+            else:
+                self._save(trained)
+        except RunFailed:
+            raise
+        except Exception as error:
+            _logger.exception("%s can't be saved", trained.job.id)
+            self._fail(trained, "server_error", f"It can't be saved: {self._text(error)}")
 
     def _save(self, trained: Trained) -> None:
         """Save a job's state, from which it goes on after a restart."""
         # events first: those of steps that the state holds never come again
         self._write_events(at_once=True)
+        began = self._clock()
         self._trainer.save(trained.run, self._directory.state(trained.job.id))
-        trained.saved_step, trained.saved_at = trained.run.state.step, self._clock()
+        trained.saved_step, trained.saved_at = trained.run.state.step, self._seconds_trained
+        self._save_from = self._seconds_trained + _SAVE_PAUSE * (self._clock() - began)
 
     def _finish(self, trained: Trained) -> None:
         """Write a job's adapter and results, and mark it as done; or end it as failed.
