@@ -155,7 +155,7 @@ def _refused(request: Request, error: Exception) -> Response:
         if error.status_code != 404:
             return PlainTextResponse(f"{error.detail}\n", error.status_code, headers=error.headers)
         reason = "There is no such page."
-    return HTMLResponse(_service(request).pages.refused(title, [reason]), status)
+    return HTMLResponse(_service(request).pages.refused(title, [reason], request.path_params.get("id", "")), status)
 
 
 def _finder(request: Request, action: str) -> Finder:

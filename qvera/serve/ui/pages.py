@@ -150,9 +150,11 @@ class Pages:
 
         return self._once(("compare", tuple(ids), tuple(adapters)), signatures, make)
 
-    def refused(self, title: str, reasons: Sequence[str]) -> str:
-        """A page that says what can't be shown."""
-        return render("refused.html", title=title, reasons=reasons, served=_served([(title, "")]))
+    def refused(self, title: str, reasons: Sequence[str], id: str = "") -> str:
+        """A page that says what can't be shown. ``id``: of a run, whose training may have ended before it began."""
+        name = id.rpartition("/")[2]
+        recipe = f"/recipe/{quote(name)}" if self.starter is not None and self.starter.has_trained(name) else ""
+        return render("refused.html", title=title, reasons=reasons, recipe=recipe, served=_served([(title, "")]))
 
     def form(self, template: str, title: str, parts: Mapping[str, object], events: str = "") -> str:
         """A page of `qvera ui --train`."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from qvera.config.schema import yaml_text
 from qvera.serve.ui.directories import RunDirectories, unreadable
 from qvera.utils.errors import InputError
-from qvera.utils.files import RUN_OWNER, replace_text
+from qvera.utils.files import RUN_OWNER, replace_text, try_read_json
 
 _WAIT_SECONDS = 600.0  # a call waits at most this long for what it has started
 FIELDS = (
@@ -80,8 +80,12 @@ class Starter:
             self._start(name, do, str(recipe))
         elif do in ("train", "resume"):
             given = ["--set", f"training.output_dir={yaml_text(str(run_dir))}", *["--resume"] * (do == "resume")]
-            owner = run_dir / RUN_OWNER
-            self._start(name, "train", str(recipe), *given, until=lambda: owner.exists() and self.id_of(name))
+
+            def has_begun() -> bool:
+                owner = try_read_json(run_dir / RUN_OWNER) or {}  # of a killed run, that of another process
+                return owner.get("pid") == self._processes[name, "train"].pid and self.id_of(name) is not None
+
+            self._start(name, "train", str(recipe), *given, until=has_begun)
         elif do == "serve":
             self._start(name, do, str(run_dir), "--port", "0", until=lambda: self.chat_url(name))
         elif self.is_running(name, command):  # as Ctrl-C does in a terminal
@@ -91,6 +95,10 @@ class Starter:
         """Return the address of the page that a run's server has; empty without a server."""
         found = re.search(r"at (http://127\.0\.0\.1:\d+)/v1\b", self.output(name, "serve"))
         return found[1] if found and self.is_running(name, "serve") else ""
+
+    def has_trained(self, name: str) -> bool:
+        """Whether a training of this name was started here."""
+        return (name, "train") in self._processes
 
     def is_running(self, name: str, command: str) -> bool:
         """Whether a process that was started here has not ended."""

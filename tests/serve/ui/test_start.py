@@ -18,6 +18,7 @@ from qvera.cli.main import main
 from qvera.serve.ui import start
 from qvera.serve.ui.app import create_app
 from qvera.serve.ui.directories import RunDirectories
+from qvera.utils.files import RUN_OWNER
 from tests.helpers import wait_until
 from tests.serve.command import running
 from tests.serve.ui.test_browser import WIDE
@@ -50,10 +51,11 @@ def form(tmp_path: Path) -> Iterator[Form]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
     """``quick(code)``: this Python code runs in place of qvera, with its arguments in sys.argv."""
+    python = sys.executable
 
     def replace(code: str) -> None:
         file = tmp_path / "python"
-        file.write_text(f"#!{sys.executable}\nimport sys; sys.argv[1:4] = []\n{code}\n")
+        file.write_text(f"#!{python}\nimport sys; sys.argv[1:4] = []\n{code}\n")
         file.chmod(0o755)
         monkeypatch.setattr(start.sys, "executable", str(file))
 
@@ -147,6 +149,38 @@ def test_stop_asks_as_ctrl_c_does_and_the_end_of_the_server_stops_no_training(
     assert str([*given, "--resume"]) in form.starter.output("mine", "train")
     form.ask("/recipe/mine", do="stop-train")
     wait_until(lambda: not form.starter.is_running("mine", "train"))
+
+
+BEGINS = """
+import json, os, shutil, time
+from pathlib import Path
+run = Path(sys.argv[4].partition("=")[2].strip('"'))
+run.mkdir()
+(run / ".qvera_run.owner").write_text(json.dumps({"pid": os.getpid()}))
+while not run.with_name("go").exists(): time.sleep(0.05)
+shutil.rmtree(run)
+sys.exit("row 31 is cut off")
+"""
+"""A training that fails after it has taken its directory."""
+
+
+def test_what_a_training_printed_that_has_no_run_is_a_link_away(form: Form, quick: Any) -> None:
+    place = form.starter.place
+    quick(BEGINS)
+    assert form.ask("/recipe/mine", do="train", recipe="a: 1").url.path == "/run/mine"
+    (place / "go").touch()
+    wait_until(lambda: not form.starter.is_running("mine", "train"))
+    page = form.ask("/run/mine", key="")
+    assert (page.status_code, "row 31" in page.text) == (404, False)  # without the key
+    assert 'href="/recipe/mine"' in page.text.partition("<main")[2]
+    assert "row 31 is cut off" in form.ask("/recipe/mine").text
+    assert "/recipe/" not in form.ask("/run/other").text
+    # a run that was killed, and whose recipe has changed since
+    (place / "killed").mkdir()
+    (place / "killed" / RUN_OWNER).write_text('{"pid": 1}')
+    quick("import time; time.sleep(1); sys.exit('another recipe')")
+    page = form.ask("/recipe/killed", do="train", recipe="a: 1")
+    assert (page.url.path, "another recipe" in page.text) == ("/recipe/killed", True)
 
 
 def test_what_is_started_can_be_stopped_where_the_server_ignores_ctrl_c(tmp_path: Path) -> None:
