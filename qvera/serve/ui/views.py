@@ -26,6 +26,7 @@ from qvera.evaluation.report.read import (
     get_number,
     get_text,
     not_finite_notes,
+    parse_metrics,
     process_exists,
     read_adapter_of_run,
     read_evaluation,
@@ -44,6 +45,7 @@ State = Literal["running", "finished", "interrupted", "failed", "unreadable"]
 _ENDED: dict[str, State] = {"done": "finished", "failed": "failed"}
 _ORDER: tuple[State, ...] = ("running", "interrupted", "failed", "unreadable", "finished")
 _TAIL_BYTES = 64 << 10
+_EVAL_BYTES = 4 << 20  # from the end, in which the last held-out loss is looked for
 four_digits = functools.partial(significant, digits=4)
 _SPEED_STEPS = 50  # last steps, from which the time left is estimated
 MOST_VIEWS = 16
@@ -160,13 +162,16 @@ def read_cells(directory: Path) -> tuple[str, list[str]]:
     rows: list[dict[str, Any]] = []
     with open_plain(directory / "metrics.jsonl") as descriptor, contextlib.suppress(OSError):
         if descriptor is not None:
-            rows = whole_rows(descriptor, max(0, os.fstat(descriptor).st_size - _TAIL_BYTES), _TAIL_BYTES)
+            end = os.fstat(descriptor).st_size
+            rows = whole_rows(descriptor, max(0, end - _TAIL_BYTES), _TAIL_BYTES)
+            if not any(get_text(row, "kind") == "eval" for row in rows):
+                rows = [*_last_evaluation(descriptor, end), *rows]
     rounds = [row for row in rows if get_text(row, "kind") == "round" and not row.get("rank")]
     own = [row for row in rows if not get_text(row, "adapter")]
     steps = rounds or [row for row in own if get_text(row, "kind") == "train"]
     evals = [loss for row in own if get_text(row, "kind") == "eval" and (loss := get_number(row, "loss")) is not None]
     last, result, adapters = steps[-1] if steps else None, get(info, "result"), get(info, "adapters")
-    step = get_number(last, "round" if rounds else "step")
+    step, after = get_number(last, "round" if rounds else "step"), get_number(result, "eval_after", "loss")
     planned = None if rounds else get_number(result, "planned_steps") or get_number(info, "planned_steps")
     left = None if planned is None or step is None else left_seconds(steps, planned - step)
     model = PurePosixPath(get_text(info, "model", "path").replace("\\", "/")).name
@@ -176,10 +181,19 @@ def read_cells(directory: Path) -> tuple[str, list[str]]:
         ", ".join(filter(None, (model, get_text(info, "adapter", "method"), many))),
         "–" if step is None else f"{'round ' if rounds else ''}{step:,.0f}{of}",
         text_or_dash(get_number(last, "loss"), four_digits),
-        text_or_dash(evals[-1] if evals else get_number(result, "eval_after", "loss"), four_digits),
+        text_or_dash(evals[-1] if after is None and evals else after, four_digits),
         text_or_dash(get_number(last, "tokens_per_second"), count),
         text_or_dash(left, duration),
     ]
+
+
+def _last_evaluation(descriptor: int, end: int) -> list[dict[str, Any]]:
+    """The last evaluation before the end of a metrics.jsonl, where there is one; its lines are not all parsed."""
+    start = max(0, end - _EVAL_BYTES)
+    piece = os.pread(descriptor, end - start, start)
+    at = piece.rfind(b'"kind": "eval"')  # as the trainer writes it
+    row = parse_metrics(piece[piece.rfind(b"\n", 0, at) + 1 :].partition(b"\n")[0], ("step",)) if at >= 0 else None
+    return [] if row is None else [row]
 
 
 def left_seconds(steps: Sequence[dict[str, Any]], left: float) -> float | None:

@@ -49,6 +49,8 @@ def test_the_list_says_where_every_run_is(build_run: Build, served: Served, tmp_
     build_run(name="done", info={**run_info(), "result": {**run_info()["result"], "planned_steps": 96}})
     begin(build_run(name="going", info=None, evals=None), status="running", planned_steps=200)
     build_run(name="stopped", info={"status": "interrupted"})
+    long_ago = [*train_rows(40), *eval_rows({40: 0.173}), *train_rows(400)[40:]]
+    begin(build_run(name="long", info=None, train=long_ago, evals=None), status="running", planned_steps=900)
     build_run(name="broken", info={"status": "failed"})
     build_run(name="dead", info={"status": "running"}, train=None, evals=None)
     owner = {"host": os.uname().nodename, "pid": 1, "started": "1999-01-01"}  # another process has the number now
@@ -56,6 +58,7 @@ def test_the_list_says_where_every_run_is(build_run: Build, served: Served, tmp_
     rows = rows_of(served)
     states = {
         "going": "running",
+        "long": "running",
         "stopped": "interrupted",
         "broken": "failed",
         "dead": "interrupted",
@@ -68,7 +71,8 @@ def test_the_list_says_where_every_run_is(build_run: Build, served: Served, tmp_
     minutes, seconds = divmod(round(sum(row["step_seconds"] for row in train_rows()[-50:]) / 50 * 104), 60)
     assert left == f"{minutes} min {seconds:02d} s"
     assert float(loss) == pytest.approx(train_rows()[-1]["loss"], rel=1e-3)
-    assert rows["done"][1:4] == ["96 of 96", rows["done"][2], "0.07350"]
+    assert rows["done"][1:4] == ["96 of 96", rows["done"][2], "0.07120"]  # that of run.json, of the best step
+    assert rows["long"][1:4] == ["400 of 900", rows["long"][2], "0.1730"]
     assert rows["dead"][1:6] == ["–", "–", "–", "–", ""]  # nothing is made up
 
 
