@@ -237,7 +237,7 @@ _QUESTIONS: dict[str, Callable[[RunFiles], str]] = {
     ),
     "The runs ran on different machines ({}): seconds and memory are not comparable.": lambda run: run.text("device"),
     "The runs had different numbers of processes ({}): memory is that of the first one.": (
-        lambda run: count(run.number("processes", "count") or 0).strip("0")
+        lambda run: count(number) if (number := run.number("processes", "count")) else ""
     ),
 }
 """If the runs answer one of these differently, their figures can't be compared, and this is said."""

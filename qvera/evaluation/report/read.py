@@ -441,7 +441,7 @@ def entries_of(info: object) -> list[AdapterEntry]:
                 **{key: get_number(tree, key) for key in _ENTRY_NUMBERS},
                 loss_before=get_number(tree, "eval_before", "loss"),
                 loss_after=get_number(tree, "eval_after", "loss"),
-                flags=tuple(str(flag) for flag in flags) if isinstance(flags, list) else (),
+                flags=tuple(text for flag in flags if (text := str(flag))) if isinstance(flags, list) else (),
                 tree=tree,
             )
         )

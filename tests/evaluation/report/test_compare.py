@@ -101,13 +101,15 @@ INCOMPARABLE: list[tuple[dict[str, Any], str | None]] = [
     ({"result__eval_after": {"loss": 0.1, "rows": 41}}, ROWS),
     ({"result__eval_after": {"loss": 0.1, "rows": 40, "trained_tokens": 9}}, None),  # of one of them it is not known
     ({"device": "cuda: H100"}, "ran on different machines"),
-    ({"processes": {"count": 4}, "device": "cpu: AMD EPYC 9R14, 2 threads"}, None),
+    ({"processes": {}, "device": "cpu: AMD EPYC 9R14, 2 threads"}, None),
+    ({"processes": {"count": 10}}, "numbers of processes (one: 1; two: 10)"),
 ]
 
 
 @pytest.mark.parametrize(("change", "sentence"), INCOMPARABLE)
 def test_what_cannot_be_compared_is_reported(build_run: Build, change: dict[str, Any], sentence: str | None) -> None:
-    gaps = compare_runs([build_run(name="one"), build_run(name="two", info=info(**change))]).gaps
+    one, two = info(processes={"count": 1}), info(**{"processes": {"count": 1}, **change})
+    gaps = compare_runs([build_run(name="one", info=one), build_run(name="two", info=two)]).gaps
     assert len(gaps) == (sentence is not None)
     assert sentence is None or sentence in gaps[0]
 

@@ -324,7 +324,7 @@ def test_a_damaged_run_json_is_still_a_page_and_writes_nowhere_else(build_run: B
     info["adapters"] = [
         *("text", None, {"name": ""}, {"name": "up", "directory": "../../up", "rows": "many", "flags": "odd"}),
         {"name": "here", "directory": ".", "eval_after": [1], "status": ["done"]},
-        adapter_entry("\ud800 </table><script>", "good", flags=[3, None]),
+        adapter_entry("\ud800 </table><script>", "good", flags=[3, None, ""]),
     ]
     run = build_run(info, many_rows(), None, MANY_RECIPE)
     found = page(run)
