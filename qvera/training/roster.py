@@ -123,6 +123,12 @@ class AdapterRun:
         return self.recipe.training.learning_rate * self.lr_lambda(self.state.step)
 
     @property
+    def kept_step(self) -> int:
+        """The step whose vectors are saved: the last one, or the best one where the recipe keeps those."""
+        best = self.state.best_step
+        return self.state.step if self.best is None or best is None else best
+
+    @property
     def evaluation_is_due(self) -> bool:
         """Whether the recipe asks for the held-out loss after the step that was taken last."""
         every = self.recipe.training.eval_steps

@@ -42,6 +42,10 @@ class ScriptedRun:
     reason: str | None = None
 
     @property
+    def kept_step(self) -> int:
+        return self.state.best_step or self.state.step
+
+    @property
     def has_ended(self) -> bool:
         return self.reason is not None or self.state.step >= self.steps
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from qvera.serve.fine_tuning.database import OPEN, Job
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
 from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.utils.errors import InputError, RunFailed
-from qvera.utils.files import ADAPTER_WEIGHTS
+from qvera.utils.files import ADAPTER_WEIGHTS, TRAINING_FACTS
 from tests.helpers import wait_until
 from tests.serve.scripted_training import ScriptedTrainer, chat_rows, jobs_of, target
 
@@ -205,6 +206,17 @@ def test_a_job_reads_the_columns_of_the_served_recipe_where_its_file_has_them(tm
         wait_until(lambda: statuses(jobs, *made) == ["queued", "queued", "failed", "failed"], 20)
         said = [str(jobs.database.job(job.id).error) for job in made[2:]]
     assert "Columns found: frage, reply." in said[0] and "No job trains on pairs: `qvera train` does." in said[1]
+
+
+def test_step_and_losses_of_a_model_are_those_of_its_vectors(jobs: Jobs, trainer: ScriptedTrainer) -> None:
+    [job] = queued(jobs, "anna")
+    jobs.worker.run_slice()
+    trainer.in_flight[0].state.best_step = 3
+    run_all(jobs)
+    done = jobs.database.job(job.id)
+    facts = json.loads((jobs._store.directory_for("anna") / TRAINING_FACTS).read_text())
+    assert done.step == facts["steps"] == 3
+    assert jobs.database.last_losses(job.id, done.step) == {"train_loss": 1 / 3}
 
 
 # Pauses that cross what the worker does

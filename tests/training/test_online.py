@@ -61,6 +61,7 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
                     assert one[key] == other[key]
                 assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert run.state.best_step == expected["best_step"]
+        assert run.kept_step == (run.state.best_step if run.name == "best" else run.state.step)
         for scores, when in ((run.state.before, "eval_before"), (run.after, "eval_after")):
             assert (scores is None) == (expected[when] is None)
             if scores is not None:

@@ -124,7 +124,7 @@ def list_checkpoints(training: Trainer, job_id: str, limit: Limit = 10, after: s
         "created_at": job.finished,
         "fine_tuned_model_checkpoint": job.model,
         "fine_tuning_job_id": job.id,
-        "metrics": {"step": job.step, **training.database.last_losses(job_id)},
+        "metrics": {"step": job.step, **training.database.last_losses(job_id, job.step)},
         "step_number": job.step,
     }
     return page([card] if job.status == "succeeded" and after is None else [], limit)

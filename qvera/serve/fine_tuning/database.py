@@ -259,12 +259,12 @@ class Database(SqliteFile):
         """The events of a job's steps, in order."""
         return self._records(Event, "WHERE job = ? AND step IS NOT NULL ORDER BY step, number", (job_id,))
 
-    def last_losses(self, job_id: str) -> dict[str, float]:
-        """Return a job's last ``train_loss`` and ``valid_loss``. SQL picks them, as it may have millions of events."""
+    def last_losses(self, job_id: str, step: int | None) -> dict[str, float]:
+        """Return a job's last ``train_loss`` and ``valid_loss`` up to a step. SQL picks them among maybe millions."""
         found = {}
-        query = "WHERE job = ? AND json_extract(data, ?) IS NOT NULL ORDER BY number DESC LIMIT 1"
+        query = "WHERE job = ? AND step <= ? AND json_extract(data, ?) IS NOT NULL ORDER BY number DESC LIMIT 1"
         for name in ("train_loss", "valid_loss"):
-            for event in self._records(Event, query, (job_id, f"$.{name}")):
+            for event in self._records(Event, query, (job_id, step, f"$.{name}")):
                 found[name] = float((event.data or {})[name])
         return found
 

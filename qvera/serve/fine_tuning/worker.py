@@ -257,7 +257,7 @@ class Worker:
         file = self._directory.write_results(job.owner, f"{job.id}-steps.csv", results)
         texts = (f"New fine-tuned model created: {job.model}", "The job has successfully completed")
         said = [Event(job.id, text) for text in texts]
-        changes = {"finished": now(), "trained_tokens": run.state.input_tokens, "step": run.state.step}
+        changes = {"finished": now(), "trained_tokens": run.state.input_tokens, "step": run.kept_step}
         try:
             self._database.move(job.id, ("finishing",), "succeeded", file, *said, result_file=file.id, **changes)
         except RunFailed:
@@ -333,7 +333,7 @@ def write_facts(directory: Path, job: Job, run: AdapterRun) -> None:
         "job": job.id,
         "rows": len(run.rows.train),
         "eval_rows": len(run.rows.eval),
-        "steps": run.state.step,
+        "steps": run.kept_step,
         "eval_before": run.state.before,
         "eval_after": run.after,
     }
