@@ -197,7 +197,7 @@ class BankLoop(Loop[BankStep]):
         if not self.beside_answers:
             return super().give_up(step, shortage)
         for run in step.shares:
-            run.reason = f"Memory ran out in the optimizer's step: {shortage}. Earlier checkpoints are kept."
+            run.reason = f"Memory ran out in the optimizer's step: {shortage}."
         self.drop_gradients()
         return []
 

@@ -55,7 +55,7 @@ class ScriptedTrainer:
 
     Attributes:
         fails: what `run_slice` raises, once.
-        not_finite: ids of jobs that diverge at their next step.
+        not_finite: ids of jobs that diverge at their next step → what is said of it.
         before: called with the name of each method but `prepare` before it does anything.
         begun: ids of all jobs that began, the first one first.
     """
@@ -64,7 +64,7 @@ class ScriptedTrainer:
         self.slots = slots
         self.in_flight: list[ScriptedRun] = []
         self.fails: Exception | None = None
-        self.not_finite: set[str] = set()
+        self.not_finite: dict[str, str] = {}
         self.before: Callable[[str], None] = lambda name: None
         self.begun: list[str] = []
 
@@ -92,7 +92,7 @@ class ScriptedTrainer:
         records = []
         for run in self.in_flight:
             if run.id in self.not_finite:
-                run.reason = f"step {run.state.step + 1}: its loss is not finite."
+                run.reason = self.not_finite[run.id]
             elif not run.has_ended:
                 run.state.add_step(1 / (run.state.step + 1), 0.1, 10)
                 record = {"kind": "train", "adapter": run.id, "step": run.state.step, "loss": run.state.train_loss_last}

@@ -20,6 +20,7 @@ from qvera.serve.fine_tuning import worker as worker_module
 from qvera.serve.fine_tuning.database import OPEN, Job
 from qvera.serve.fine_tuning.directory import DATABASE, TrainingDirectory, Upload
 from qvera.serve.fine_tuning.jobs import Jobs
+from qvera.training.failures import LOWER_RATE
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import ADAPTER_WEIGHTS, TRAINING_FACTS
 from tests.helpers import wait_until
@@ -404,6 +405,21 @@ def test_an_error_of_the_trainer_ends_the_jobs_it_was_training_and_no_others(
     failed = {"code": "server_error", "message": "Training failed: a kernel failed.", "param": None}
     assert jobs.database.job(first.id).error == failed
     assert statuses(jobs, second) == ["succeeded"]
+
+
+def test_a_job_that_failed_names_its_owner_s_file_and_advises_what_a_job_can_do(
+    jobs: Jobs, trainer: ScriptedTrainer
+) -> None:
+    made = queued(jobs, "anna", "ben")
+    places = [jobs.directory.files / f"{job.training_file}.jsonl" for job in made]
+    reasons = f"step 2: is not finite; rows: {places[0]}:3. {LOWER_RATE}", f"{places[1]}:4: Lower data.max_length."
+    trainer.not_finite = dict(zip((job.id for job in made), reasons, strict=True))
+    run_all(jobs)
+    messages = [(jobs.database.job(job.id).error or {})["message"] for job in made]
+    assert messages == [
+        "step 2: is not finite; rows: rows.jsonl:3. Create the job anew with a lower learning_rate_multiplier.",
+        "rows.jsonl:4: Lower data.max_length. A job sets no such key: the server's recipe does.",
+    ]
 
 
 # Files

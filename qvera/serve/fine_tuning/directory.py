@@ -72,6 +72,12 @@ class TrainingDirectory:
         """A message without the path of this directory, for a job's owner."""
         return text.replace(f"{self.path}/", "")
 
+    def for_owner(self, text: str, files: Iterable[StoredFile]) -> str:
+        """A message with the sender's file names in place of paths."""
+        for file in files:
+            text = text.replace(str(self.place(file)), shown(file.name))
+        return self.without_places(text)
+
     def fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
         """End a job that can't continue, and delete its state. A cancelled or paused one stays as it is.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import queue
-import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,9 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 
-from qvera.config.sections import DataSection, TrainingSection
 from qvera.data import build_datasets, data_warnings
-from qvera.data.detect import UnaskedPreferences
 from qvera.data.images import text_only
 from qvera.data.source import has_columns
 from qvera.serve.api.errors import ApiError, bad_request
@@ -32,8 +29,8 @@ from qvera.serve.fine_tuning.database import (
     not_made,
     now,
 )
-from qvera.serve.fine_tuning.directory import TrainingDirectory, remove_remains, shown
-from qvera.serve.fine_tuning.preparing import Recipes
+from qvera.serve.fine_tuning.directory import TrainingDirectory, remove_remains
+from qvera.serve.fine_tuning.preparing import Recipes, without_recipe
 from qvera.serve.fine_tuning.worker import Worker
 from qvera.training.online import OnlineTrainer
 from qvera.training.run_dir import changed_keys, require_writable
@@ -54,7 +51,6 @@ _RETRY_SECONDS = 30.0
 _DELETED = ".{}.deleted"  # an adapter's directory until its files are gone; no list shows hidden ones
 _MOST_JSON_BYTES = 64 * 2**20  # to read one takes several times its size of memory; readers limit rows of other files
 _JOIN_SECONDS = 5.0  # a closing server does not wait for a file of millions of rows
-_KEYS = re.compile(rf"\b(data|training)\.({'|'.join([*DataSection.model_fields, *TrainingSection.model_fields])})\b")
 _ACTIONS: dict[JobAction, tuple[tuple[JobStatus, ...], JobStatus, str]] = {
     "cancel": ((*BEFORE, "running", "paused"), "cancelled", "Fine-tuning job cancelled"),
     "pause": ((*BEFORE, "running"), "paused", "Fine-tuning job paused"),
@@ -223,9 +219,8 @@ class Jobs:
             text = str(error)
             named = next((key for key, file in files.items() if str(self.directory.place(file)) in text), None)
             code = "invalid_training_file" if named else "invalid_job"
-            self.directory.fail(
-                job.id, code, self._for_its_owner(_without_recipe(error) if named else text, files), named
-            )
+            text = self.directory.for_owner(without_recipe(error) if named else text, files.values())
+            self.directory.fail(job.id, code, text, named)
         except RunFailed:
             raise
         except Exception:  # it ends this job alone: the thread reads the rows of all
@@ -256,7 +251,9 @@ class Jobs:
             rows = f"{len(datasets.train):,} training rows"
             rows += f" and {len(datasets.eval):,} held-out rows" if len(datasets.eval) else ""
             said = [Event(job.id, f"Files validated: {rows}. Moving job to queued state.")]
-            warnings = [self._for_its_owner(_without_recipe(text), files) for text in data_warnings(datasets.stats)]
+            warnings = [
+                self.directory.for_owner(without_recipe(text), files.values()) for text in data_warnings(datasets.stats)
+            ]
             if unread := datasets.stats.unused_columns:  # which `qvera init` and `preview` would have shown
                 format = datasets.stats.format
                 advice = " To train on labels, call the columns prompt and completion." if format == "text" else ""
@@ -266,19 +263,6 @@ class Jobs:
         elif not has_begun:  # its rows were read first by a server with another recipe, maybe
             self.database.move(job.id, (job.status,), job.status, recipe=recipe.to_dict())
         return run
-
-    def _for_its_owner(self, text: str, files: dict[str, StoredFile]) -> str:
-        """A message with the sender's file names in place of paths."""
-        for file in files.values():
-            text = text.replace(str(self.directory.place(file)), shown(file.name))
-        return self.directory.without_places(text)
-
-
-def _without_recipe(said: str | InputError) -> str:
-    """Add to a message about rows, which may advise to set a key, that a job has no recipe."""
-    if isinstance(said, UnaskedPreferences):
-        return f"{said} No job trains on pairs: `qvera train` does."
-    return f"{said} A job sets no such key: the server's recipe does." if _KEYS.search(str(said)) else str(said)
 
 
 def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_once: int) -> Jobs:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.sections import DataSection, TrainingSection
+from qvera.data.detect import UnaskedPreferences
 from qvera.evaluation.load import template_name
 from qvera.serve.fine_tuning.database import Job
+from qvera.training.failures import LOWER_RATE
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +27,7 @@ _NOT_OF_A_JOB = (
 )
 """Keys of ``training`` about a run directory, a report, or how a run is computed."""
 _EVALUATIONS = ("eval_steps", "load_best_model_at_end", "early_stopping_patience")
+_KEYS = re.compile(rf"\b(data|training)\.({'|'.join([*DataSection.model_fields, *TrainingSection.model_fields])})\b")
 
 
 class Recipes:
@@ -75,3 +80,11 @@ class Recipes:
 
     def _parse(self, data: dict[str, Any], training: dict[str, Any]) -> Recipe:
         return parse_recipe({**self._common, "data": data, "training": training}, self._source, drop_idle_keys=True)
+
+
+def without_recipe(said: str | InputError) -> str:
+    """Make a message, which may advise to set a key or to begin a run anew, fit a job, which has no recipe."""
+    if isinstance(said, UnaskedPreferences):
+        return f"{said} No job trains on pairs: `qvera train` does."
+    text = str(said).replace(LOWER_RATE, "Create the job anew with a lower learning_rate_multiplier.")
+    return f"{text} A job sets no such key: the server's recipe does." if _KEYS.search(text) else text

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qvera.serve.fine_tuning.database import TRAINED, Event, Job, now
 from qvera.serve.fine_tuning.directory import TrainingDirectory
+from qvera.serve.fine_tuning.preparing import without_recipe
 from qvera.serve.store import read_content
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, RunFailed, first_line
@@ -234,7 +235,9 @@ class Worker:
         job, run = trained.job, trained.run
         if run.reason is not None:
             self._write_events(at_once=True)
-            return self._fail(trained, "training_failed", run.reason)
+            files = [self._database.file(id) for id in (job.training_file, job.validation_file) if id is not None]
+            text = self._directory.for_owner(without_recipe(run.reason), files)
+            return self._fail(trained, "training_failed", text)
         self._save(trained)
         # the name was free when the job was created, but others write into the directory of adapters, too
         directory = self._store.directory_for(job.model)

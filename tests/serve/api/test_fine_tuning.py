@@ -292,7 +292,7 @@ def test_a_job_that_diverges_ends_alone_and_auto_is_what_the_server_s_recipe_say
     training.engine.trains.clear()
     bad, good = (create(training, hyperparameters={"n_epochs": "auto"}).json() for _ in range(2))
     assert good["hyperparameters"] == {"n_epochs": 1, "batch_size": 16, "learning_rate_multiplier": 1.0}
-    training.trainer.not_finite.add(bad["id"])
+    training.trainer.not_finite[bad["id"]] = "step 1: its loss is not finite."
     training.engine.trains.set()
     diverged = {"code": "training_failed", "message": "step 1: its loss is not finite.", "param": None}
     assert wait_for(training, bad, "failed")["error"] == diverged
