@@ -96,6 +96,11 @@ class AdapterRun:
         return "after" if self.takes_no_step and self.after is None else None
 
     @property
+    def owes_score(self) -> bool:
+        """Whether its next evaluation gives a held-out loss of a step that none was given of yet."""
+        return self.next_evaluation in ("before", "due") or (self.next_evaluation == "after" and self.best is None)
+
+    @property
     def has_ended(self) -> bool:
         """Whether it has nothing left to do; it may still be in flight. It is saved unless it has a ``reason``."""
         return self.takes_no_step and self.next_evaluation is None

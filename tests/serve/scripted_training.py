@@ -42,6 +42,10 @@ class ScriptedRun:
     reason: str | None = None
 
     @property
+    def owes_score(self) -> bool:
+        return self.state.evaluation_due
+
+    @property
     def kept_step(self) -> int:
         return self.state.best_step or self.state.step
 

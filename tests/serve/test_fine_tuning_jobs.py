@@ -165,6 +165,21 @@ def test_a_job_killed_at_any_call_goes_on_and_comes_out_once(tmp_path: Path, mon
     assert number > 15
 
 
+def test_an_evaluation_that_a_killed_server_told_and_did_not_save_is_told_once(
+    tmp_path: Path, trainer: ScriptedTrainer
+) -> None:
+    with server(tmp_path, trainer) as jobs:
+        [job] = queued(jobs, "anna")
+        for _ in range(2):
+            jobs.worker.run_slice()
+        trainer.in_flight[0].state.evaluation_due = True
+    with server(tmp_path) as jobs:
+        told = worker_module.metrics_event({"kind": "eval", "adapter": job.id, "step": 2, "loss": 0.7}, STEPS)
+        jobs.database.add(told)
+        run_all(jobs)
+        assert steps_of(jobs, job) == list(range(1, STEPS + 1))
+
+
 def test_a_job_goes_on_by_the_recipe_by_which_it_began_and_by_no_other(tmp_path: Path) -> None:
     with server(tmp_path) as jobs:
         begun, fresh = queued(jobs, "anna", "ben")
@@ -394,16 +409,24 @@ def test_a_disk_that_fails_while_a_job_is_cancelled_is_waited_for(
     other = create(jobs, "ben")
     run_all(jobs)
     assert statuses(jobs, job, other) == ["cancelled", "succeeded"]
+    # and no step that was not told yet
+    assert jobs.database.events(job.id, None, 1)[0].message == "Fine-tuning job cancelled"
 
 
 def test_an_error_of_the_trainer_ends_the_jobs_it_was_training_and_no_others(
-    jobs: Jobs, trainer: ScriptedTrainer
+    jobs: Jobs, trainer: ScriptedTrainer, clock: list[float]
 ) -> None:
-    trainer.slots, trainer.fails = 1, RuntimeError("a kernel failed")
+    trainer.slots = 1
     first, second = queued(jobs, "anna", "ben")
+    jobs.worker.run_slice()
+    trainer.fails = RuntimeError("a kernel failed")
     run_all(jobs)
     failed = {"code": "server_error", "message": "Training failed: a kernel failed.", "param": None}
     assert jobs.database.job(first.id).error == failed
+    assert [event.message for event in jobs.database.events(first.id, None, 2)] == [
+        failed["message"],
+        f"Step 1/{STEPS}: training loss=1.0000",
+    ]
     assert statuses(jobs, second) == ["succeeded"]
 
 

@@ -166,10 +166,12 @@ def test_a_saved_job_goes_on_to_the_bit_from_any_part_and_beside_others(
     for file in [files[0], *files[3::11], files[-1]]:
         again = Jobs(narrow)
         found = again.begin("anna", own["anna"], file)
-        begun_at = found.state.step
+        begun_at, owes = found.state.step, found.owes_score
         again.do_parts(lambda: False)
         assert torch.equal(again.vectors(found), whole.vectors(run))
         assert [json.dumps(one["loss"]) for one in again.of("anna", "train")] == steps[begun_at:]
+        scored = [[one["step"] for one in jobs.of("anna", "eval")] for jobs in (whole, again)]
+        assert scored[1] == [step for step in scored[0] if step > begun_at - owes]
         assert (found.state.best_step, found.state.best_loss) == (run.state.best_step, run.state.best_loss)
         assert found.after is not None and run.after is not None
         assert found.after["loss"] == run.after["loss"]

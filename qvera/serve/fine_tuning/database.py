@@ -242,13 +242,16 @@ class Database(SqliteFile):
 
     # Events
 
-    def add(self, *records: Event | StoredFile, taken_again: Mapping[str, int] | None = None) -> None:
+    def add(self, *records: Event | StoredFile, taken_again: Mapping[str, tuple[int, int]] | None = None) -> None:
         """Add events in order, or files that are complete on disk.
 
-        ``taken_again``: job → a step; its events of later steps are removed first.
+        ``taken_again``: job → two steps; its events of losses after the first and of held-out losses after the second
+        are removed first.
         """
+        later = "step > ? OR (step > ? AND json_type(data, '$.valid_loss') IS NOT NULL)"
+        values = [(job, *steps) for job, steps in (taken_again or {}).items()]
         with self.transaction() as connection:
-            connection.executemany("DELETE FROM events WHERE job = ? AND step > ?", (taken_again or {}).items())
+            connection.executemany(f"DELETE FROM events WHERE job = ? AND ({later})", values)
             _insert(connection, *records)
 
     def events(self, job_id: str, after: str | None, limit: int) -> list[Event]:

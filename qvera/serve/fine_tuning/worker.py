@@ -69,10 +69,10 @@ class Worker:
         self._stops: dict[str, Literal["cancel", "pause"]] = {}
         self._trained: dict[str, Trained] = {}
         self._events: list[Event] = []
-        self._taken_again: dict[str, int] = {}
-        """Job → the step that it goes on from; -1: from none.
+        self._taken_again: dict[str, tuple[int, int]] = {}
+        """Job → the last steps whose loss and held-out loss its state has; below 0: none.
 
-        A server that was killed may have written events of later steps, which now come again. The next write removes
+        A server that was killed may have written events of later ones, which now come again. The next write removes
         them first.
         """
         self._wrote_at, self._parked_until = clock(), 0.0
@@ -131,6 +131,8 @@ class Worker:
                     self._save(trained)
                 self._let_go(trained)
             if how == "cancel":  # also of a job that has no slot, but had one before
+                # what is not written yet would come after its end
+                self._events = [event for event in self._events if event.job != job_id]
                 self._directory.state(job_id).unlink(missing_ok=True)
             with self._lock:
                 if self._stops.get(job_id) == how:  # and not another stop that came meanwhile
@@ -172,7 +174,8 @@ class Worker:
             return
         step = run.state.step
         self._trained[job.id] = Trained(job, run, step, self._seconds_trained, is_named=status == "finishing")
-        self._taken_again[job.id] = -1 if saved is None else step
+        last = -1 if saved is None else step
+        self._taken_again[job.id] = last, last - run.owes_score
         text = "Fine-tuning job started" if saved is None else f"Fine-tuning job goes on after step {step:,}"
         self._events.append(Event(job.id, f"{text}: {run.steps:,} steps over {len(run.rows.train):,} rows"))
 
@@ -234,7 +237,6 @@ class Worker:
         """
         job, run = trained.job, trained.run
         if run.reason is not None:
-            self._write_events(at_once=True)
             files = [self._database.file(id) for id in (job.training_file, job.validation_file) if id is not None]
             text = self._directory.for_owner(without_recipe(run.reason), files)
             return self._fail(trained, "training_failed", text)
@@ -276,6 +278,7 @@ class Worker:
         return self._directory.without_places(first_line(error))
 
     def _fail(self, trained: Trained, code: str, message: str) -> None:
+        self._write_events(at_once=True)  # of its steps, before that of its end
         self._directory.fail(trained.job.id, code, message)
         self._let_go(trained)
 
