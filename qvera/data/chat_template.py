@@ -36,11 +36,11 @@ NAMED_TEMPLATES = {
     for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))
 }
 """Templates that a recipe can name, for tokenizers that have none or the wrong one."""
-_MARKERS = {
+MARKERS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 }
-"""The tokenizer must have these as single tokens, or the model could not learn to stop."""
+"""The tokenizer must have these as single tokens, or the model could not learn to stop. The last one ends a turn."""
 _DAY = {
     "%d": "26", "%e": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday",
     "%a": "Fri", "%H": "00", "%M": "00", "%S": "00",
@@ -118,7 +118,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase, format: str 
         hint = did_you_mean(name, known)
         raise InputError(f"data.template: no template is called {name!r}{hint} Known: {', '.join(known)}.")
     vocabulary = tokenizer.get_vocab()
-    absent = {each: [m for m in _MARKERS.get(each, ()) if m not in vocabulary] for each in NAMED_TEMPLATES}
+    absent = {each: [m for m in MARKERS.get(each, ()) if m not in vocabulary] for each in NAMED_TEMPLATES}
     if absent[name]:
         usable = [each for each in NAMED_TEMPLATES if not absent[each]]
         raise InputError(

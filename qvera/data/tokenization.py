@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from qvera.config.sections import DataSection
-from qvera.data.chat_template import AnswerSpan, ChatTemplate, shared
+from qvera.data.chat_template import MARKERS, OWN, AnswerSpan, ChatTemplate, resolve_template, shared
 from qvera.data.conversations import PREFERENCES, Conversation, RowFormat, Text, Turn, parse_row
 from qvera.data.images import StoredImage, images_of
 from qvera.data.readers import RawRow
@@ -195,6 +196,25 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
             "different lengths can't stand in one batch. Set model.pad_token to one of its tokens."
         )
     return int(found)
+
+
+def own_turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The token that ends an answer in the tokenizer's own chat template; empty if it has none, or ends no answer.
+
+    In a base model it may be another one than eos, which ends a text: Qwen2.5's are <|im_end|> and <|endoftext|>.
+    """
+    with contextlib.suppress(InputError):  # no template, or one that is not made for this conversation
+        template = resolve_template(OWN, tokenizer)
+        text, (answer,) = template.lay_out(Conversation([Turn("user", "x"), Turn("assistant", "x")], "a probe"), [1])
+        if answer.marked:
+            return {tokenizer(text[answer.start : answer.end], add_special_tokens=False)["input_ids"][-1]}
+    return set()
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer in templates that the tokenizer may be used with: its own, and the named ones."""
+    named = tokenizer.convert_tokens_to_ids([markers[-1] for markers in MARKERS.values()])
+    return own_turn_end(tokenizer) | set(named) - {None, tokenizer.unk_token_id}
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

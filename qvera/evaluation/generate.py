@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin
 from qvera.adapters import AdaptedForward
 from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_template
 from qvera.data.images import StoredImage
+from qvera.data.tokenization import turn_ends
 from qvera.distributed.zero import any_sharded, is_sharded
 from qvera.evaluation.load import template_name
 from qvera.models import linear, quantization
@@ -281,10 +282,13 @@ def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end an answer: the tokenizer's, and those of the generation config."""
+    """All tokens that end an answer: the tokenizer's, those of the generation config, and chat templates' ends of turn.
+
+    So answers end as in training, where the template's end of turn is trained.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return sorted(ends - {None})
+    return sorted((ends | turn_ends(tokenizer)) - {None})
 
 
 @dataclass(frozen=True)

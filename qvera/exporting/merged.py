@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from qvera.adapters.adapter_file import read_config, require_tokens
 from qvera.adapters.save_load import portable_name
 from qvera.config.sections import ExportSection, ModelSection
-from qvera.data.tokenization import pad_id_of
+from qvera.data.tokenization import own_turn_end, pad_id_of
 from qvera.exporting.base import (
     PackedBaseReader,
     TrainedBaseReader,
@@ -359,6 +359,10 @@ def export_merged(
                     generation = GenerationConfig.from_pretrained(merging.base.directory)
                     if section.eos_token is not None:
                         generation.eos_token_id = merging.tokenizer.eos_token_id
+                    own = generation.eos_token_id  # which in a base model may end a text, and no turn
+                    ends = own if isinstance(own, list) else [own] if own is not None else []
+                    if more := own_turn_end(merging.tokenizer) - set(ends):
+                        generation.eos_token_id = [*ends, *more]
                     place_files(out, generation.save_pretrained)
                 if section.trust_remote_code:  # a config that is saved brings its own code alone
                     code = list(merging.base.directory.glob("*.py"))

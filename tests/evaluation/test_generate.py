@@ -15,13 +15,14 @@ from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import Example
 from qvera.evaluation import generate as generation
 from qvera.evaluation import held_out
-from qvera.evaluation.generate import generate, generating
+from qvera.evaluation.generate import end_tokens, generate, generating
 from qvera.evaluation.metrics import exact_match
 from qvera.models import forward
 from qvera.models.loader import load_base
 from qvera.models.structure import causal_model
 from qvera.utils.errors import InputError
 from tests.adapters.helpers import perturb, weight_bytes
+from tests.conftest import small_tokenizer
 from tests.data.rows import byte_tokenizer, messages_of, one
 
 PROMPTS = [[5, 9, 200, 31, 7], [40], [8, 8, 30, 1, 99, 4, 250, 6, 17, 60, 61], [77, 12], [5, 9, 200, 31, 8]]
@@ -107,6 +108,17 @@ def test_an_end_token_ends_one_answer_and_not_its_neighbours(dense: Loaded, monk
     assert answers == [by_hand(model, tokenizer, p, 9, {2, first}) for p in PROMPTS]
     assert answers[0] == tokenizer.decode([first])
     assert len(answers[1]) > len(answers[0])
+
+
+def test_answers_of_a_base_model_end_where_its_chat_templates_end_a_turn() -> None:
+    """Its eos ends a text: rows train <|im_end|>, whether the template is its own or a named one."""
+    tokenizer, model = small_tokenizer(), torch.nn.Module()
+    tokenizer.eos_token = "<|endoftext|>"
+    for template in (tokenizer.chat_template, None):
+        tokenizer.chat_template = template
+        assert tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer)) == ["<|endoftext|>", "<|im_end|>"]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + '<|im_start|>' }}{% endfor %}"
+    assert "<|im_start|>" in tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer))
 
 
 def test_sampling_is_reproducible_and_leaves_the_random_state_alone(

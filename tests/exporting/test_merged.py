@@ -84,6 +84,20 @@ def test_files_config_and_certificate(trained: Any, tiny_model_dir: Path, tmp_pa
         assert certificate["delta"][name]["mean_abs"] == pytest.approx(change.abs().mean().item(), rel=1e-5)
 
 
+def test_other_programs_end_answers_at_the_trained_end_of_turn(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A base model's eos ends a text, and its chat template ends a turn with another token."""
+    base, config = tmp_path / "base", tmp_path / "out" / "generation_config.json"
+    shutil.copytree(tiny_model_dir, base)
+    tokenizer = small_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    _, section, adapter = trained_adapter(base, tmp_path / "adapter")
+    export_merged(adapter, section, tmp_path / "out", ExportSection())
+    ends = json.loads(config.read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|endoftext|>", "<|im_end|>"]
+
+
 def test_fp16_overflow_is_refused_by_tensor_name(tiny_model_dir: Path, tmp_path: Path) -> None:
     model, section, adapter = trained_adapter(tiny_model_dir, tmp_path / "adapter")
     named_vectors(model)["base_model.model.model.layers.1.mlp.up_proj.qvera_b"].data.mul_(1e8)
