@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +348,7 @@ def parse_metrics(line: str | bytes, places: Sequence[str]) -> dict[str, Any] | 
 
 
 def read_metrics(path: Path, places: Sequence[str], notes: list[str], containing: str = "") -> Iterator[dict[str, Any]]:
-    """The readable lines of metrics.jsonl that contain ``containing``. Then ``notes`` says what was not readable."""
+    """The readable lines of a metrics.jsonl that contain ``containing``. Then ``notes`` says what was not readable."""
     unreadable: list[int] = []
     number, line = 0, "\n"
     try:
@@ -364,10 +365,10 @@ def read_metrics(path: Path, places: Sequence[str], notes: list[str], containing
         notes.append(f"{path.name}: can't be read ({error.strerror}).")
     if unreadable and unreadable[-1] == number and not line.endswith("\n"):
         unreadable.pop()
-        notes.append("The last line of metrics.jsonl is cut off (the run was killed while writing): ignored.")
+        notes.append(f"The last line of {path.name} is cut off (the run was killed while writing): ignored.")
     if unreadable:
         shown = ", ".join(map(str, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
-        notes.append(f"metrics.jsonl: {len(unreadable)} lines can't be read and are left out (line {shown}).")
+        notes.append(f"{path.name}: {len(unreadable)} lines can't be read and are left out (line {shown}).")
 
 
 def not_finite_notes(train: Sequence[dict[str, Any]]) -> list[str]:
@@ -522,7 +523,10 @@ def read_many(run_dir: str | Path, only: str | None = None) -> ManyRun:
     rounds: dict[int, dict[str, Any]] = {}
     curves: dict[str, AdapterCurve] = {}
     written = "" if only is None else json.dumps(only)  # as the trainer writes it
-    for row in read_metrics(root / "metrics.jsonl", ("step", "round"), run.notes, containing=written):
+    # a process k > 0 has its own records until the run ends; of a foreign directory, no link is followed
+    others = [path for path in sorted(root.glob("metrics.rank-*.jsonl")) if path.is_file() and not path.is_symlink()]
+    files = (root / "metrics.jsonl", *others)
+    for row in chain.from_iterable(read_metrics(path, ("step", "round"), run.notes, written) for path in files):
         if row.get("kind") == "round":
             if not row.get("rank") and (number := get_number(row, "round")) is not None:
                 rounds[int(number)] = row

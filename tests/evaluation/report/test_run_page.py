@@ -309,6 +309,17 @@ def test_lines_of_many_adapters_without_their_own_number_are_left_out(many_run: 
         assert len(curve.rows("train")) == 12
 
 
+def test_an_adapter_has_its_curve_also_before_the_records_of_all_processes_are_joined(many_run: Path) -> None:
+    steps = [{"kind": "train", "adapter": "ben <b>", "round": n, "step": n, "loss": 1.0 / n} for n in (1, 2, 3)]
+    lines = [json.dumps(row) + "\n" for row in [*steps, {"kind": "round", "round": 1, "rank": 1, "adapters": 90}]]
+    (many_run / "metrics.rank-00001.jsonl").write_text("".join(lines) + '{"kind')
+    (many_run / "metrics.rank-00002.jsonl").symlink_to("/dev/zero")
+    many = read_many(many_run)
+    assert [row["step"] for row in many.curves["ben <b>"].rows("train")] == [1, 2, 3]
+    assert [row["adapters"] for row in many.run.train] == [2] * 12
+    assert any("last line of metrics.rank-00001.jsonl is cut off" in note for note in many.run.notes)
+
+
 def test_rounds_are_those_of_the_first_process_and_steps_are_read_once(many_run: Path) -> None:
     with open(many_run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"kind": "train", "adapter": "chloe", "step": 12, "loss": 0.5}) + "\n")
