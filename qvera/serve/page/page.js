@@ -127,7 +127,8 @@ async function* eventsOf(answer) {
 async function answerIn(name, pane, signal) {
   const element = say(pane, "assistant waiting", "");
   const system = at("system").value.trim();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...pane.messages];
+  const talk = pane.messages; // clearing all chats begins another
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...talk];
   const began = performance.now();
   let [text, tokens, first] = ["", 0, null];
   try {
@@ -155,8 +156,8 @@ async function answerIn(name, pane, signal) {
     }
   } finally {
     element.classList.remove("waiting");
-    if (text) pane.messages.push({ role: "assistant", content: text });
-    else { element.remove(); pane.messages.pop(); } // without an answer the question is not part of the talk
+    if (text) talk.push({ role: "assistant", content: text });
+    else { element.remove(); talk.pop(); } // without an answer the question is not part of the talk
     if (tokens) {
       const seconds = (performance.now() - began) / 1000;
       const line = document.createElement("p");
@@ -212,6 +213,7 @@ at("prompt").addEventListener("keydown", (event) => {
 });
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running) running.abort(); });
 at("clear").addEventListener("click", () => {
+  running?.abort();
   for (const pane of panes.values()) { pane.messages = []; pane.talk.replaceChildren(); }
 });
 at("login").addEventListener("close", () => {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -71,6 +72,26 @@ def test_the_keyboard_chooses_filters_and_stops(start: Start, browser: Any) -> N
     [base_request] = [request for request in served.engine.requests if request.adapter is None]
     wait_until(lambda: base_request.id in served.engine.cancelled)
     assert len(page.text_content(".said.assistant >> nth=0")) < len(served.said["tiny"])
+    page.close()
+
+
+def test_cleared_chats_are_not_sent_again_also_where_an_answer_was_being_written(start: Start, browser: Any) -> None:
+    served = start()
+    served.said["tiny"] = "word " * 400
+    served.engine.step_seconds = 0.02
+    page = browser.new_page()
+    page.goto(served.url)
+    page.wait_for_selector(".pane >> nth=1")
+    page.fill("#prompt", "a secret")
+    page.press("#prompt", "Enter")
+    wait_until(lambda: len(page.text_content(".said.assistant >> nth=0")) > 20)
+    page.evaluate("document.getElementById('clear').click()")
+    wait_until(lambda: page.text_content("#send") == "Send")
+    assert page.locator(".said").count() == 0
+    page.fill("#prompt", "hello")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.press("#prompt", "Enter")
+    assert json.loads(asked.value.post_data)["messages"] == [{"role": "user", "content": "hello"}]
     page.close()
 
 
