@@ -120,6 +120,7 @@ class RunFiles:
     evaluation: Evaluation | None  # eval.json, where it was asked for and exists
     notes: list[str]  # sentences about what could not be read
     recorded: dict[str, float | None] | None = None  # `totals` of all steps, where ``train`` has only some of them
+    has_checkpoint: bool = False
 
     def number(self, *keys: str) -> float | None:
         """A number of run.json."""
@@ -281,7 +282,13 @@ def read_run(run_dir: str | Path, *, evaluation: bool = False, metrics: bool = T
         adapter_file_bytes=weights.stat().st_size if weights.is_file() else None,
         evaluation=read_evaluation(root / "eval.json", weights, notes) if evaluation else None,
         notes=notes,
+        has_checkpoint=has_checkpoint(root),
     )
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether the run has saved a step or a round. Those that are not whole have a name that begins with a dot."""
+    return any(path.name.startswith(("step-", "round-")) for path in run_dir.glob("checkpoints/*"))
 
 
 def _read_object(path: Path, what: str, notes: list[str], keys: Sequence[str] = ()) -> dict[str, Any]:

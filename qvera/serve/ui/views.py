@@ -25,6 +25,7 @@ from qvera.evaluation.report.read import (
     get,
     get_number,
     get_text,
+    has_checkpoint,
     not_finite_notes,
     parse_metrics,
     process_exists,
@@ -251,7 +252,13 @@ class _Reader:
             missing = [] if state == "running" and not stamps[1] else base.notes  # run.json: it is about to write them
             notes = [*missing, *read.notes(), *([] if is_many else not_finite_notes(train))]
             run = dataclasses.replace(
-                base, train=train, evals=read.evals.rows(), notes=notes, recorded=read.recorded(), name=self.id
+                base,
+                train=train,
+                evals=read.evals.rows(),
+                notes=notes,
+                recorded=read.recorded(),
+                name=self.id,
+                has_checkpoint=has_checkpoint(self.directory),  # since recipe and run.json were read
             )
             many = None
             if is_many:  # with the adapters that have only begun, which run.json does not list yet

@@ -51,10 +51,15 @@ def test_what_a_page_says(build_run: Build) -> None:
     assert "VeRA of rank 96 on 210 linear layers" in said and "Rows split 3 Rows dropped" in said
     assert "Rows split" not in text(info=info(data={"split_rows": 0, "split_parts": 0}))
     result = {"steps": 63, "eval_before": {"loss": 2.4, "rows": 40}, "eval_after": None}
-    said = text(info=run_info() | {"status": "interrupted", "result": result}, train=train_rows()[:63], evals=[])
-    assert "Interrupted after step 63. The same command goes on" in said
+    stopped = build_run(run_info() | {"status": "interrupted", "result": result}, train_rows()[:63], [], name="stopped")
+    partial = stopped / "checkpoints" / ".partial-step-00000050"  # the run was killed in its first save
+    partial.mkdir(parents=True)
+    said = page(stopped).text
+    assert "Interrupted after step 63. No checkpoint was saved: the same command begins again." in said
     assert "Training loss, first and last step (no held-out score)" in said
-    assert "This run failed after step 96." in text(info=info(status="failed"))
+    partial.rename(partial.with_name("step-00000050"))
+    assert "Interrupted after step 63. The same command goes on from its last checkpoint." in page(stopped).text
+    assert "This run failed after step 96. No checkpoint was saved." in text(info=info(status="failed"))
     said = text(info=None, train=train_rows(9), evals=eval_rows({4: 0.6, 8: 0.17}))
     assert "This run has not finished: it was killed or is still going after step 9." in said
     assert "Held-out loss, step 4 to step 8" in said
