@@ -235,6 +235,7 @@ def serve(
 
 def start_engine(served: Served, settings: EngineSettings) -> Engine:
     """A started engine, with an adapter loaded. InputError: the adapter that was named can't be served."""
+    from qvera.models.structure import context_limit, rope_limit
     from qvera.serve.engine import Engine
     from qvera.serve.opening import warm_up
     from qvera.utils.memory import is_out_of_memory
@@ -242,6 +243,11 @@ def start_engine(served: Served, settings: EngineSettings) -> Engine:
     engine = Engine(served.opened.base, settings)
     if engine.why_static is not None:
         say(f"{engine.why_static} Answering in static batches.")
+    if engine.longest_tokens < context_limit(engine.model) and engine.longest_tokens == rope_limit(engine.model.config):
+        say(
+            f"A prompt and its answer may have {engine.longest_tokens:,} tokens: a longer one would change this base's "
+            "rotary embeddings for all requests of its step. `qvera generate` answers it."
+        )
     engine.start()
     try:
         warm_up(engine, served.store, served.own)

@@ -24,7 +24,7 @@ from qvera.evaluation.load import template_name
 from qvera.models import linear, quantization
 from qvera.models.attention import needs_equal_lengths, rows_joined
 from qvera.models.forward import image_inputs
-from qvera.models.structure import causal_model, context_limit, decoder_of, position_limit
+from qvera.models.structure import causal_model, context_limit, decoder_of, position_limit, rope_limit
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.memory import each_in_halves
@@ -172,7 +172,7 @@ def generate_tokens(
             f"a prompt has {longest:,} tokens, and the model has positions for {limit:,}, the answer's included. "
             "Shorten it."
         )
-    context = context_limit(model)
+    context, unchanged = context_limit(model), rope_limit(causal_model(model).config)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
@@ -189,6 +189,7 @@ def generate_tokens(
     with generating(model, base_only=adapters is not None), forked:
         torch.manual_seed(seed)
         joins = streamer is None and adapters is None
+        joins = joins and max(map(len, prompts), default=0) + max_new_tokens <= unchanged
         # Of the models whose rows may be joined none reads images, so a common prefix holds none.
         joins = joins and rows_joined(model, prefix_once=True, packing=False) is not None
         prefix, cache = _common_prefix(prompts) if joins else 0, None
@@ -230,13 +231,16 @@ def generate_tokens(
         # Models whose tokens would see the padding get batches of equal lengths.
         is_unpadded = needs_equal_lengths(causal_model(model))
 
-        def equal_length(i: int) -> int:
-            # So do prompts whose answers the context cuts: none is cut for a longer prompt beside it. Not under ZeRO-3,
-            # where all ranks need as many batches.
-            is_cut = not together and len(prompts[i]) + max_new_tokens > context
-            return len(prompts[i]) if is_unpadded or is_cut else 0
+        def group(i: int) -> tuple[bool, int]:
+            # So do prompts whose answers the context cuts: none is cut for a longer prompt beside it. And those whose
+            # answers change the rotary embeddings, where transformers computes a batch anew; longer ones stay among
+            # themselves. Not under ZeRO-3, where all ranks need as many batches.
+            length = len(prompts[i])
+            is_long = length > unchanged
+            is_cut = length + max_new_tokens > (context if is_long else min(context, unchanged))
+            return is_long and not together, length if is_unpadded or (is_cut and not together) else 0
 
-        groups = itertools.groupby(by_length, equal_length)
+        groups = itertools.groupby(by_length, group)
         batches = (batch for _, rows in groups for batch in microbatches(list(rows), batch_size))
         advice = "Lower the number of new tokens, or shorten the prompt."
         for rows, found in each_in_halves(batches, answer, device, "prompts", advice, together):

@@ -18,7 +18,7 @@ from qvera.distributed.zero import any_sharded
 from qvera.evaluation.generate import generate, generating
 from qvera.evaluation.metrics import TextMetric, exact_match, scores_of
 from qvera.models import forward, linear
-from qvera.models.structure import causal_model
+from qvera.models.structure import causal_model, rope_limit
 from qvera.utils.memory import each_in_halves
 
 if TYPE_CHECKING:
@@ -88,8 +88,11 @@ def over_held_out(
     found: list[tuple[list[int], Found]] = []
     done = 0
     try:
-        by_length = np.argsort(lengths_of(examples), kind="stable").tolist()
-        batches = list(microbatches(by_length, batch_size))
+        lengths = lengths_of(examples)
+        by_length = np.argsort(lengths, kind="stable")
+        # no row changes the rotary embeddings of another
+        long = lengths[by_length] > rope_limit(causal_model(model).config)
+        batches = [batch for side in (~long, long) for batch in microbatches(by_length[side].tolist(), batch_size)]
         mine = batches[group.rank :: group.world_size]
         # a rank with fewer batches repeats one where the others need its share of the weights
         together = any_sharded(model)

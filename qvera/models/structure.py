@@ -193,6 +193,37 @@ def context_tokens(config: PretrainedConfig) -> int:
     return said if said and said > 0 else 2**31  # XLNet says -1
 
 
+def rope_limit(config: PretrainedConfig) -> int:
+    """The most tokens of a row that leaves the rotary embeddings of a pass as they are; 2**31: any row does.
+
+    Beside a longer row all rows of the pass get other frequencies: those of long contexts with ``longrope`` (Phi-3),
+    those of the longest row with ``dynamic``. Keys in a cache keep the frequencies of their own pass.
+    """
+    text = config.get_text_config()
+    found = getattr(text, "rope_parameters", None) or {}
+    ropes = [found] if "rope_type" in found else [each for each in found.values() if isinstance(each, dict)]
+    limits = {"longrope": "original_max_position_embeddings", "dynamic": "max_position_embeddings"}
+    names = [(rope, limits[rope["rope_type"]]) for rope in ropes if rope.get("rope_type") in limits]
+    return min((rope.get(name) or getattr(text, name, None) or 2**31 for rope, name in names), default=2**31)
+
+
+def engine_limit(model: PreTrainedModel | PeftModel) -> int:
+    """The most tokens of a prompt and its answer in a server, where requests of all lengths share passes."""
+    return min(context_limit(model), rope_limit(causal_model(model).config))
+
+
+def mixed_rope_note(config: PretrainedConfig, lengths: np.ndarray) -> str | None:
+    """Return a warning where some rows change the rotary embeddings of others in their pass (`rope_limit`)."""
+    limit = rope_limit(config)
+    if not len(lengths) or not lengths.min() <= limit < lengths.max():
+        return None
+    return (
+        f"{int((lengths > limit).sum()):,} of {len(lengths):,} rows have more than {limit:,} tokens, where this base's "
+        "rotary embeddings change, and so they do for shorter rows of the same pass. Set data.max_length to "
+        f"{limit} or less, or training.per_device_train_batch_size to 1 (without data.packing)."
+    )
+
+
 def context_note(config: PretrainedConfig, longest_tokens: int) -> str | None:
     """Return a warning where the longest row, cut by ``data.max_length``, is beyond the base's context."""
     context = context_tokens(config)

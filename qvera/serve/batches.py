@@ -33,7 +33,7 @@ from qvera.models.attention import needs_equal_lengths
 from qvera.models.forward import image_inputs
 from qvera.models.loss import Head
 from qvera.models.quantization import is_streamed
-from qvera.models.structure import causal_model, context_limit, decoder_of, image_model
+from qvera.models.structure import causal_model, decoder_of, engine_limit, image_model
 from qvera.serve.blocks import BLOCK_TOKENS, Blocks, CachedTokens, T
 from qvera.serve.invariance import PASS_TOKENS_ON_CARD, PASS_TOKENS_ON_CPU, computes_rows_alike, why_refused
 from qvera.serve.paged import BlockTables, LayerShape, PagedKernel, StepGraphs, arrays_of, choose_kernel, power_of_two
@@ -220,7 +220,7 @@ class PagedBatches:
         if settings.batch_invariant and (why := why_refused(model)) is not None:
             raise RunFailed(f"--batch-invariant can't be kept by {type(model).__name__}: {why}.")
         config = model.config.get_text_config()
-        self.longest_tokens = context_limit(model)
+        self.longest_tokens = engine_limit(model)
         try:
             with torch.no_grad():
                 is_known = model.config.model_type in _KNOWN_TYPES
@@ -516,7 +516,7 @@ class StaticBatches:
             raise RunFailed(
                 f"qvera serve can't run {type(model).__name__}: it keeps nothing of earlier tokens. Use qvera generate."
             )
-        self.longest_tokens = context_limit(model)
+        self.longest_tokens = engine_limit(model)
         self._rows: list[Any] = []
         self._mask, self._has_images = torch.empty(0), False
         self._cache: DynamicCache | None = None

@@ -29,12 +29,6 @@ weights."""
 
 def why_refused(model: torch.nn.Module) -> str | None:
     """Say why a token's numbers depend on other requests in this model, whatever the shapes are; None: they don't."""
-    ropes = set[str | None]()
-    for module in model.modules():
-        found = getattr(module, "rope_type", None)
-        ropes.update(found.values() if isinstance(found, dict) else [found])
-    if changing := ropes & {"dynamic", "longrope"}:
-        return f"its rotary embeddings ({changing.pop()}) change with the longest request of a pass"
     if expert_weights(model) or any("experts" in name.split(".") for name, _ in model.named_modules()):
         return "how many tokens share an expert's products depends on all requests of a pass"
     return None

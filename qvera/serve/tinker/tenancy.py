@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from qvera.models.structure import context_limit
+from qvera.models.structure import engine_limit
 from qvera.serve.api.errors import ApiError
 from qvera.serve.fine_tuning.directory import remove_remains
 from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights, parsed
@@ -120,7 +120,7 @@ def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) 
         tokenizer=tokenizer,
         architecture=model.config.architectures[0],
         vocabulary=min(map(int, sizes)),
-        most_tokens=context_limit(model),
+        most_tokens=engine_limit(model),
     )
     with disk_errors(str(directory), "Choose another --training-dir."):
         directory.mkdir(exist_ok=True)

@@ -32,7 +32,7 @@ from qvera.models.quantization import quantized_reader
 from qvera.models.quantize_checkpoint import how_stored
 from qvera.models.safetensors_stream import packed_header
 from qvera.models.stream import CHUNK_BYTES
-from qvera.models.structure import context_note, expert_weights, require_positions
+from qvera.models.structure import context_note, expert_weights, mixed_rope_note, require_positions
 from qvera.models.tokenizer import ids_of, load_tokenizer
 from qvera.tasks import task_of
 from qvera.training.plan.activations import offloaded_bytes, recurrences
@@ -83,7 +83,7 @@ class Plan(PlannedRun):
     ways: Sequence[PlannedRun] = ()  # every way of sharing the model, where these were asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
     peft_note: str | None = None  # what stock PEFT can't read of the adapter as a LoRA
-    context_note: str | None = None  # rows that are longer than the base's context
+    length_notes: Sequence[str] = ()  # on rows that are longer than the base's context, or change its embeddings
 
     def within(self, available_bytes: int) -> Plan:
         """Return the plan of this run for so much memory, with the changes that make it fit."""
@@ -109,10 +109,10 @@ class Plan(PlannedRun):
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about rows beyond the context, and a rank or a rate far above any that a run took."""
+        """Sentences about rows that are too long for the base, and a rank or a rate far above any that a run took."""
         rank, rate = self.recipe.adapter.rank, self.recipe.training.learning_rate
         highest = max(min(x.n, x.m) for x in (*self.adapted, *self.adapted_experts))
-        found, name = list(filter(None, [self.context_note])), self.recipe.adapter.method
+        found, name = list(self.length_notes), self.recipe.adapter.method
         # with random projections, ranks a few times above the layers' own size are usual
         if rank > highest * (4 if self.method.source is Source.SEEDED else 1):
             found.append(f"adapter.rank: {rank:,} is above what the layers hold, which is {highest:,} at most.")
@@ -282,7 +282,10 @@ def make_plan(
     kept = ("adapter.rank",) if whole.adapter.rank != given.adapter.rank else ()
     about: dict[str, Any] = {"changes": [], "batch_of": batch_of, "kept_keys": kept, "ways": ways}
     about |= {"decided": decided, "streaming": streaming, "peft_note": _peft_note(run, model)}
-    plan = Plan(**of_run, **about, context_note=context_note(config, int(lengths.max())))
+    notes = [context_note(config, int(lengths.max()))]
+    if rows is not None and (recipe.data.packing or recipe.training.per_device_train_batch_size > 1):
+        notes.append(mixed_rope_note(config, lengths_of(rows)))
+    plan = Plan(**of_run, **about, length_notes=list(filter(None, notes)))
     return plan.within(machine.available_bytes)
 
 
