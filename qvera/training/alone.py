@@ -51,7 +51,7 @@ class Trainer(Run):
         self.loop.start()  # after the checkpoint: an engine takes over the vectors and the state that it finds
         # the evaluation after the last step is made again, and so is its record
         self.open_files(again="eval" if self.state.evaluation_due else None)
-        self.write_begun(self.steps)
+        self.write_begun(self.steps, self._known())
         facts, others = self.summary["adapter"], self.group.world_size - 1
         head = f", and {facts['head_parameters']:,} of a head," if "head_parameters" in facts else ""
         self.say(
@@ -94,8 +94,13 @@ class Trainer(Run):
         if state.before is None and self.loop.datasets.eval:
             state.before, state.samples_before = self.score("Before training")
             # run.json is there while a run goes, with what is known so far
-            self.summary |= {"result": {"eval_before": state.before}, "samples": self._samples_before()}
+            self.summary |= self._known()
             self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
+
+    def _known(self) -> dict[str, Any]:
+        if self.state.before is None:
+            return {}
+        return {"result": {"eval_before": self.state.before}, "samples": self._samples_before()}
 
     def _samples_before(self) -> list[dict[str, Any]]:
         shown = ("prompt", "reference", "images")

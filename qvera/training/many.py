@@ -126,7 +126,8 @@ class ManyTrainer(Run):
         self.group.agree(self._open_own_files)  # after rank 0's, among which the others look for its recipe.yaml
         planned = int(self.group.sum([float(self.steps)])[0])  # of all processes
         # each adapter's parameters; the model's are frozen
-        self.write_begun(planned, trainable_parameters=bank.trained_numbers)
+        known = {"adapters": self._entries()} if self.resume else {}
+        self.write_begun(planned, known, trainable_parameters=bank.trained_numbers)
         self.say(
             f"Training {bank.trained_numbers:,} parameters of each adapter in "
             f"{self.summary['adapter']['adapted_modules']} linear layers, at most {slots:,} adapters at a time, on "
@@ -329,9 +330,7 @@ class ManyTrainer(Run):
 
     def finish(self, status: str) -> None:
         """Write run.json with the adapters of all processes. NotFinite where a run that is done has saved none."""
-        mine = [[run.number, self._result(run)] for run in self.runs]
-        entries = [entry for _, entry in sorted(numbered for theirs in self.group.gather(mine) for numbered in theirs)]
-        entries += map(_without_rows, self.session.datasets.adapters_without_rows)
+        entries = self._entries()
         rounds, seconds, tokens = zip(
             *self.group.gather([self.loop.round, self.totals["seconds"], self.totals["input_tokens"]]), strict=True
         )
@@ -356,6 +355,12 @@ class ManyTrainer(Run):
         self.group.on_first(write)
         if lost:
             raise for_all(NotFinite(f"No adapter's loss stayed finite, so none was saved. {LOWER_RATE}"))
+
+    def _entries(self) -> list[dict[str, Any]]:
+        """Return the entries in run.json of the adapters of all processes, in the order of the data."""
+        mine = [[run.number, self._result(run)] for run in self.runs]
+        entries = [entry for _, entry in sorted(numbered for theirs in self.group.gather(mine) for numbered in theirs)]
+        return [*entries, *map(_without_rows, self.session.datasets.adapters_without_rows)]
 
     def _result(self, run: AdapterRun) -> dict[str, Any]:
         """Return an adapter's entry in run.json. Its status is ``unfinished`` while it is still to be trained."""

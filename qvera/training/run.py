@@ -159,8 +159,11 @@ class Run(ABC):
 
         self.group.on_first(open_them)
 
-    def write_begun(self, steps: int, **facts: Any) -> None:
-        """Write run.json when the run begins; ``facts`` are more about its adapter. All ranks call this."""
+    def write_begun(self, steps: int, known: dict[str, Any], **facts: Any) -> None:
+        """Write run.json when the run begins. All ranks call this.
+
+        ``known``: what a run that goes on has to tell already. ``facts``: more about its adapter.
+        """
         session = self.session
         self.summary = {
             "format": 1,
@@ -176,6 +179,7 @@ class Run(ABC):
             "gradient_checkpointing": session.checkpointing,
             "processes": {"count": self.group.world_size, "deepspeed": self.recipe.deepspeed, **this_process()},
             **({"own": own} if (own := session.task.own | self.callbacks.own) else {}),
+            **known,
         }
         self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
 

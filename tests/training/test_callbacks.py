@@ -27,7 +27,7 @@ from qvera.training.callbacks import EVENTS
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted
 from tests.conftest import small_llama
-from tests.training.runs import assert_same_run, cut_off, losses
+from tests.training.runs import assert_same_run, cut_off, losses, run_json
 
 pytestmark = pytest.mark.process
 
@@ -229,10 +229,16 @@ def test_stop_iteration_of_a_callback_stops_a_run_to_be_resumed(make_recipe: Any
         def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
             raise StopIteration
 
+    recipe = make_recipe(training={"max_steps": 2, "sample_count": 1})
     with pytest.raises(Interrupted, match="Stopped by Stop after step 1 of 2"):
-        train(make_recipe(training={"max_steps": 2, "sample_count": 1}), tmp_path, callbacks=[Stop()])
-    (sample,) = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["samples"]  # of before, as while it ran
+        train(recipe, tmp_path, callbacks=[Stop()])
+    stopped = run_json(tmp_path)
+    (sample,) = stopped["samples"]  # of before, as while it ran
     assert "before" in sample and "after" not in sample
+    going_on: list[dict[str, Any]] = []
+    train(recipe, tmp_path, callbacks=[lambda _: going_on.append(run_json(tmp_path))], resume=True)
+    assert going_on[0]["status"] == "running" and going_on[0]["samples"] == [sample]
+    assert going_on[0]["result"] == {"eval_before": stopped["result"]["eval_before"]}
 
 
 def test_a_stop_at_the_end_of_an_epoch_is_in_the_checkpoint_of_its_step(make_recipe: Any, tmp_path: Path) -> None:

@@ -114,9 +114,11 @@ def test_a_stopped_run_is_saved_and_goes_on(
         with pytest.raises(Interrupted, match="Stopped by SIGTERM after round 5, and saved") as stopped:
             train(recipe, tmp_path / "run")
     assert stopped.value.exit_code == 75
-    statuses = {entry["status"] for entry in entries(tmp_path / "run").values()}
-    assert "unfinished" in statuses
-    train(recipe, tmp_path / "run")
+    known = entries(tmp_path / "run")
+    assert "unfinished" in {entry["status"] for entry in known.values()}
+    going_on: list[dict[str, Any]] = []
+    train(recipe, tmp_path / "run", callbacks=[lambda _: going_on.append(entries(tmp_path / "run"))])
+    assert going_on[0] == known  # what was known is told while it runs
     assert_same(tmp_path / "run", run_dir)
 
 
