@@ -419,6 +419,8 @@ class RowTokenizer:
                 if answer.turn == last:
                     prompt_ids, prompt_text = input_ids[:start], text[: answer.start]
                     reference = row.turns[last].content if row.about is None else None
+                    if reference is not None and row.turns[last].extra.get("tool_calls"):  # as the template writes them
+                        reference = self.encoder.tokenizer.decode(input_ids[start:end], skip_special_tokens=True).strip()
             if not prompt_ids:  # nothing to ask with: as text without a prompt
                 prompt_text, reference = "", None
         if append_eos:

@@ -25,6 +25,7 @@ from tests.adapters.helpers import perturb, weight_bytes
 from tests.conftest import small_tokenizer
 from tests.data.rows import byte_tokenizer, messages_of, one
 
+TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
 PROMPTS = [[5, 9, 200, 31, 7], [40], [8, 8, 30, 1, 99, 4, 250, 6, 17, 60, 61], [77, 12], [5, 9, 200, 31, 8]]
 WITH_MARKERS = [[0, 5, 9], [2, 0, 0, 41, 2, 7], [6]]
 """Prompts with the pad token and the end token in them."""
@@ -265,3 +266,18 @@ def test_what_a_template_writes_before_an_answer_is_no_part_of_it(
     model: Any = None
     found = held_out.answer_rows(model, tokenizer, [row, row], max_new_tokens=9)
     assert [(each["answer"], each["exact"]) for each in found] == [(content, True), (wrong, False)]
+
+
+@pytest.mark.parametrize("content", [None, "I look."])
+def test_a_tool_call_is_compared_as_its_template_writes_it(content: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (TEMPLATES / "qwen-2.5.jinja").read_text()
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    row = one([*messages_of("sun?"), {"role": "assistant", "content": content, "tool_calls": [call]}], tokenizer)
+    right = tokenizer.decode(row.input_ids[row.trained].tolist(), skip_special_tokens=True)
+    answers = [right, right.replace("Oslo", "Rome"), content or ""]
+    monkeypatch.setattr(held_out, "generate", lambda *_, **__: answers)
+    model: Any = None
+    found = held_out.answer_rows(model, tokenizer, [row] * 3, max_new_tokens=9)
+    assert [each["exact"] for each in found] == [True, False, False]
+    assert '{"city": "Oslo"}' in found[0]["reference"] and found[0]["reference"].startswith(content or "<tool_call>")
