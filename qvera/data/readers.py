@@ -194,9 +194,12 @@ def _data_files(directory: Path) -> list[Path]:
     train = train or [p.name for p in files if p.name not in held_out]
     if train and held_out:
         # Reading them all would train on what the person means to test with.
+        advice = f"Set data.path to {directory / train[0]} and data.eval_path to the other."
+        if len(train) > 1 or len(held_out) > 1:
+            advice = "Put each split into a directory of its own, and set data.path and data.eval_path to the two."
         raise InputError(
             f"{directory}: holds files of different splits ({train[0]} and {held_out[0]}), and all files of a "
-            f"directory are read. Set data.path to {directory / train[0]} and data.eval_path to the other."
+            f"directory are read. {advice}"
         )
     return files
 

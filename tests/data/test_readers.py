@@ -121,6 +121,10 @@ def test_a_directory_is_read_in_name_order_and_holds_one_split(write: Write, tmp
     (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
     with pytest.raises(InputError, match="different splits .*rows.jsonl and test.json"):
         rows(str(tmp_path))
+    shard = write([{"text": "c"}], "rows-00001-of-00002.jsonl")
+    with pytest.raises(InputError, match="Put each split into a directory of its own"):  # no file is all of a split
+        rows(str(tmp_path))
+    Path(shard).unlink()
     (tmp_path / "test.json").rename(tmp_path / "contest.json")
     (tmp_path / "rows.jsonl").rename(tmp_path / "train.jsonl")
     assert [row.fields["text"] for row in rows(str(tmp_path))] == ["a", "b"]
