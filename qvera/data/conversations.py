@@ -30,6 +30,7 @@ _PASSED_ON = ("tool_calls", "name", "tool_call_id", *REASONING)
 """Message keys that only some templates read."""
 READ_KEYS = {"role", "content", "from", "value", "weight", "train", _CALL, *_PASSED_ON}
 """All message keys that are read."""
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns that the text of a row speaks of
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,16 @@ def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_n
         label_names: the name of each integer label, from 0, if answers are such labels; or the classes.
 
     Raises:
-        InputError: a missing column, a wrong type, an unknown role or half a character; names the row's source.
+        InputError: a missing column, a wrong type, an unknown role, half a character, or a column of pictures, videos
+            or sounds that the format does not read; names the row's source.
     """
+    # in each row, since others than the first may have such a column; of a prompt, all columns are for the reward
+    unread = [name for name in _MEDIA if name not in format.columns.values()] if format.name != "prompt" else []
+    if shown := next((name for name in unread if without_nulls(row.fields.get(name))), None):
+        raise InputError(
+            f"{row.source}: the column {shown!r} is not read: rows of format {format.name} are text, and a model would "
+            "learn to answer without what is in it. Remove the column if the text says it all."
+        )
     cells = _Cells(row, format, system, label_names)
     parsed = FORMATS[format.name].parse(cells)
     turns = [*parsed.turns, parsed.rejected] if isinstance(parsed, Conversation) else []

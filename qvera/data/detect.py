@@ -13,7 +13,6 @@ _USUAL_TEXTS = (
     ("question", "sentence"), ("sentence",), ("question",),
 )  # fmt: skip
 """Usual names of text columns, GLUE's among them."""
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns that the text of a row speaks of
 
 
 class UnknownFormat(InputError):
@@ -103,11 +102,6 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     # of a prompt, all of it is handed to the reward
     unused = [str(name) for name in row.fields if name not in read.values() and format != "prompt"]
     unused += _unread_keys(row, [column for name, column in read.items() if name not in ("tools", "images")])
-    if shown := next((name for name in unused if name in _MEDIA and row.fields[name]), None):
-        raise InputError(
-            f"{row.source}: the column {shown!r} is not read: rows of format {format} are text, and a model would "
-            "learn to answer without what is in it. Remove the column if the text says it all."
-        )
     return RowFormat(format, read, unused)
 
 

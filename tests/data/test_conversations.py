@@ -57,11 +57,16 @@ def test_detection(fields: dict[str, Any], name: str, unused: list[str]) -> None
 
 def test_rows_of_text_with_videos_or_pictures_beside_them_are_refused() -> None:
     row = {"messages": [{"role": "user", "content": "What is it?"}], "videos": ["cat.mp4"]}
-    with pytest.raises(InputError, match="f:1: the column 'videos' is not read: rows of format messages are text"):
-        detect_format(RawRow(row, "f:1"))
-    assert detect_format(RawRow({**row, "videos": []}, "f:1")).unused == ["videos"]
-    with pytest.raises(InputError, match="f:1: the column 'images' is not read: rows of format text are text"):
-        detect_format(RawRow({"text": "a cat", "images": ["cat.png"]}, "f:1"))
+    with pytest.raises(InputError, match="l:7: the column 'videos' is not read: rows of format messages are text"):
+        parse(row)
+    first = detect_format(RawRow({**row, "videos": []}, "f:1"))
+    assert first.unused == ["videos"]
+    for later in (row, {**row, "audio": {"bytes": b"RIFF"}, "videos": []}):
+        with pytest.raises(InputError, match="f:2: the column '(videos|audio)' is not read"):
+            parse_row(RawRow(later, "f:2"), first)
+    assert parse_row(RawRow({**row, "videos": [], "audio": {"bytes": None}}, "f:2"), first)
+    with pytest.raises(InputError, match="l:7: the column 'images' is not read: rows of format text are text"):
+        parse({"text": "a cat", "images": ["cat.png"]})
 
 
 def test_every_format_becomes_the_same_conversation() -> None:
