@@ -243,8 +243,13 @@ class _Cells:
         Two older forms are read too: OpenAI's key ``function_call``, and LLaMA-Factory's turn of that role, whose text
         is a call, or a list of them, as JSON.
         """
-        found, older = (without_nulls(item.get(key)) for key in ("tool_calls", _CALL))
+        found, older = (self._written(item.get(key)) for key in ("tool_calls", _CALL))
         found = [older] if found is None and older else found
+        if isinstance(found, dict) or found == "":  # a call by itself; an empty cell
+            found = [found] if found else []
+        if found is not None and not (isinstance(found, list) and all(isinstance(call, dict) for call in found)):
+            example = '[{"function": {"name": "...", "arguments": {...}}}]'
+            raise InputError(f"{where}.tool_calls must be a list of calls such as {example}, got {describe(found)}.")
         if item.get(role_key) == _CALL:
             text = from_json(item.get(content_key))
             found = text if isinstance(text, list) else [text]
@@ -255,11 +260,22 @@ class _Cells:
             others = [str(key) for key, value in item.items() if value and key not in _PASSED_ON]
             if near := get_close_matches("tool_calls", others, 1, 0.8):
                 raise InputError(f"{where} has a key {near[0]!r}; did you mean 'tool_calls'?")
-        calls = [_as_function(call) for call in found] if isinstance(found, list) else found
-        for call in calls if isinstance(calls, list) else ():
-            if isinstance(call, dict) and isinstance(call.get("function"), dict):
+        calls = None if found is None else [_as_function(call) for call in found]
+        for call in calls or ():
+            if isinstance(call.get("function"), dict):
                 call["function"].setdefault("arguments", {})
         return calls
+
+    def _written(self, value: Any) -> Any:
+        """Tools or calls, from JSON text too, without the nulls of other objects' keys that Arrow adds.
+
+        Elsewhere a null within arguments or a schema was written by someone, and stays.
+        """
+        is_arrow = not isinstance(value, str) and (self.row.file is None or self.row.file.suffix.lower() == ".parquet")
+        found = from_json(value)
+        found = [from_json(each) for each in found] if isinstance(found, list) else found
+        is_arrow = is_arrow and found == value  # a JSON text within a list has no keys of others either
+        return without_nulls(found, () if is_arrow else ("arguments", "parameters"))
 
     def content(self, value: object, where: str) -> tuple[str, tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
         """The text of a message, and if images stand in it, its parts and the images (see `read_parts`)."""
@@ -284,7 +300,7 @@ class _Cells:
     def tools(self) -> list[dict[str, Any]] | None:
         """The JSON schemas of the row's tools; None if it offers none."""
         columns = self.format.columns
-        tools = from_json(self.row.fields.get(columns["tools"])) if "tools" in columns else None
+        tools = self._written(self.row.fields.get(columns["tools"])) if "tools" in columns else None
         require_whole_characters(tools, f"{self.row.source}: tools")
         if not tools:
             return None
@@ -292,7 +308,7 @@ class _Cells:
             raise InputError(
                 f"{self.row.source}: tools must be a list of JSON schemas (objects), got {describe(tools)}."
             )
-        return [_as_function(without_nulls(tool)) for tool in tools]
+        return [_as_function(tool) for tool in tools]
 
 
 def _as_function(value: Any) -> Any:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -548,11 +548,12 @@ def from_json(value: object) -> object:
     return value
 
 
-def without_nulls(value: Any) -> Any:
-    """Drop keys whose value is null: Parquet gives every object the keys of all objects."""
+def without_nulls(value: Any, whole: Collection[str] = ()) -> Any:
+    """Drop keys whose value is null: Parquet gives every object the keys of all objects. Those ``whole`` stay so."""
     if isinstance(value, dict):
-        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        parts = ((key, inner) for key, inner in value.items() if inner is not None)
+        return {key: inner if key in whole else without_nulls(inner, whole) for key, inner in parts}
+    return [without_nulls(inner, whole) for inner in value] if isinstance(value, list) else value
 
 
 def require_whole_characters(value: object, where: str) -> None:

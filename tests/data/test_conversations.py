@@ -144,8 +144,13 @@ AS_OPENAI = [{"type": "function", "function": CALL}]
         ({"from": "function_call", "value": json.dumps(CALL)}, AS_OPENAI),
         ({"from": "function_call", "value": json.dumps([CALL, CALL])}, AS_OPENAI * 2),
         ({"role": "assistant", "content": "", "tool_calls": [CALL]}, AS_OPENAI),
+        ({"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}, AS_OPENAI),
+        ({"role": "assistant", "content": "", "tool_calls": CALL}, AS_OPENAI),
     ],
-    ids=["OpenAI's older key", "that beside a null", "LLaMA-Factory's role", "two in one turn", "without its type"],
+    ids=[
+        "OpenAI's older key", "that beside a null", "LLaMA-Factory's role", "two in one turn", "without its type",
+        "as JSON text", "without a list",
+    ],
 )
 def test_calls_in_older_forms_are_tool_calls(called: dict[str, Any], expected: list[Any]) -> None:
     role, text = ("from", "value") if "from" in called else ("role", "content")
@@ -155,11 +160,29 @@ def test_calls_in_older_forms_are_tool_calls(called: dict[str, Any], expected: l
         {role: "function", text: "ok"},
         {role: "assistant", text: "Done"},
     ]
-    found = parse({"messages": messages, "functions": [{"name": "f", "parameters": {}}]})
-    assert isinstance(found, Conversation)
-    assert [turn.role for turn in found.turns] == ["user", "assistant", "tool", "assistant"]
-    assert (found.turns[1].content, found.turns[1].extra["tool_calls"]) == ("", expected)
-    assert found.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for tool in ({"name": "f", "parameters": {}}, '{"name": "f", "parameters": {}}'):  # the second in When2Call
+        found = parse({"messages": messages, "functions": [tool]})
+        assert isinstance(found, Conversation)
+        assert [turn.role for turn in found.turns] == ["user", "assistant", "tool", "assistant"]
+        assert (found.turns[1].content, found.turns[1].extra["tool_calls"]) == ("", expected)
+        assert found.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+
+
+def test_a_null_that_someone_wrote_is_part_of_a_call_and_one_that_arrow_added_is_not() -> None:
+    schema = {"type": "object", "properties": {"unit": {"type": "string", "default": None}}}
+    call = {"id": None, "function": {"name": "f", "arguments": {"city": "Oslo", "unit": None}}}
+    said = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    for file, as_text, is_kept in (
+        ("f.jsonl", False, True), ("f.parquet", False, False), ("f.parquet", True, True), (None, False, False),
+    ):  # fmt: skip
+        tools: Any = [{"name": "f", "parameters": schema}]
+        fields = {"messages": said, "tools": json.dumps(tools) if as_text else tools}
+        row = RawRow(fields, "f 7", file=None if file is None else Path(file))
+        found = parse_row(row, detect_format(row))
+        assert isinstance(found, Conversation) and found.tools is not None
+        (called,) = found.turns[1].extra["tool_calls"]
+        assert "id" not in called and ("unit" in called["function"]["arguments"]) == (is_kept and not as_text)
+        assert ("default" in found.tools[0]["function"]["parameters"]["properties"]["unit"]) == is_kept
 
 
 def test_keys_of_turns_that_nothing_reads_are_told_and_parts_of_turns_refused() -> None:
@@ -248,6 +271,8 @@ def test_a_call_that_is_none_is_named() -> None:
         ({"messages": [{**USER, "weight": 1}]}, {}, "only assistant turns can be trained; this is a user turn"),
         ({"messages": [{**ASSISTANT, "weight": 0.5}]}, {}, "weight must be 0 or 1"),
         ({"messages": [USER], "tools": "f"}, {}, "tools must be a list of JSON schemas"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]}, {}, r"\[1\]\.tool_calls must be a list of calls such"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": ["f"]}]}, {}, r"\[1\]\.tool_calls must be a list of calls such"),
     ],
 )
 def test_bad_row(fields: dict[str, Any], kwargs: dict[str, Any], message: str) -> None:
