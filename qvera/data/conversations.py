@@ -293,8 +293,14 @@ class _Cells:
         return bool(found) and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in found)
 
     def with_system(self, turns: list[Turn]) -> list[Turn]:
-        """Put the row's own system prompt, or else the recipe's, before turns that do not begin with one."""
-        system = self.text("system", optional=True) or self.system
+        """Put the row's own system prompt, or else the recipe's, before turns that do not begin with one.
+
+        An empty one, which ShareGPT rows often have, is none: some templates refuse it, and others write its heading.
+        """
+        if len(turns) > 1 and turns[0].role == "system" and not (turns[0].content.strip() or turns[0].images):
+            turns = turns[1:]
+        own = self.text("system", optional=True)
+        system = own if own.strip() else self.system
         return [Turn("system", system), *turns] if system and turns[0].role != "system" else turns
 
     def tools(self) -> list[dict[str, Any]] | None:

@@ -109,6 +109,9 @@ def test_system_prompt_only_where_the_row_has_none() -> None:
     assert turns({"prompt": "p", "completion": "c", "system": "own"}, system="S")[0] == ("system", "own")
     brought = turns({"messages": [own, USER, ASSISTANT]}, system="S")
     assert brought[0] == ("system", "own") and len(brought) == 3
+    for empty in ({"messages": [{**own, "content": " "}, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT], "system": " "}):
+        assert turns(empty) == [("user", "hi"), ("assistant", "yes")], "an empty one is none"
+        assert turns(empty, system="S") == [("system", "S"), ("user", "hi"), ("assistant", "yes")]
 
 
 def test_roles_parts_tools_and_weights() -> None:
