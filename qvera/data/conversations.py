@@ -384,10 +384,18 @@ def _answer(cells: _Cells, name: str) -> str:
 
 
 def _parse_preference(cells: _Cells) -> Conversation:
-    """The last turn is the (chosen) answer. Lists may begin with the prompt; without a ``prompt`` column both do."""
+    """The last turn is the (chosen) answer. Lists may begin with the prompt; without a ``prompt`` column both do.
+
+    So they do where that column has only one user's text of longer conversations, as in Tulu's pairs.
+    """
     paired, source = cells.format.name == "preference", cells.row.source
     names = ["chosen", "rejected"] if paired else ["completion"]
-    if paired and cells.format.column("prompt") not in cells.row.fields:
+    is_whole = paired and cells.format.column("prompt") not in cells.row.fields
+    if paired and not is_whole and not cells.is_messages("prompt") and all(map(cells.is_messages, names)):
+        asked = cells.text("prompt").strip()
+        before = [turn.content.strip() for turn in cells.turns("chosen")[:-1] if turn.role == "user"]
+        is_whole = asked in before and cells.turns("chosen")[0] == cells.turns("rejected")[0]
+    if is_whole:
         if not cells.is_messages("chosen"):
             raise InputError(
                 f"{cells.where('prompt')} is missing. Add it, name its column in data.columns ({{prompt: YOURS}}), "

@@ -166,6 +166,7 @@ def pair_texts(example: Example) -> list[str]:
 
 
 RED, BLUE = messages_of("say red", "red"), messages_of("say red", "blue")
+EMPTY = {"role": "system", "content": ""}
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,9 @@ RED, BLUE = messages_of("say red", "red"), messages_of("say red", "blue")
         ({"prompt": RED[:1], "chosen": RED[1:], "rejected": BLUE[1:]}, {}),
         ({"chosen": RED, "rejected": BLUE}, {}),
         ({"prompt": "say red", "chosen": RED, "rejected": BLUE}, {}),
+        ({"prompt": "say red", "chosen": [EMPTY, *RED], "rejected": [EMPTY, *BLUE]}, {}),
     ],
-    ids=["texts", "renamed columns", "messages", "prompt within the messages", "UltraFeedback"],
+    ids=["texts", "renamed columns", "messages", "prompt within the messages", "UltraFeedback", "a system turn"],
 )
 def test_a_pair_has_the_prompt_that_chat_has(row: dict[str, Any], keys: dict[str, Any]) -> None:
     datasets = read([row], **keys)
@@ -189,11 +191,15 @@ def test_a_pair_has_the_prompt_that_chat_has(row: dict[str, Any], keys: dict[str
 
 
 def test_earlier_answers_of_a_prompt_are_not_compared() -> None:
-    row = {"prompt": messages_of("a", "b", "c"), "chosen": "d", "rejected": "e"}
-    (pair,) = read([row], system="be kind").train
-    shown, chosen, rejected = pair_texts(pair)
-    assert shown.startswith("<|im_start|>system\nbe kind<|im_end|>") and "assistant\nb<|im_end|>" in shown
-    assert (chosen, rejected) == ("d<|im_end|>", "e<|im_end|>")
+    rows = [{"prompt": messages_of("a", "b", "c"), "chosen": "d", "rejected": "e"}]
+    both = {"chosen": messages_of("a", "b", "c", "d"), "rejected": messages_of("a", "b", "c", "e")}
+    rows += [{"prompt": asked, **both} for asked in ("a", "c")]  # Tulu's: the first of several texts
+    for pair in read(rows, system="be kind").train:
+        shown, chosen, rejected = pair_texts(pair)
+        assert shown.startswith("<|im_start|>system\nbe kind<|im_end|>") and "assistant\nb<|im_end|>" in shown
+        assert (chosen, rejected) == ("d<|im_end|>", "e<|im_end|>")
+    with pytest.raises(InputError, match="chosen must be one assistant turn after the prompt"):
+        read([{"prompt": "another question", **both}])
 
 
 def test_lengths_and_counts_are_those_of_both_rows() -> None:
