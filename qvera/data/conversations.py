@@ -149,11 +149,13 @@ class _Cells:
     system: str | None
     label_names: Sequence[str]
     images: deque[Any] = field(init=False)  # of the column ``images``, those that have no place yet
+    has_images: bool = field(init=False)  # whether there were any
 
     def __post_init__(self) -> None:
         found = from_json(self.row.fields.get(self.format.columns.get("images", "")))
         found = found if isinstance(found, list) else [found]
         object.__setattr__(self, "images", deque(image for image in found if image not in (None, "", {})))
+        object.__setattr__(self, "has_images", bool(self.images))
 
     @property
     def directory(self) -> Path:
@@ -221,7 +223,7 @@ class _Cells:
         content, where_content = item.get(content_key), f"{where}.{content_key}"
         if item[role_key] == _CALL or (content is None and role == "assistant" and calls is not None):
             content = ""
-        text, parts, images = self.content(content, where_content)
+        text, parts, images = self.content(content, where_content, role != "assistant")  # which may write of <image>
         if images and role == "assistant":
             raise InputError(
                 f"{where_content} holds an image; a model answers with text only. Move it to another turn."
@@ -277,9 +279,11 @@ class _Cells:
         is_arrow = is_arrow and found == value  # a JSON text within a list has no keys of others either
         return without_nulls(found, () if is_arrow else ("arguments", "parameters"))
 
-    def content(self, value: object, where: str) -> tuple[str, tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
+    def content(
+        self, value: object, where: str, has_places: bool = True
+    ) -> tuple[str, tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
         """The text of a message, and if images stand in it, its parts and the images (see `read_parts`)."""
-        parts, images = read_parts(value, where, self.images, self.directory)
+        parts, images = read_parts(value, where, self.images, self.directory, has_places and self.has_images)
         text = "".join(part.get("text", "") for part in parts)
         require_whole_characters(text, where)
         return text, parts if images else (), images

@@ -348,7 +348,7 @@ _IMAGE_KEYS = ("image", "image_url", "bytes", "base64", "path", "url")
 
 
 def read_parts(
-    value: object, where: str, column: deque[Any], directory: Path
+    value: object, where: str, column: deque[Any], directory: Path, has_places: bool = False
 ) -> tuple[tuple[dict[str, str], ...], tuple[str | bytes, ...]]:
     """Split the content of a message into parts, as templates take them, and find its images.
 
@@ -357,12 +357,13 @@ def read_parts(
         where: the message, for errors.
         column: the row's images that have no place yet; those that no part holds are taken from it.
         directory: where relative paths start.
+        has_places: `PLACE` in a text is the place of an image even where none is left, which is an error.
 
     Raises:
         InputError: neither text nor parts, a part of another kind, or an image is missing or none (`read_image`).
     """
     if isinstance(value, str):
-        pieces = re.split(f"({PLACE})", value) if column else [value]
+        pieces = re.split(f"({PLACE})", value) if column or has_places else [value]
         value = [{"type": "image"} if piece == PLACE else {"type": "text", "text": piece} for piece in pieces if piece]
     elif not isinstance(value, list):
         raise InputError(f"{where} must be text, got {describe(value)}. Fix the row.")
@@ -375,7 +376,7 @@ def read_parts(
             if held is None and not column:
                 raise InputError(
                     f"{where}: the image of a part is missing. Expected a path, bytes or a data: URL in its key "
-                    "image, or an image for each such part, in order, in a column images."
+                    f"image, or an image for each such part, and each {PLACE}, in order, in a column images."
                 )
             shown = column.popleft() if held is None else part[held]
             images.append(read_image(shown, where, directory, is_encoded=held in ("bytes", "base64")))

@@ -125,6 +125,10 @@ BAD = {
     "no picture": (asked({"type": "image", "image": "rows.jsonl"}), {}, r"rows.jsonl:1: .*/rows.jsonl: is no image that"),
     "no base64": (asked({"type": "image", "base64": "%%%"}), {}, "the image is no base64"),
     "no image": (asked({"type": "image"}), {}, "the image of a part is missing"),
+    "too few": (
+        {"messages": [{"role": "user", "content": "<image>"}, ANSWER, {"role": "user", "content": "<image>?"}, ANSWER], "images": ["cat.png"]},
+        {}, r"messages\[2\]\.content: the image of a part is missing.* and each <image>, in order",
+    ),
     "too many": (asked({"type": "text", "text": "x"}, images=["cat.png"]), {}, "images has more images than places"),
     "a video": (asked({"type": "video", "video": "x.mp4"}), {}, "a part of it is 'video'; only texts and images"),
     "an answer": (
