@@ -419,8 +419,9 @@ class RowTokenizer:
                 if answer.turn == last:
                     prompt_ids, prompt_text = input_ids[:start], text[: answer.start]
                     reference = row.turns[last].content if row.about is None else None
-                    if reference is not None and row.turns[last].extra.get("tool_calls"):  # as the template writes them
-                        reference = self.encoder.tokenizer.decode(input_ids[start:end], skip_special_tokens=True).strip()
+                    if reference is not None and row.turns[last].extra.get("tool_calls"):
+                        written = input_ids[start:end]  # by the template, which writes calls in its own way
+                        reference = self.encoder.tokenizer.decode(written, skip_special_tokens=True).strip()
             if not prompt_ids:  # nothing to ask with: as text without a prompt
                 prompt_text, reference = "", None
         if append_eos:

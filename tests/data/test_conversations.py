@@ -109,7 +109,10 @@ def test_system_prompt_only_where_the_row_has_none() -> None:
     assert turns({"prompt": "p", "completion": "c", "system": "own"}, system="S")[0] == ("system", "own")
     brought = turns({"messages": [own, USER, ASSISTANT]}, system="S")
     assert brought[0] == ("system", "own") and len(brought) == 3
-    for empty in ({"messages": [{**own, "content": " "}, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT], "system": " "}):
+    for empty in (
+        {"messages": [{**own, "content": " "}, USER, ASSISTANT]},
+        {"messages": [USER, ASSISTANT], "system": " "},
+    ):
         assert turns(empty) == [("user", "hi"), ("assistant", "yes")], "an empty one is none"
         assert turns(empty, system="S") == [("system", "S"), ("user", "hi"), ("assistant", "yes")]
 
@@ -151,8 +154,13 @@ AS_OPENAI = [{"type": "function", "function": CALL}]
         ({"role": "assistant", "content": "", "tool_calls": CALL}, AS_OPENAI),
     ],
     ids=[
-        "OpenAI's older key", "that beside a null", "LLaMA-Factory's role", "two in one turn", "without its type",
-        "as JSON text", "without a list",
+        "OpenAI's older key",
+        "that beside a null",
+        "LLaMA-Factory's role",
+        "two in one turn",
+        "without its type",
+        "as JSON text",
+        "without a list",
     ],
 )
 def test_calls_in_older_forms_are_tool_calls(called: dict[str, Any], expected: list[Any]) -> None:
@@ -274,8 +282,16 @@ def test_a_call_that_is_none_is_named() -> None:
         ({"messages": [{**USER, "weight": 1}]}, {}, "only assistant turns can be trained; this is a user turn"),
         ({"messages": [{**ASSISTANT, "weight": 0.5}]}, {}, "weight must be 0 or 1"),
         ({"messages": [USER], "tools": "f"}, {}, "tools must be a list of JSON schemas"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]}, {}, r"\[1\]\.tool_calls must be a list of calls such"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": ["f"]}]}, {}, r"\[1\]\.tool_calls must be a list of calls such"),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]},
+            {},
+            r"\[1\]\.tool_calls must be a list of calls such",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": ["f"]}]},
+            {},
+            r"\[1\]\.tool_calls must be a list of calls such",
+        ),
     ],
 )
 def test_bad_row(fields: dict[str, Any], kwargs: dict[str, Any], message: str) -> None:

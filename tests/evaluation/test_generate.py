@@ -269,7 +269,9 @@ def test_what_a_template_writes_before_an_answer_is_no_part_of_it(
 
 
 @pytest.mark.parametrize("content", [None, "I look."])
-def test_a_tool_call_is_compared_as_its_template_writes_it(content: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_call_is_compared_as_its_template_writes_it(
+    content: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (TEMPLATES / "qwen-2.5.jinja").read_text()
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
