@@ -18,7 +18,7 @@ from pathlib import Path
 from qvera.config.schema import yaml_text
 from qvera.serve.ui.directories import RunDirectories, unreadable
 from qvera.utils.errors import InputError
-from qvera.utils.files import RUN_OWNER, replace_text, try_read_json
+from qvera.utils.files import RUN_OWNER, RUN_PROGRESS, replace_text, try_read_json
 
 _WAIT_SECONDS = 600.0  # a call waits at most this long for what it has started
 FIELDS = (
@@ -80,12 +80,7 @@ class Starter:
             self._start(name, do, str(recipe))
         elif do in ("train", "resume"):
             given = ["--set", f"training.output_dir={yaml_text(str(run_dir))}", *["--resume"] * (do == "resume")]
-
-            def has_begun() -> bool:
-                owner = try_read_json(run_dir / RUN_OWNER) or {}  # of a killed run, that of another process
-                return owner.get("pid") == self._processes[name, "train"].pid and self.id_of(name) is not None
-
-            self._start(name, "train", str(recipe), *given, until=has_begun)
+            self._start(name, "train", str(recipe), *given, until=lambda: self._reads_rows(name))
         elif do == "serve":
             self._start(name, do, str(run_dir), "--port", "0", until=lambda: self.chat_url(name))
         elif self.is_running(name, command):  # as Ctrl-C does in a terminal
@@ -120,6 +115,16 @@ class Starter:
         """End the servers. Trainings go on."""
         for name, _ in list(self._processes):
             self.act(name, "stop-serve", "")
+
+    def _reads_rows(self, name: str) -> bool:
+        """Whether the training that was started last has passed the checks of its recipe and directory."""
+        owner, progress = self.place / name / RUN_OWNER, self.place / name / RUN_PROGRESS
+        with contextlib.suppress(OSError):
+            # a killed run has left both; the owner is written before the checks
+            is_own = (try_read_json(owner) or {}).get("pid") == self._processes[name, "train"].pid
+            is_new = progress.stat().st_mtime_ns >= owner.stat().st_mtime_ns
+            return is_own and is_new and self.id_of(name) is not None
+        return False
 
     def _require_idle(self, name: str, command: str) -> None:
         if self.is_running(name, command):

@@ -18,7 +18,7 @@ from qvera.cli.main import main
 from qvera.serve.ui import start
 from qvera.serve.ui.app import create_app
 from qvera.serve.ui.directories import RunDirectories
-from qvera.utils.files import RUN_OWNER
+from qvera.utils.files import RUN_OWNER, RUN_PROGRESS
 from tests.helpers import wait_until
 from tests.serve.command import running
 from tests.serve.ui.test_browser import WIDE
@@ -51,11 +51,10 @@ def form(tmp_path: Path) -> Iterator[Form]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
     """``quick(code)``: this Python code runs in place of qvera, with its arguments in sys.argv."""
-    python = sys.executable
 
     def replace(code: str) -> None:
         file = tmp_path / "python"
-        file.write_text(f"#!{python}\nimport sys; sys.argv[1:4] = []\n{code}\n")
+        file.write_text(f"#!{sys.executable}\nimport sys; sys.argv[1:4] = []\n{code}\n")
         file.chmod(0o755)
         monkeypatch.setattr(start.sys, "executable", str(file))
 
@@ -155,13 +154,15 @@ BEGINS = """
 import json, os, shutil, time
 from pathlib import Path
 run = Path(sys.argv[4].partition("=")[2].strip('"'))
-run.mkdir()
+run.mkdir(exist_ok=True)
 (run / ".qvera_run.owner").write_text(json.dumps({"pid": os.getpid()}))
+if run.name == "killed": time.sleep(1); sys.exit("another recipe")
+(run / ".qvera_run.progress").touch()
 while not run.with_name("go").exists(): time.sleep(0.05)
 shutil.rmtree(run)
 sys.exit("row 31 is cut off")
 """
-"""A training that fails after it has taken its directory."""
+"""A training that fails while it reads its rows, or of a recipe named killed before that."""
 
 
 def test_what_a_training_printed_that_has_no_run_is_a_link_away(form: Form, quick: Any) -> None:
@@ -177,8 +178,8 @@ def test_what_a_training_printed_that_has_no_run_is_a_link_away(form: Form, quic
     assert "/recipe/" not in form.ask("/run/other").text
     # a run that was killed, and whose recipe has changed since
     (place / "killed").mkdir()
-    (place / "killed" / RUN_OWNER).write_text('{"pid": 1}')
-    quick("import time; time.sleep(1); sys.exit('another recipe')")
+    for left in (RUN_OWNER, RUN_PROGRESS):
+        (place / "killed" / left).write_text('{"pid": 1}')
     page = form.ask("/recipe/killed", do="train", recipe="a: 1")
     assert (page.url.path, "another recipe" in page.text) == ("/recipe/killed", True)
 
