@@ -54,8 +54,10 @@ _CLOCK = (
 
 It is a macro because transformers passes no function of ours to a template.
 """
+_THOUGHTS = "the words before </think> in an answer"
 Message = dict[str, Any]
 """One message as ``apply_chat_template`` takes it."""
+Place = tuple[int, int]  # in characters of a text
 Tools = list[dict[str, Any]] | None
 """JSON schemas of the tools that a conversation offers."""
 
@@ -246,7 +248,7 @@ class ChatTemplate:
         """
         turns = conversation.turns
         messages = self.messages(turns)
-        self._require_written(conversation.source, messages, conversation.tools)
+        self._require_written(conversation.source, messages, conversation.tools, needed=needed)
         try:
             text = self.render(messages, conversation.tools)
             answers = _answer_spans(self, text, messages, conversation)
@@ -267,20 +269,29 @@ class ChatTemplate:
             )
         return text, answers
 
-    def _require_written(self, source: str, messages: list[Message], tools: Tools, prompt: bool = False) -> None:
+    def _require_written(
+        self, source: str, messages: list[Message], tools: Tools, prompt: bool = False, needed: Sequence[int] = ()
+    ) -> None:
         """Refuse a row with a part that the template does not write: training would not see it."""
         # A part is written if the text becomes another one when the part is removed, or its texts are changed.
         changes: list[tuple[str, list[Message], Tools]] = [("tools", messages, None)] if tools else []
         for key in ("tool_calls", *REASONING):
             if any(key in message for message in messages):
                 changes.append((key, [{k: m[k] for k in m if k != key} for m in messages], tools))
+        # Templates drop the reasoning of earlier answers on purpose, but a trained one's must be there.
+        if thoughts := {at for at in needed if "</think>" in messages[at]["content"]}:
+            other = [
+                {**m, "content": m["content"].replace("</think>", "x</think>")} if at in thoughts else m
+                for at, m in enumerate(messages)
+            ]
+            changes.append((_THOUGHTS, other, tools))
         for at, message in enumerate(messages):
             pieces = list(_pieces(message))
             if message["role"] in ("tool", "system") and any(text.strip() for *_, text in pieces):
                 later = "system turns behind the first turn"
                 part = later if message["role"] == "system" and at else f"turns of the role {message['role']}"
-                other = _with_texts(message, [f"{text}x" for *_, text in pieces])
-                changes.append((part, [*messages[:at], other, *messages[at + 1 :]], tools))
+                longer = _with_texts(message, [f"{text}x" for *_, text in pieces])
+                changes.append((part, [*messages[:at], longer, *messages[at + 1 :]], tools))
         # A template that wrote a part once writes it in other rows too, so each part is tried once.
         unseen = [change for change in changes if (change[0], prompt) not in self._written]
         if not unseen:
@@ -298,6 +309,8 @@ class ChatTemplate:
     def _unwritten_text(self, part: str) -> str:
         text = f"the chat template ({self.name}) does not write {part}, so the model would not see them. "
         others = ", ".join(name for name in NAMED_TEMPLATES if name != self.name)
+        if part == _THOUGHTS:  # which all named templates leave where they are
+            return f"{text}Name another data.template ({others}), or take them out of the rows."
         if "turns" in part:  # all named templates write every role, and none writes tools or reasoning
             return f"{text}Name another data.template ({others}), or leave them out of the rows and of data.system."
         own = self.tokenizer.chat_template
@@ -425,6 +438,9 @@ def _place(
         has_heading = prompt == bare and bool(text[len(prompt) : start].strip())
         if not has_heading and text.startswith(prompt) and earliest <= len(prompt) <= start:
             start = len(prompt)
+        # A prompt may close a think block that this answer fills: what follows their common opening is the model's.
+        elif not has_heading and text.startswith(bare) and len(bare) < (common := shared(text, prompt)) <= start:
+            start = max(common, earliest)
         header = min(len(bare), start)
     # What follows up to the next content holds the next turn's heading too. Without a marker, what the template itself
     # puts behind an answer (a line break, say) is all there is to learn from.
@@ -522,14 +538,8 @@ def _slow_spans(
 
 
 def _place_within(
-    template: ChatTemplate,
-    text: str,
-    messages: list[Message],
-    turn: int,
-    tools: Tools,
-    through: str,
-    own: tuple[int, int],
-) -> tuple[str, tuple[int, int] | None]:
+    template: ChatTemplate, text: str, messages: list[Message], turn: int, tools: Tools, through: str, own: Place
+) -> tuple[str, Place | None]:
     """Find an answer around which the template writes something else once turns follow, as Qwen3's and gpt-oss' do.
 
     Returns the text up to its end, and its content's place; None if it is rewritten, or its reasoning dropped.
@@ -550,9 +560,7 @@ def _place_within(
     return "", None
 
 
-def _content_place(
-    template: ChatTemplate, messages: list[Message], turn: int, tools: Tools, text: str
-) -> tuple[int, int] | None:
+def _content_place(template: ChatTemplate, messages: list[Message], turn: int, tools: Tools, text: str) -> Place | None:
     """Find a turn's content in the text of ``messages``, by rendering a slot instead of it; None if that fails."""
     mark, content = "QveraSlot", messages[turn]["content"]
     # The slot must be a text that the conversation does not hold.

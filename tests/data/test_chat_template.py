@@ -585,6 +585,33 @@ def test_reasoning_that_a_later_question_removes_is_not_trained_without_a_word(m
         assert trained_text(tokenizer, one(messages, tokenizer, train_on="last")) == _WRITTEN_TAGGED
 
 
+def test_trained_reasoning_within_an_answer_that_the_template_drops_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    """As DeepSeek-R1's distilled models do. That of earlier answers, which are not trained, may go."""
+    jinja = SMOLLM2.replace("message['content']", "message['content'].split('</think>')[-1]")
+    tokenizer = make_tokenizer(chat_template=jinja)
+    for part in ({}, {"train_on": "last"}):
+        with pytest.raises(InputError, match=r"does not write the words before </think>.*another data.template"):
+            one([_CALLED[0], _TAGGED], tokenizer, **part)
+    earlier = [_CALLED[0], _TAGGED, *_ANSWERED]
+    assert trained_text(tokenizer, one(earlier, tokenizer, train_on="last")) == "Sun.<|im_end|>"
+    assert resolve_template("auto", tokenizer).prompt([Turn(m["role"], m["content"]) for m in earlier[:-1]])
+
+
+def test_reasoning_is_trained_where_the_prompt_closes_its_block(make_tokenizer: MakeTokenizer) -> None:
+    """As Qwen3.5's does without thinking."""
+    jinja = QWEN_3.replace("if enable_thinking is defined and enable_thinking is false", "if true")
+    assert jinja != QWEN_3
+    tokenizer = make_tokenizer(chat_template=jinja, eos="<|im_end|>")
+    opening = "<|im_start|>assistant\n<think>\n"
+    for messages, trained, prompt in (
+        ([_CALLED[0], _HMM], "June.\n</think>\n\nSun.<|im_end|>", opening),
+        (_ANSWERED, "Sun.<|im_end|>", f"{opening}\n</think>\n\n"),
+    ):
+        example = one(messages, tokenizer)
+        assert trained_text(tokenizer, example) == trained
+        assert example.prompt_text.endswith(prompt)
+
+
 def test_a_tokenizer_with_a_template_for_tools_is_told_of_it(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(chat_template={"default": SMOLLM2, "tool_use": QWEN_25})
     with pytest.raises(InputError, match="Make the tokenizer's template tool_use its only one"):
