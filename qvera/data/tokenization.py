@@ -44,13 +44,14 @@ class Encoder:
         self.eos_id: int | None = tokenizer.eos_token_id  # ends a row without an end-of-turn token of its own
         self.pads_with_eos = tokenizer.pad_token_id is None  # padding is masked, so any token will do
         self.pad_id = pad_id_of(tokenizer)
-        self.bos_id: int | None = None  # None: the model wants none
-        bos = tokenizer.bos_token_id
-        if bos is not None:
-            # The attribute says what a config file wished for, the first id what is really done. Either is a wish.
-            first = tokenizer("a")["input_ids"][:1]
-            if first == [bos] or getattr(tokenizer, "add_bos_token", False) is True:
-                self.bos_id = int(bos)
+        self.opening: list[int] = []  # what the model wants in front of a row: BOS, two tokens in GLM-4, or nothing
+        bos, ids = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
+        if bos is None:
+            plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+            self.opening = ids[: -len(plain)] if plain and ids[-len(plain) :] == plain else []
+        # The attribute says what a config file wished for, the first id what is really done. Either is a wish.
+        elif ids[:1] == [bos] or getattr(tokenizer, "add_bos_token", False) is True:
+            self.opening = [int(bos)]
         probe = self._encode_batch(["a", "b"])
         ids = list(itertools.chain(*probe["input_ids"]))
         # whether a text may be encoded in parts: some SentencePiece tokenizers put a space in front of each
@@ -83,7 +84,7 @@ class Encoder:
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """``ids`` with exactly one BOS in front if the model wants one. A template may have written it already."""
-        return ids if self.bos_id is None or ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+        return ids if ids[: len(self.opening)] == self.opening else [*self.opening, *ids]
 
     def encode_prompt(self, text: str, starts: Sequence[int] = (), images: Sequence[StoredImage] = ()) -> list[int]:
         """The ids of a prompt as in training; ``text`` and ``starts`` are from `ChatTemplate.prompt`."""
@@ -428,8 +429,8 @@ class RowTokenizer:
             assert self.encoder.eos_id is not None  # rows with answers ask for one
             input_ids = [*input_ids, self.encoder.eos_id]
             trained = np.append(trained, True)
-        # The first token has nothing before it that could predict it.
-        trained[:1] = False
+        # The first token has nothing before it that could predict it, and what opens every row is not to be learnt.
+        trained[: max(1, shift)] = False
         if not trained.any():
             raise InputError(f"{row.source}: no token to train on: the row is a single token. Remove it.")
         whole, prompt = np.asarray(input_ids, np.int32), np.asarray(prompt_ids, np.int32)
@@ -458,7 +459,8 @@ class RowTokenizer:
         if target is not None:
             keep[first + target :] = False
         kept = np.flatnonzero(keep)
-        is_long, bos = len(kept) > limit, int(len(kept) > 0 and whole.input_ids[kept[0]] == self.encoder.bos_id)
+        opening = self.encoder.opening
+        is_long, bos = len(kept) > limit, len(opening) * (whole.input_ids[kept[: len(opening)]].tolist() == opening)
         if is_long and too_long == "cut-start":
             # The BOS stays in front.
             cut = kept[bos : len(kept) - limit + bos]
@@ -479,9 +481,9 @@ class RowTokenizer:
             return []
         if is_long and too_long == "split":
             # each part stands after the row's BOS or the token before it, which is never a target
-            parts, size = [], limit - 1
-            for start in range(1, len(kept), size):
-                part = np.append(kept[0 if bos else start - 1], kept[start : start + size])
+            parts, before = [], max(1, bos)
+            for start in range(before, len(kept), limit - before):
+                part = np.append(kept[:bos] if bos else kept[start - 1], kept[start : start + limit - before])
                 trained = whole.trained[part]
                 trained[:1] = False
                 if trained.any():  # none can be answered as the row could, so parts have no prompt

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from qvera.config.sections import DataSection
@@ -19,7 +20,7 @@ from qvera.data.tokenization import RowCounts, RowTokenizer
 from qvera.utils.errors import InputError
 from tests.conftest import small_tokenizer
 from tests.data.conftest import MakeTokenizer, Write
-from tests.data.rows import build, messages_of
+from tests.data.rows import build, byte_tokenizer, decoded, messages_of
 
 WORDS = st.lists(
     st.sampled_from(["say", "colour", "yes,", "calling\n\n", "é", "🙂", "#", "12"]), min_size=1, max_size=30
@@ -134,6 +135,26 @@ def test_what_a_long_row_lost_to_its_source_and_target_length_is_counted(
         else:
             assert sum(row.trained_tokens for row in left) == min(target or after, after)
             assert data.stats.split_rows == 1
+
+
+@pytest.mark.parametrize("too_long", ["split", "cut-start"])
+def test_each_part_of_a_row_begins_with_what_the_tokenizer_puts_in_front(too_long: str) -> None:
+    """GLM-4's has two tokens there, and no BOS."""
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    front = [("<s>", 256), ("<|im_start|>", 258)]
+    assert tokenizer.convert_tokens_to_ids([token for token, _ in front]) == [number for _, number in front]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> <|im_start|> $A", pair="<s> <|im_start|> $A $B", special_tokens=front
+    )
+    rows = build([{"text": "abcdefghijklmn"}], tokenizer, max_length=8, too_long=too_long).train
+    texts = [decoded(tokenizer, row.input_ids) for row in rows]
+    opening = "<s><|im_start|>"
+    cut = [f"{opening}jklmn</s>"]
+    assert texts == (cut if too_long == "cut-start" else [f"{opening}abcdef", f"{opening}ghijkl", f"{opening}mn</s>"])
+    assert [row.trained.tolist()[:3] for row in rows] == [[False, False, True]] * len(rows)
+    prompted = build([{"prompt": "ab", "completion": "c"}], tokenizer).train[0]
+    assert decoded(tokenizer, prompted.input_ids) == f"{opening}abc</s>"
 
 
 def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokenizer: Any) -> None:
