@@ -329,11 +329,12 @@ class TokenTable:
     def put(self, weight: torch.Tensor, first: int, last: bool) -> torch.Tensor:
         """Put the added tokens' rows into the base's from ``first`` on. Rows beyond the base's follow the ``last``."""
         stop = self.shape[0] if last else first + len(weight)
-        out = weight.new_zeros(stop - first, *weight.shape[1:])
+        dtype = torch.promote_types(weight.dtype, next(iter(self.rows.values())).dtype)  # fp32 where trained so
+        out = weight.new_zeros(stop - first, *weight.shape[1:], dtype=dtype)
         out[: len(weight)] = weight
         for place, row in self.rows.items():
             if first <= place < stop:
-                out[place - first] = row.to(out.dtype)
+                out[place - first] = row.to(dtype)
         return out
 
 

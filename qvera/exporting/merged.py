@@ -50,7 +50,7 @@ from qvera.models.safetensors_stream import (
     write_shard,
 )
 from qvera.models.stored_weights import packed_weights, without_statistics
-from qvera.models.tokenizer import ADDED_ROWS, copy_processor, ids_of, load_processor
+from qvera.models.tokenizer import ADDED_ROWS, copy_processor, ids_of, load_processor, save_tokenizer
 from qvera.utils import accelerator, memory
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, Interrupted, RunFailed
@@ -282,6 +282,14 @@ class Merging:
         config.architectures = own if self.head else config.architectures or own
         return config
 
+    def save_config(self, directory: Path) -> None:
+        """Write config.json for transformers 5 and 4, which takes a default for each key that it does not find."""
+        config = self.config()
+        config.save_pretrained(directory)
+        written, base = (read_json(place / "config.json", "a config") for place in (directory, self.base.directory))
+        _add_keys_of_4(written, config.to_dict(), base)
+        replace_text(directory / "config.json", json.dumps(written, indent=2, sort_keys=True) + "\n")
+
     def certificate(self, kind: str, files: dict[str, str]) -> dict[str, Any]:
         """Say what was merged into what, once all of the base is read; ``files`` maps names to SHA-256."""
         section, base = self.section, self.base
@@ -306,6 +314,20 @@ class Merging:
             "sha256": {name: self.reader.sha256[name] for name in base.stamps},
         }
         return certificate
+
+
+def _add_keys_of_4(written: dict[str, Any], known: dict[str, Any], base: dict[str, Any]) -> None:
+    """Add the base's keys that transformers 5 has renamed or left out. ``known``: all that the config has now."""
+    for key, value in base.items():
+        if key.endswith("_config") and isinstance(value, dict) and isinstance(written.get(key), dict):
+            _add_keys_of_4(written[key], known[key], value)
+        elif key not in written and key != "quantization_config":
+            written[key] = known.get("dtype" if key == "torch_dtype" else key, value)
+    rope = written.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:  # of all layers; 4 has no form for several
+        written.setdefault("rope_theta", rope["rope_theta"])
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        written.setdefault("rope_scaling", scaling if rope.get("rope_type", "default") != "default" else None)
 
 
 _KEPT = "{done} of {total} shards are finished and kept. Make room and run the same command again; it resumes there."
@@ -352,7 +374,7 @@ def export_merged(
             certificate = merging.certificate("merged", work.shards)
             with disk_errors(f"{out}", told(_KEPT)):
                 write_index(out, shards)
-                place_files(out, merging.tokenizer.save_pretrained)
+                place_files(out, functools.partial(save_tokenizer, merging.tokenizer, section))
                 if merging.base.model_class.of_published(merging.base.config.architectures).takes_images:
                     place_files(out, functools.partial(copy_processor, section))
                 if (merging.base.directory / "generation_config.json").is_file():
@@ -369,7 +391,7 @@ def export_merged(
                     place_files(out, lambda scratch: [shutil.copy2(file, scratch) for file in code])
                 # The config comes last: from then on the directory is a model.
                 replace_text(out / CERTIFICATE, json.dumps(certificate, indent=1))
-                place_files(out, merging.config().save_pretrained)
+                place_files(out, merging.save_config)
         except KeyboardInterrupt:
             raise Interrupted(told(_INTERRUPTED, why="Ctrl-C")) from None
         work.complete()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,13 +25,14 @@ from tokenizers import AddedToken
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils.hub import cached_file
 
 from qvera.config.sections import ModelSection
 from qvera.data.images import ImageProcessor, ImageTextProcessor, give_images, require_pillow
 from qvera.models.hub import base_directory, not_on_hub, require_model_files
 from qvera.models.model_class import CAUSAL_LM, ModelClass, load_config
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import resolve_path
+from qvera.utils.files import read_json, replace_text, resolve_path
 from qvera.utils.hub import leave_silent_hub
 from qvera.utils.safetensors_io import save_tensors
 
@@ -44,6 +46,7 @@ ADDED_ROWS = "added_tokens.safetensors"
 PLACED = "qvera_added_tokens"
 """The attribute of a model with the tokens that have rows: token → id."""
 PROCESSOR_FILE = "preprocessor_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _PROCESSOR_FILES = (PROCESSOR_FILE, "processor_config.json", "video_preprocessor_config.json")
 IMAGE_TYPES = (
     "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "idefics3", "smolvlm",
@@ -123,6 +126,34 @@ def load_image_text_processor(section: ModelSection, tokenizer: PreTrainedTokeni
             f"Expected {PROCESSOR_FILE} or processor_config.json beside the weights, and the packages it needs "
             "(torchvision for LFM2-VL, num2words for SmolVLM)."
         ) from None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, section: ModelSection, directory: Path) -> None:
+    """Save a tokenizer for transformers 5 and 4, with the files of the base's own that other tools read.
+
+    transformers 5 names a class and writes a list that 4 can't read, and leaves out keys. llama.cpp's converter reads
+    sentencepiece's model, and the tokens that were added to it from tokenizer_config.json.
+    """
+    tokenizer.save_pretrained(directory)
+    name, revision = resolve_path(section.tokenizer or section.path), None if section.tokenizer else section.revision
+    before: dict[str, Any] = {}
+    for file in (TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "merges.txt"):
+        with contextlib.suppress(OSError):  # the base has none
+            found = Path(cached_file(name, file, revision=revision))
+            if file == TOKENIZER_CONFIG:
+                before = read_json(found, "a tokenizer's config")
+            elif not (directory / file).exists():
+                shutil.copyfile(found, directory / file)
+    config = read_json(directory / TOKENIZER_CONFIG, "a tokenizer's config")
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    kept = ("tokenizer_class", "add_bos_token", "add_eos_token", "legacy")
+    config |= {key: before[key] for key in kept if key in before}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # of a base that transformers 5 has written
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    tokens = tokenizer.added_tokens_decoder.items()
+    config["added_tokens_decoder"] = {str(number): token.__getstate__() for number, token in tokens}
+    replace_text(directory / TOKENIZER_CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def copy_processor(section: ModelSection, directory: Path) -> None:

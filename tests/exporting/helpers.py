@@ -12,6 +12,7 @@ from qvera.adapters import QveraLinear
 from qvera.adapters.save_load import attach, save_adapter
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.loader import load_base
+from qvera.models.tokenizer import ids_of
 from tests.adapters.helpers import perturb
 from tests.models.helpers import stock_load
 
@@ -26,8 +27,9 @@ def trained_adapter(
     section = ModelSection(path=str(base), **{"compute_dtype": "float32", **(model or {})})
     loaded = load_base(section)
     fingerprint = loaded.facts["fingerprint"] if knows_base else None
-    peft_model = perturb(attach(loaded.model, AdapterSection(**{"rank": 8, **adapter}), section.path, fingerprint))
-    save_adapter(peft_model, directory)
+    keys, ids = AdapterSection(**{"rank": 8, **adapter}), ids_of(loaded.tokenizer, section.added_tokens) or None
+    peft_model = perturb(attach(loaded.model, keys, section.path, fingerprint, ids, section))
+    save_adapter(peft_model, directory, loaded.tokenizer)
     return peft_model.eval(), section, directory
 
 

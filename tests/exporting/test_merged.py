@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from qvera.config.sections import AdapterSection, ExportSection, ModelSection
 from qvera.exporting.merged import export_merged
 from qvera.models import quantization
 from qvera.models.loader import load_base
+from qvera.models.tokenizer import load_tokenizer
 from qvera.utils.errors import RunFailed
 from qvera.utils.files import file_sha256
 from tests.conftest import small_llama, small_tokenizer
@@ -82,6 +86,78 @@ def test_files_config_and_certificate(trained: Any, tiny_model_dir: Path, tmp_pa
     for name, change in deltas(model).items():
         assert certificate["delta"][name]["max_abs"] == pytest.approx(change.abs().max().item(), rel=1e-5)
         assert certificate["delta"][name]["mean_abs"] == pytest.approx(change.abs().mean().item(), rel=1e-5)
+
+
+def as_written_by_4(base: Path) -> dict[str, Any]:
+    """Save a Llama with the config and tokenizer_config that a repository of transformers 4 has; returns the first."""
+    small_llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 12345.0}).save_pretrained(base)
+    small_tokenizer().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": config.pop("dtype")}
+    (base / "config.json").write_text(json.dumps(config))
+    of_tokenizer = json.loads((base / "tokenizer_config.json").read_text())
+    special = of_tokenizer.pop("extra_special_tokens", [])
+    of_tokenizer |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": special}
+    (base / "tokenizer_config.json").write_text(json.dumps(of_tokenizer))
+    return config
+
+
+def test_config_and_tokenizer_have_what_transformers_4_reads(trained: Any, tmp_path: Path) -> None:
+    """It takes its own default, without a word, for a key that transformers 5 has renamed."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    before = as_written_by_4(base)
+    (base / "tokenizer.model").write_text("sentencepiece")  # read by llama.cpp's converter alone
+    added = {"added_tokens": ["<|new|>"], "quantization": "none"}
+    model, section, adapter = trained_adapter(base, tmp_path / "adapter", added)
+    export_merged(adapter, section, out, ExportSection(dtype="float32"))
+    config, of_tokenizer = (json.loads((out / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert {key: config[key] for key in ("rope_theta", "rope_scaling")} == {
+        key: before[key] for key in ("rope_theta", "rope_scaling")
+    }
+    assert config["torch_dtype"] == "float32"
+    assert of_tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in of_tokenizer
+    assert "<|new|>" in [token["content"] for token in of_tokenizer["added_tokens_decoder"].values()]
+    assert (out / "tokenizer.model").read_text() == "sentencepiece"
+    plain = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.arange(3, 23).view(1, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    # a base that transformers 5 has written has none of these keys
+    _, section, adapter = trained
+    export_merged(adapter, section, tmp_path / "of_5", ExportSection())
+    config, of_tokenizer = (
+        json.loads((tmp_path / "of_5" / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    )
+    assert (config["rope_theta"], config["rope_scaling"]) == (config["rope_parameters"]["rope_theta"], None)
+    assert of_tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.matrix
+def test_transformers_4_opens_an_export_with_the_same_logits_and_tokens(tmp_path: Path) -> None:
+    """Installs it from the package index into a directory of its own."""
+    wanted = ["transformers==4.57.*", "tokenizers<0.23", "huggingface_hub<1"]
+    place = ["--quiet", "--no-deps", "--target", str(tmp_path / "four")]
+    subprocess.run([sys.executable, "-m", "pip", "install", *place, *wanted], check=True)
+    as_written_by_4(tmp_path / "base")
+    added = {"added_tokens": ["<|new|>"], "eos_token": "<|new|>", "quantization": "none"}
+    model, section, adapter = trained_adapter(tmp_path / "base", tmp_path / "adapter", added)
+    export_merged(adapter, section, tmp_path / "out", ExportSection(dtype="float32"))
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, __version__\n"
+        "ids = T.from_pretrained(sys.argv[1])('say<|new|> red 12', return_tensors='pt').input_ids\n"
+        "logits = M.from_pretrained(sys.argv[1], dtype=torch.float32)(input_ids=ids).logits.detach()\n"
+        "torch.save([__version__, ids, logits], sys.argv[2])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "four")}
+    arguments = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "said.pt")]
+    subprocess.run(arguments, env=environment, check=True)
+    version, ids, logits = torch.load(tmp_path / "said.pt")
+    assert version.startswith("4.57.")
+    assert ids[0].tolist() == load_tokenizer(section)("say<|new|> red 12").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_other_programs_end_answers_at_the_trained_end_of_turn(tiny_model_dir: Path, tmp_path: Path) -> None:
