@@ -188,7 +188,7 @@ class DataStats(RowCounts):
     @property
     def targets_text(self) -> str:
         """A phrase that says what the loss covers, for messages."""
-        if "prompt" in self.format.split(", "):
+        if self.format == "prompt":
             return "the model answers them while it is trained"
         if self.labels is None:
             return f"the loss covers {self.trained_tokens:,} of {self.tokens:,} tokens"
@@ -456,7 +456,7 @@ def print_preflight(datasets: Datasets, processor: Any, console: Console, rows: 
             continue
         for image in example.images:
             console.print("image of {} x {} pixels".format(*image.open().size))
-        for word, row in example.shown():
+        for word, row in example.previewed():
             console.print(Text.assemble((example.source, "bold"), f"  ⟦{word}⟧"))
             console.print(_mark_trained(row, processor))
     console.print()
@@ -479,10 +479,10 @@ def _summary(stats: DataStats) -> Table:
             text = f"{source.taken:,} from {source.path} ({count}): {source.layout}"
             table.add_row("  of these", Text(text))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")
-    if stats.labels is None:
-        table.add_row("Trained", f"{stats.trained_tokens:,} tokens, {stats.trained_tokens / stats.tokens:.1%}")
-    else:
-        table.add_row("Labels", Text(stats.targets_text))
+    counts = f"{stats.trained_tokens:,} tokens, {stats.trained_tokens / stats.tokens:.1%}"
+    is_counted = stats.labels is None and stats.format != "prompt"
+    name = "Trained" if stats.labels is None else "Labels"
+    table.add_row(name, counts if is_counted else Text(stats.targets_text))
     table.add_row("Truncated", f"{stats.truncated_rows:,} rows, {stats.truncated_tokens:,} tokens cut off")
     if stats.split_rows:
         table.add_row("Split", f"{stats.split_rows:,} rows into {stats.split_parts:,}")

@@ -115,6 +115,13 @@ class Example:
         rejected = dataclasses.replace(chosen, input_ids=ids, trained=np.arange(len(ids)) >= self.answer_start)
         return [("chosen", chosen), ("rejected", rejected)]
 
+    def previewed(self) -> list[tuple[str, Example]]:
+        """As `shown`; but of a row that is a prompt only that, without the placeholder of its answer."""
+        if self.about is None or not len(self.prompt_ids):
+            return self.shown()
+        ids = self.prompt_ids
+        return [("prompt", dataclasses.replace(self, input_ids=ids, trained=np.zeros(len(ids), dtype=bool)))]
+
     @property
     def answer_start(self) -> int:
         """The place of the first target. In a preference row it is the length of the prompt."""

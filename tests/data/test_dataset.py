@@ -25,6 +25,7 @@ from qvera.data.dataset import length_histogram
 from qvera.data.labelled import new_labels, rows_by_label
 from qvera.data.rows import SCHEMA, Rows
 from qvera.evaluation.load import template_name
+from qvera.evaluation.report.pages import preview_page
 from qvera.utils.errors import InputError
 from tests.data.conftest import MakeTokenizer, Read, Write
 from tests.data.rows import messages_of
@@ -351,6 +352,19 @@ def test_auto_is_what_the_first_source_was_trained_with(
     (tmp_path / "run.json").write_text(json.dumps({"data": stats.to_dict()}))
     recipe = parse_recipe({"model": "m", "data": {"path": mixed.path}}, "x.yaml")
     assert template_name(recipe, tmp_path) == "plain"
+
+
+def test_prompts_that_the_model_answers_itself_are_shown_without_their_placeholder(
+    read: Read, base_tokenizer: Any
+) -> None:
+    data, out = read([{"prompt": "say red"}], format="prompt"), io.StringIO()
+    print_preflight(data, base_tokenizer, Console(file=out, width=1000))
+    page = preview_page("p", "rows", data.stats, [], data.first_rows(1), base_tokenizer.decode)
+    assert "Trained    the model answers them while it is trained" in out.getvalue()
+    (row,) = data.train
+    asked = base_tokenizer.decode(row.prompt_ids)
+    assert f"⟦prompt⟧\n{asked.rstrip()}\n" in "\n".join(map(str.rstrip, out.getvalue().splitlines())) + "\n"
+    assert "⟦-" not in out.getvalue() and "<mark>" not in page and "Tokens trained" not in page
 
 
 def test_a_system_prompt_that_rows_do_not_take_and_labels_that_none_has_are_told(read: Read) -> None:

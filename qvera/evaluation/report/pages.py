@@ -197,7 +197,7 @@ def preview_page(
         mixture=mixture if len(mixture) > 1 else [],
         warnings=warnings,
         lengths=length_chart(stats.histogram_edges, stats.histogram_counts),
-        rows=[shown(word, row) for one in rows for word, row in one.shown()],
+        rows=[shown(word, row) for one in rows for word, row in one.previewed()],
     )
 
 
