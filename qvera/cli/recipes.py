@@ -299,7 +299,7 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, conte
     is_short = stats.trained_tokens < SHORT_ANSWER_TOKENS * stats.train_rows
     if stats.labels is not None:
         keys.append(f"head_learning_rate: {HEAD_RATE:g}")
-    elif held_out_rows and is_short and data.format != "preference" and stats.adapters is None:
+    elif held_out_rows and is_short and data.format not in ("preference", "text") and stats.adapters is None:
         keys.append(f"exact_match_rows: {min(50, held_out_rows)}         # held-out answers compared")
         # twice the longest: an answer that goes on behind the right one is not cut into it
         answer_tokens = min(training.sample_max_new_tokens, 2 * stats.most_trained_tokens + ANSWER_MARGIN_TOKENS)

@@ -117,6 +117,8 @@ def test_the_new_recipe_learns_enough_from_few_rows_and_says_that_they_are_few(i
     assert "for a hidden size of" in out.read_text()
     init(rows(300).replace("red", "red " * 60), file="rows.jsonl")
     assert load_recipe(out).training.exact_match_rows == 0  # long answers are never the same word for word
+    init("".join(f'{{"text": "say {i}"}}\n' for i in range(60)), file="rows.jsonl")
+    assert "exact_match" not in out.read_text() and "answer" not in out.read_text(), "texts answer nothing"
 
 
 def test_the_new_recipe_names_the_answers_where_they_are_labels(init: Init, out: Path) -> None:
