@@ -68,7 +68,10 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
                 f"{row.source}: has a chosen and a rejected answer. Set training.objective: dpo (or orpo) to train "
                 "on such pairs."
             )
-        if not matches and {"role", "content"} <= row.fields.keys():
+        is_turn = not matches and {"role", "content"} <= row.fields.keys()
+        # OpenAssistant's messages, whose text would be trained by itself
+        is_turn = is_turn or (matches[:1] == ["text"] and row.fields.get("role") in ("prompter", "assistant"))
+        if is_turn:
             raise InputError(
                 f"{row.source}: is a single turn, and a row is a whole conversation: "
                 '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}.'

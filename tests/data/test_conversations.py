@@ -47,6 +47,7 @@ def turns(fields: dict[str, Any], **kwargs: Any) -> list[tuple[str, str]]:
         ({"conversations": [{"from": "human", "value": "hi"}]}, "sharegpt", []),
         ({"prompt": "p", "completion": "c"}, "prompt-completion", []),
         ({"text": "t", "id": 3}, "text", ["id"]),
+        ({"text": "a CV", "role": "engineer"}, "text", ["role"]),
     ],
 )
 def test_detection(fields: dict[str, Any], name: str, unused: list[str]) -> None:
@@ -232,6 +233,7 @@ def test_a_call_that_is_none_is_named() -> None:
     ("fields", "kwargs", "message"),
     [
         ({"role": "user", "content": "hi"}, {}, "is a single turn, and a row is a whole conversation"),
+        ({"text": "hi", "role": "prompter", "parent_id": None}, {}, "is a single turn, and a row is a whole conversati"),
         ({"q": "x", "a": "y"}, {}, "match no known format. Columns found: q, a. Known: .*alpaca .instruction, output"),
         ({"q": "x"}, {"format": "text"}, "format text needs the column text. Columns found: q"),
         ({"q": "x"}, {"format": "text"}, r"or set another data\.format\.$"),
