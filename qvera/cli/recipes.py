@@ -179,9 +179,9 @@ def _with_found_columns(recipe: Recipe) -> Recipe:
     except UnaskedPreferences as error:
         raise InputError(f"{error} Here: --objective dpo.") from None
     except MissingColumn as error:
-        # No option names the column of rejected answers.
-        here = "rename them in the file; --objective dpo and orpo take pairs, kto judged answers"
-        here = here if recipe.data.format in PREFERENCES else COLUMN_OPTIONS
+        here = COLUMN_OPTIONS
+        if recipe.data.format in PREFERENCES:  # no option names the column of rejected answers, or that of verdicts
+            here += " (the chosen one); rename others in the file; dpo and orpo take pairs, kto judged answers"
         raise InputError(f"{error} Here: {here}.") from None
     except UnknownFormat as error:
         if not sys.stdin.isatty():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, READ_KEYS, RowFormat
 from qvera.data.readers import RawRow, from_json, without_nulls
@@ -41,6 +41,8 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
         columns = {"prompt": "conversations", **columns}
     elif format in ("auto", *PREFERENCES) and {"input", "preferred_output"} <= row.fields.keys():  # OpenAI's
         columns = {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output", **columns}
+    elif format in ("auto", "alpaca") and not columns and "response" in row.fields and is_dolly(row.fields):
+        columns = {"input": "context", "output": "response"}
     known = sorted({name for kind in FORMATS.values() for name in kind.fields})
     header = " in the header, line 1" if row.file is not None and row.file.suffix.lower() in (".csv", ".tsv") else ""
     no_header = " If line 1 is a row already, write a line of names above it." if header else ""
@@ -84,7 +86,11 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
                 f"{no_header}"
             )
         format = matches[0]
-    if missing := [name for name in FORMATS[format].required if name not in present]:
+    missing = [name for name in FORMATS[format].required if name not in present]
+    chosen = from_json(row.fields.get(columns.get("chosen", "chosen")))
+    if format == "preference" and "prompt" not in present and isinstance(chosen, str):  # a list begins with it
+        missing.insert(0, "prompt")
+    if missing:
         auto = f": auto reads it as {matches[0]}" if matches else ""
         other = f" or set another data.format{auto}" if format in detected else ""  # no choice of a task or objective
         above = "" if present & set(FORMATS[format].fields) else no_header
@@ -106,6 +112,11 @@ def detect_format(row: RawRow, format: str = "auto", columns: dict[str, str] | N
     unused = [str(name) for name in row.fields if name not in read.values() and format != "prompt"]
     unused += _unread_keys(row, [column for name, column in read.items() if name not in ("tools", "images")])
     return RowFormat(format, read, unused)
+
+
+def is_dolly(fields: Collection[str]) -> bool:
+    """Whether these are Dolly's columns, but for ``response``: Alpaca's under other names."""
+    return {"instruction", "context"}.issubset(fields) and {"input", "output"}.isdisjoint(fields)
 
 
 def _unread_keys(row: RawRow, columns: Sequence[str]) -> list[str]:

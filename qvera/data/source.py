@@ -30,7 +30,7 @@ import pyarrow as pa
 from qvera.config.sections import DataSection
 from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, Conversation, RowFormat, parse_row
-from qvera.data.detect import MissingColumn, UnknownFormat, detect_format
+from qvera.data.detect import MissingColumn, UnknownFormat, detect_format, is_dolly
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
 from qvera.data.readers import ACCEPTED, RawRow, adapter_files, load_hub, local_files, read_file, read_lines, read_rows
@@ -494,7 +494,8 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
     for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
         fields = dict(row.fields)
         named = {ours: theirs for ours, theirs in columns.items() if theirs in fields}
-        for question, answer in _ANSWERS.items():
+        answers = {**_ANSWERS, "instruction": "response"} if is_dolly(row.fields) and not columns else _ANSWERS
+        for question, answer in answers.items():
             asked, answered = (named.get(name, name) for name in (question, answer))
             if asked in fields and not fields.get(answered):
                 fields[answered] = "-"  # a row without its answer is read like a training row

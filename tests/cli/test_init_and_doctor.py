@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 
 from qvera.adapters.methods import measured_rate
@@ -237,9 +238,14 @@ def test_no_recipe_is_written_for_a_base_that_cannot_be_trained(
 def test_the_new_recipe_of_preferences_has_their_objective(init: Init, out: Path) -> None:
     row = json.dumps({"prompt": "say", "chosen": "red", "rejected": "blue"}) + "\n"
     assert "Here: --objective dpo" in init(row, code=2, file="pairs.jsonl")
-    assert "Here: rename them in the file; --objective dpo and orpo take pairs" in init(
+    assert "(the chosen one); rename others in the file; dpo and orpo take pairs" in init(
         '{"prompt": "a", "completion": "b"}\n', "--objective", "dpo", code=2, file="rows.jsonl"
     )
+    asked = row.replace('"prompt"', '"question"')
+    said = init(asked, "--objective", "dpo", code=2, file="pairs.jsonl")
+    assert "needs the column prompt. Columns found: question, chosen" in said and "Here: --prompt-column NAME" in said
+    init(asked, "--objective", "dpo", "--prompt-column", "question", file="pairs.jsonl")
+    assert load_recipe(out).data.columns == {"prompt": "question"}
     init(row, "--objective", "orpo", file="pairs.jsonl")
     assert (load_recipe(out).training.objective, load_recipe(out).data.format) == ("orpo", "preference")
     row = json.dumps({"prompt": "say", "completion": "red", "label": True}) + "\n"

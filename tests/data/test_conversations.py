@@ -46,6 +46,7 @@ def turns(fields: dict[str, Any], **kwargs: Any) -> list[tuple[str, str]]:
         ({"messages": [USER, ASSISTANT], "prompt": "hi"}, "messages", ["prompt"]),
         ({"conversations": [{"from": "human", "value": "hi"}]}, "sharegpt", []),
         ({"prompt": "p", "completion": "c"}, "prompt-completion", []),
+        ({"instruction": "i", "context": "x", "response": "o", "category": "c"}, "alpaca", ["category"]),
         ({"text": "t", "id": 3}, "text", ["id"]),
         ({"text": "a CV", "role": "engineer"}, "text", ["role"]),
     ],
@@ -87,6 +88,7 @@ def test_every_format_becomes_the_same_conversation() -> None:
     alpaca = parse({"instruction": "Add.", "input": "1, 2", "output": "3"})
     assert isinstance(alpaca, Conversation)
     assert alpaca.turns == [Turn("user", "Add.", context="1, 2"), Turn("assistant", "3")], "the input stays apart"
+    assert parse({"instruction": "Add.", "context": "1, 2", "response": "3"}) == alpaca, "Dolly's columns"
     row = {"instruction": "And 4?", "input": "", "output": "7", "history": [["Add 1, 2", "3"]]}
     followed = parse(row)
     assert isinstance(followed, Conversation), "LLaMA-Factory's turns before"
@@ -233,7 +235,11 @@ def test_a_call_that_is_none_is_named() -> None:
     ("fields", "kwargs", "message"),
     [
         ({"role": "user", "content": "hi"}, {}, "is a single turn, and a row is a whole conversation"),
-        ({"text": "hi", "role": "prompter", "parent_id": None}, {}, "is a single turn, and a row is a whole conversati"),
+        (
+            {"text": "hi", "role": "prompter", "parent_id": None},
+            {},
+            "is a single turn, and a row is a whole conversati",
+        ),
         ({"q": "x", "a": "y"}, {}, "match no known format. Columns found: q, a. Known: .*alpaca .instruction, output"),
         ({"q": "x"}, {"format": "text"}, "format text needs the column text. Columns found: q"),
         ({"q": "x"}, {"format": "text"}, r"or set another data\.format\.$"),
@@ -333,6 +339,9 @@ def test_prompts_may_have_another_format_than_the_rows_that_trained(tmp_path: Pa
     for format in ("alpaca", "messages", "text", "prompt-completion"):
         found = read_prompts(file, DataSection(path="rows.jsonl", format=format))
         assert [row.turns[-1].content for row in found] == ["a", "b"]
+    file.write_text('{"instruction": "Add.", "context": "1, 2"}\n')  # Dolly's, without its response
+    (asked,) = read_prompts(file, DataSection(path="rows.jsonl", format="alpaca"))
+    assert asked.turns == [Turn("user", "Add.", context="1, 2")]
 
 
 def test_prompts_have_the_recipes_column_or_are_written_otherwise(tmp_path: Path) -> None:
