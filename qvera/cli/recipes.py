@@ -68,6 +68,8 @@ def init(
     answer_column: Annotated[str | None, option("NAME", "The answer; of a classifier the label.")] = None,
     adapter_column: Annotated[str | None, option("NAME", "Train an adapter for each value of this column.")] = None,
     system: Annotated[str | None, option("TEXT", "A system prompt for all rows.")] = None,
+    config_name: Annotated[str | None, option("NAME", "The configuration of a hub dataset.")] = None,
+    split: Annotated[str | None, option("NAME", "The split of a hub dataset (default: train).")] = None,
 ) -> None:
     """Write a commented recipe for your model and data.
 
@@ -93,6 +95,7 @@ def init(
     from qvera.training.trainer import check_early
 
     about_rows = _given(eval_path=eval_data, system=system, adapter_column=adapter_column)
+    about_rows |= _given(config_name=config_name, split=split)
     tree = {"model": model, "data": {"path": data, **about_rows}, "training": _given(objective=objective)}
     tree |= _given(task=task)
     recipe = parse_recipe(tree, "the options")
@@ -270,8 +273,8 @@ def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, conte
     held_out_rows = stats.eval_rows or round(stats.train_rows * held_out)
     lengths = f"tokens; the longest of {stats.train_rows:,} rows has {stats.longest_tokens:,}"
     rows = f"  path: {yaml_text(data.path)}\n  format: {data.format}"
-    for key in ("eval_path", "columns", "adapter_column", "system"):
-        if value := getattr(data, key):
+    for key in ("config_name", "split", "eval_path", "columns", "adapter_column", "system"):
+        if (value := getattr(data, key)) and not (key == "split" and value == "train"):
             rows += f"\n  {key}: {yaml_text(value)}"
     if data.format != "image":  # whose tokens are those of its patches
         cut = f"; the base's context ends at {context:,}" if stats.longest_tokens > context else ""

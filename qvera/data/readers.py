@@ -531,7 +531,7 @@ def load_hub(path: str, split: str, config_name: str | None, revision: str | Non
                 dataset = dataset.cast_column(name, type(feature)(stored))
         return dataset
     except Exception as error:  # the hub's client raises many unrelated types, all of them about what was asked for
-        hint = "Check data.path, data.config_name, data.split and data.revision."
+        hint = "Check data.path, data.config_name, data.split (--config-name and --split of init) and data.revision."
         if isinstance(error, ConnectionError) or "offline" in str(error).lower():
             hint = f"{hub_hint()} Or set data.path to a local file."
         raise InputError(

@@ -184,6 +184,24 @@ def test_a_new_recipe_takes_a_file_of_held_out_rows(init: Init, out: Path, tiny_
     assert "nowhere.jsonl: no such file" in init(tiny_rows, "--eval-data", "nowhere.jsonl", code=2)
 
 
+def test_a_new_recipe_takes_the_configuration_and_the_split_of_a_hub_dataset(
+    init: Init, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str, name: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        if (path, name, split) != ("owner/name", "main", "train_sft"):
+            raise ValueError("Config name is missing. Please pick one: ['main', 'socratic']")
+        return datasets.Dataset.from_list([{"prompt": f"say {i}", "completion": "red"} for i in range(9)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("qvera.data.readers.leave_silent_hub", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    said = init(Path("owner/name"), code=2)
+    assert "pick one: ['main', 'socratic']" in said and "--config-name and --split of init" in said
+    init(Path("owner/name"), "--config-name", "main", "--split", "train_sft")
+    data = load_recipe(out).data
+    assert (data.path, data.config_name, data.split) == ("owner/name", "main", "train_sft")
+
+
 def test_columns_of_no_known_format_are_asked_for(
     init: Init, out: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
