@@ -154,7 +154,9 @@ class _Cells:
     def __post_init__(self) -> None:
         found = from_json(self.row.fields.get(self.format.columns.get("images", "")))
         found = found if isinstance(found, list) else [found]
-        object.__setattr__(self, "images", deque(image for image in found if image not in (None, "", {})))
+        object.__setattr__(
+            self, "images", deque(image for image in found if without_nulls(image) not in (None, "", {}))
+        )
         object.__setattr__(self, "has_images", bool(self.images))
 
     @property
