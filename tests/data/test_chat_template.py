@@ -7,15 +7,19 @@ Random conversations go through our templates and those of real models. For the 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from qvera.data import NAMED_TEMPLATES, Encoder, Turn, resolve_template
+from qvera.config.sections import DataSection
+from qvera.data import NAMED_TEMPLATES, Encoder, Turn, build_datasets, resolve_template
 from qvera.utils.errors import InputError
 from tests.data.conftest import MARKERS, MakeTokenizer
 from tests.data.real_templates import QWEN_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
@@ -505,14 +509,22 @@ def test_a_system_turn_that_is_not_written_is_refused(make_tokenizer: MakeTokeni
         build([{"messages": row} for row in rows], make_tokenizer(chat_template=first_only))
 
 
-def test_calls_are_objects_without_keys_that_only_other_rows_have(make_tokenizer: MakeTokenizer) -> None:
+def test_calls_are_objects_without_keys_that_only_other_rows_have(
+    make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> None:
     """OpenAI's API has arguments as JSON texts, and Parquet gives every object the keys of all objects."""
     tokenizer = tokenizer_of("qwen-2.5", make_tokenizer)
-    tool = {**_TOOL, "function": {**_TOOL["function"], "strict": None}}
-    texts = []
-    for arguments in ({"city": "Rome"}, '{"city": "Rome"}', {"city": "Rome", "x": None}):
+
+    def row(arguments: Any, **function: Any) -> dict[str, Any]:
         called = [_CALLED[0], {**_CALLED[1], "tool_calls": [call_of("look_up", arguments)]}, *_CALLED[2:]]
-        texts.append(decoded(tokenizer, build([{"messages": called, "tools": [tool]}], tokenizer).train[0].input_ids))
+        tool = {"name": "look_up", "parameters": {"type": "object"}, **function}
+        return {"messages": called, "tools": [{"type": "function", "function": tool}]}
+
+    rows = [row({"city": "Rome"}), row('{"city": "Rome"}')]
+    examples = [build([each], tokenizer).train[0] for each in rows]
+    pq.write_table(pa.Table.from_pylist([rows[0], row({"x": 1}, strict=True)]), tmp_path / "rows.parquet")
+    examples.append(build_datasets(DataSection(path=str(tmp_path / "rows.parquet")), tokenizer).train[0])
+    texts = [decoded(tokenizer, example.input_ids) for example in examples]
     assert texts[0] == texts[1] == texts[2]
     assert '"arguments": {"city": "Rome"}}' in texts[0] and "null" not in texts[0]
 
