@@ -1,7 +1,7 @@
 """Training by a reward (`training.objective: grpo`): VeRA beside LoRA each at its own best rate, over three seeds.
 
     python -m bench.rewards [--task orders] [--trials 4]     # goes on where it stopped
-    python -m bench.rewards [--task orders] --table          # prints what stands there
+    python -m bench.rewards --page docs/rewards.md           # writes the tables into it, and rewards.svg beside it
 
 SmolLM2-135M-Instruct in NF4, in steps of 4 prompts with 8 answers each. ``sums`` is recipes/rewards/sums.yaml: the reward is 1 where
 the last number of the answer is the sum. ``orders`` is recipes/rewards/orders.yaml: 1 where the answer equals the quickstart's JSON. Its base is
@@ -25,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 import qvera
-from bench.common import RESULTS, ROOT, do_missing, markdown, read_lines, smollm2, train_records
+from bench.common import RESULTS, ROOT, do_missing, markdown, read_lines, smollm2, train_records, with_table
 from qvera.config.schema import Recipe, load_recipe
 from qvera.training.trainer import train
 from qvera.utils.files import read_json
@@ -152,15 +152,66 @@ def table(lines: list[dict[str, Any]]) -> str:
     return markdown(titles, rows)
 
 
+_LEFT, _TOP, _WIDTH, _HEIGHT = 44, 44, 200, 150
+_STYLE = (
+    "text{font:13px system-ui,sans-serif;fill:#1a1d20}.soft{fill:#555d66;font-size:12px}.grid{stroke:#d8dde0}"
+    "path{fill:none;stroke:#00696f}.seed{opacity:.35}.mean{stroke-width:2.5}"
+    "@media(prefers-color-scheme:dark){text{fill:#e7e9ea}.soft{fill:#a1a9b1}.grid{stroke:#3c444a}path{stroke:#5cc7c0}}"
+)
+
+
+def picture(tasks: dict[str, list[dict[str, Any]]]) -> str:
+    """A standalone SVG: a row for each task, a panel for each method; the reward by step, at the best rate."""
+    width, row_height = len(METHODS) * (_LEFT + _WIDTH + 10), _TOP + _HEIGHT + 40
+    height = len(tasks) * row_height + 20
+    said = "Mean reward by step of each method at its best rate, over its seeds"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{said}">',
+        f"<style>{_STYLE}</style>",
+    ]
+    for row, (task, lines) in enumerate(tasks.items()):
+        for column, method in enumerate(METHODS):
+            if (best := best_of(method, lines)) is not None:
+                seeds = [line["rewards"] for line in lines if (line["method"], line["rate"]) == (method, best["rate"])]
+                left, top = column * (_LEFT + _WIDTH + 10) + _LEFT, row * row_height + _TOP
+                parts += _panel(f"{task}: {method} at {best['learning_rate']:g}", seeds, left, top)
+    note = "Thin: a seed. Thick: the mean. Each is the mean of five steps."
+    parts.append(f'<text class="soft" x="12" y="{height - 8}">{note}</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+def _panel(title: str, seeds: list[list[float]], left: int, top: int) -> list[str]:
+    parts = [f'<text x="{left}" y="{top - 14}">{title}</text>']
+    for share in (0, 0.5, 1):
+        y = top + _HEIGHT * (1 - share)
+        parts.append(f'<line class="grid" x1="{left}" x2="{left + _WIDTH}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="soft" x="{left - 6}" y="{y + 4}" text-anchor="end">{share:.0%}</text>')
+    for step in (10, 20, 30, 40):
+        x = left + _WIDTH * step / STEPS
+        parts.append(f'<text class="soft" x="{x}" y="{top + _HEIGHT + 18}" text-anchor="middle">{step}</text>')
+    mean = [statistics.mean(rewards) for rewards in zip(*seeds, strict=True)]
+    for kind, rewards in [*(("seed", one) for one in seeds), ("mean", mean)]:
+        smooth = [statistics.mean(rewards[max(0, step - 4) : step + 1]) for step in range(len(rewards))]
+        points = [
+            f"{left + _WIDTH * (step + 1) / STEPS:.1f} {top + _HEIGHT * (1 - value):.1f}"
+            for step, value in enumerate(smooth)
+        ]
+        parts.append(f'<path class="{kind}" d="M{" L".join(points)}"/>')
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", choices=TASKS, default="sums")
-    parser.add_argument("--table", action="store_true", help="print what stands there, and train nothing")
+    parser.add_argument("--page", type=Path, help="write tables and picture of what stands there, and train nothing")
     parser.add_argument("--trials", type=int, help="stop after as many")
     args = parser.parse_args()
     lines = RESULTS / TASKS[args.task]
-    if args.table:
-        print(table(read_lines(lines)))
+    if args.page:
+        found = {task: read_lines(RESULTS / file) for task, file in TASKS.items() if (RESULTS / file).exists()}
+        for task, of_task in found.items():
+            args.page.write_text(with_table(args.page.read_text(), task, table(of_task)))
+        args.page.with_suffix(".svg").write_text(picture(found))
         return
     base = base_of(args.task)
     do_missing(lines, Trial, lambda: plan(read_lines(lines)), lambda trial: do(trial, base, args.task), args.trials)

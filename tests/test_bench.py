@@ -33,6 +33,7 @@ from bench import (
     lora_cut,
     quality,
     quality_picture,
+    rewards,
 )
 from bench.common import RESULTS, do_missing, header, perturb, read_lines, with_table, write_rows
 from bench.gpu import common, fast, right
@@ -292,6 +293,10 @@ def test_the_pages_show_the_committed_results() -> None:
         assert (docs / "methods" / f"{name}.svg").read_text(encoding="utf-8") == drawn
     text = pages["benchmarks.md"]
     assert text == with_table(text, "first_rows", first_rows.table(read_lines(first_rows.LINES)))
+    text = pages["rewards.md"]
+    found = {task: read_lines(file) for task, name in rewards.TASKS.items() if (file := RESULTS / name).exists()}
+    assert all(text == with_table(text, task, rewards.table(lines)) for task, lines in found.items())
+    assert (docs / "rewards.svg").read_text(encoding="utf-8") == rewards.picture(found)
     text = pages[classification.PAGE.name]
     assert text == with_table(text, "table", classification.table())
     cases = json.loads((RESULTS / "lora_cut.json").read_text())["cases"]
