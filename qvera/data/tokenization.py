@@ -204,7 +204,9 @@ def own_turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
     In a base model it may be another one than eos, which ends a text: Qwen2.5's are <|im_end|> and <|endoftext|>.
     """
-    with contextlib.suppress(InputError):  # no template, or one that is not made for this conversation
+    if not tokenizer.chat_template:
+        return set()
+    with contextlib.suppress(InputError):  # it is not made for this conversation
         template = resolve_template(OWN, tokenizer)
         text, (answer,) = template.lay_out(Conversation([Turn("user", "x"), Turn("assistant", "x")], "a probe"), [1])
         if answer.marked:

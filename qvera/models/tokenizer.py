@@ -128,13 +128,15 @@ def load_image_text_processor(section: ModelSection, tokenizer: PreTrainedTokeni
         ) from None
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, section: ModelSection, directory: Path) -> None:
-    """Save a tokenizer for transformers 5 and 4, with the files of the base's own that other tools read.
+def save_tokenizer(tokenizer: Processor, section: ModelSection, directory: Path) -> None:
+    """Save a tokenizer, or a processor of images, for transformers 5 and 4, with the base's own files for other tools.
 
     transformers 5 names a class and writes a list that 4 can't read, and leaves out keys. llama.cpp's converter reads
     sentencepiece's model, and the tokens that were added to it from tokenizer_config.json.
     """
     tokenizer.save_pretrained(directory)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return  # a processor of images
     name, revision = resolve_path(section.tokenizer or section.path), None if section.tokenizer else section.revision
     before: dict[str, Any] = {}
     for file in (TOKENIZER_CONFIG, "tokenizer.model", "vocab.json", "merges.txt"):

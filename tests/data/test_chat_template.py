@@ -373,9 +373,11 @@ def test_trained_is_what_the_assistant_says_and_its_end(
     tokenizer.chat_template = REAL[name].jinja
     messages = data.draw(conversations(name))
     assume(answerable(tokenizer, messages))
-    pieces = REAL[name].pieces(messages)
+    is_blank = messages[0]["role"] == "system" and not messages[0]["content"].strip()
+    written = messages[is_blank:]  # an empty system turn is none
+    pieces = REAL[name].pieces(written)
     jinja = REAL[name].jinja or NAMED_TEMPLATES["alpaca"]
-    text = tokenizer.apply_chat_template(messages, chat_template=jinja, tokenize=False)
+    text = tokenizer.apply_chat_template(written, chat_template=jinja, tokenize=False)
     assert text == "".join(piece for piece, _ in pieces), "the oracle has to know this template"
     assert all(piece.endswith(REAL[name].eos) for piece, trained in pieces if trained)
     example = one(messages, tokenizer, max_length=100_000, template="auto" if REAL[name].jinja else name)

@@ -505,7 +505,10 @@ def make_rows(lengths: Sequence[int], prompt_tokens: int = 0) -> list[Example]:
 class FakeTokenizer:
     """What generation asks of a tokenizer."""
 
-    pad_token_id, eos_token_id = 0, 2
+    pad_token_id, eos_token_id, unk_token_id, chat_template = 0, 2, None, None
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[None]:
+        return [None] * len(tokens)
 
     def batch_decode(self, ids: list[list[int]], **_: object) -> list[str]:
         return [""] * len(ids)
