@@ -22,7 +22,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import module_from_spec
 from pathlib import Path
 from statistics import fmean, pstdev
 from statistics import mean as exact_mean
@@ -82,10 +83,14 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
                 "rewards.py:score."
             )
         if path not in modules:
-            # among all modules, where dataclasses look for the names in their annotations
-            modules[path] = sys.modules[str(path)] = ModuleType(str(path))
+            loader = SourceFileLoader(str(path), str(path))
+            modules[path] = module_from_spec(ModuleSpec(str(path), loader, origin=str(path)))
+            modules[path].__file__ = str(path)
+            sys.modules[str(path)] = modules[path]  # where dataclasses look for the names in their annotations
+            if (directory := str(path.absolute().parent)) not in sys.path:
+                sys.path.append(directory)  # it may import files beside it, also when it is called
             try:
-                SourceFileLoader(str(path), str(path)).exec_module(modules[path])
+                loader.exec_module(modules[path])
             except (Exception, SystemExit) as error:
                 raise InputError(
                     f"training.reward: {path} can't be imported: {type(error).__name__}: {first_line(error)}"
@@ -97,7 +102,8 @@ def load_rewards(given: str | Mapping[str, float]) -> list[Reward]:
             raise InputError(
                 f"training.reward: {name} in {path} is called with the prompt, the answer and the row: {problem}."
             )
-        found.append(Reward(name, score, weight))
+        names = [other.rpartition(":")[2] for other in weights]
+        found.append(Reward(name if names.count(name) == 1 else text, score, weight))
     return found
 
 

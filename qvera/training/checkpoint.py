@@ -351,7 +351,7 @@ def _placed(
 ) -> torch.Tensor:
     """Move optimizer state to the device. A paged optimizer's goes to a buffer of its own, since only that is paged."""
     if not getattr(optimizer, "is_paged", False) or parameter is None or tensor.shape != parameter.shape:
-        return tensor.to(device)
+        return tensor.to(device, copy=True)  # a loaded one is the file, which would be in use for the whole run
     # a method of bitsandbytes' Optimizer8bit, which torch's class does not have
     buffer: torch.Tensor = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
     return buffer.copy_(tensor)
@@ -366,7 +366,7 @@ def prune(directory: Path, saved: int, keep: int, also: set[int]) -> None:
     kept = sorted(number for number in numbers if number <= saved)[-keep:]
     for number, path in numbers.items():
         if number not in kept and (number > saved or number not in also):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # on NFS a file that is in use stays, and goes the next time
     for path in directory.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -167,7 +167,8 @@ class ManyTrainer(Run):
             run.status, run.slot, run.after, run.reason = (entry[key] for key in ("status", "slot", "after", "reason"))
             run.sha256 = entry.get("sha256")  # an earlier version did not keep it
             run.state = TrainState(**entry["state"])
-            run.best = best.get(str(run.number))
+            found = best.get(str(run.number))
+            run.best = None if found is None else found.clone()  # it is the file, which would stay in use
 
     def _restore(self, saved: Checkpoint, loop: BankLoop) -> None:
         """Put a checkpoint into the loop and torch's generators. InputError where the vectors have another shape."""

@@ -257,6 +257,12 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
     lines = "from __future__ import annotations", "import dataclasses as d", "@d.dataclass", "class A: x: int = 1"
     (tmp_path / "own.py").write_text("\n".join([*lines, "def score(prompt, answer, row): return A().x"]))
     assert load_rewards(f"{tmp_path}/own.py:score")[0].score("", "", {}) == 1
+    (tmp_path / "beside_it.py").write_text("def one(): return 1")
+    called = "def score(prompt, answer, row):\n    from beside_it import one\n    return one() * len(__file__)"
+    (tmp_path / "other.py").write_text(f"import beside_it\n{called}")
+    both = load_rewards({f"{tmp_path}/own.py:score": 1.0, f"{tmp_path}/other.py:score": 2.0})
+    assert both[1].score("", "", {}) == len(f"{tmp_path}/other.py")
+    assert len({reward.name for reward in both}) == 2  # each has a metric
     (tmp_path / "bad.py").write_text("import nothing_of_this_name")
     (tmp_path / "ends.py").write_text("raise SystemExit(3)")
     for reward, message in (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +303,29 @@ def test_prune_keeps_the_newest_and_the_best(
     (tmp_path / "notes.txt").write_text("mine")
     checkpoint.prune(tmp_path, newest_step, keep, also)
     assert names(tmp_path) == ["notes.txt", *(f"step-{n:08d}" for n in left)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_run_that_goes_on_does_not_keep_the_file_open_and_a_file_in_use_stops_no_prune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS a file that is deleted while it is mapped stays in its directory, under another name."""
+    save_steps(tmp_path, 10, 20)
+    vectors, optimizer = run()
+    checkpoint.restore(checkpoint.load(tmp_path / "step-00000010"), vectors, optimizer)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    unlink = os.unlink
+
+    def silly_rename(path: Any, *more: Any, **options: Any) -> None:
+        if Path(path).name != "optimizer.safetensors":
+            unlink(path, *more, **options)
+
+    monkeypatch.setattr("os.unlink", silly_rename)
+    checkpoint.prune(tmp_path, 20, 1, set())
+    monkeypatch.undo()
+    checkpoint.prune(tmp_path, 20, 1, set())
+    assert names(tmp_path) == ["step-00000020"]
 
 
 def test_a_full_disk_is_said_and_earlier_checkpoints_stay(tmp_path: Path) -> None:
