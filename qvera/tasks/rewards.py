@@ -42,7 +42,7 @@ from qvera.models import forward
 from qvera.models.loss import Head, Weigh
 from qvera.models.structure import causal_model
 from qvera.models.token_losses import TOKEN_LOSSES, Inputs, Weighed, sequence_ratios
-from qvera.tasks.base import Core, Progress
+from qvera.tasks.base import Core, OwnLoss, Progress
 from qvera.tasks.causal_lm import CausalLM
 from qvera.utils.errors import InputError, OwnCodeFailed, call_problem, first_line, one_line
 from qvera.utils.files import resolve_path
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
     from qvera.config.schema import Recipe
     from qvera.data import Datasets
+    from qvera.evaluation.metrics import Metric
 
 _SMALLEST_DEVIATION = 1e-4
 """Added to a group's deviation, as in TRL."""
@@ -139,6 +140,13 @@ class Rewards(CausalLM, TrainingHook):
         self._step_tokens = 1  # of all answers of all ranks
         self._sums: dict[str, float] = defaultdict(float)  # metrics, summed over the tokens of a step
         self._pass: dict[str, torch.Tensor] = {}  # those of the latest pass, until it counts
+
+    def take_own(self, metrics: Mapping[str, Metric], loss: OwnLoss | None) -> None:
+        if metrics:
+            raise InputError(
+                "metrics: compare answers with references, and rows of grpo have none. Use training.reward."
+            )
+        super().take_own(metrics, loss)
 
     def check(self) -> None:
         assert self.training.reward is not None

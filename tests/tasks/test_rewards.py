@@ -282,6 +282,8 @@ def test_a_reward_that_can_not_be_had_is_named_before_anything_is_loaded_or_with
     ):
         with pytest.raises(OwnCodeFailed, match=message):
             train(make_rewarded(reward), tmp_path / reward)
+    with pytest.raises(InputError, match="metrics: compare answers with references, and rows of grpo have none"):
+        qvera.train(make_rewarded(), tmp_path / "a", metrics={"length": lambda answers, references, rows: 0.0})
     for keys, message in (({"reward": None}, r"training.reward: .*needs a function"), ({"on_oom": "halve"}, "on_oom")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             make_rewarded(**keys)
