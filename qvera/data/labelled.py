@@ -244,6 +244,14 @@ def labels_of(section: DataSection, train: Rows, *held_out: Rows, known: Sequenc
     others = sorted(found.keys() - set(known))
     if all_numbers:
         others.sort(key=lambda label: numbers[label] or 0.0)
+    lost = {label for rows in held_out for label in rows_by_label(rows)} - found.keys()
+    if section.label_names:
+        lost &= {*section.label_names}
+    if lost and section.held_out_path is None and not section.mixture:
+        raise InputError(
+            f"{section.path}: data.eval_fraction holds out all rows with the label {first_of(sorted(lost))}. Set "
+            "another data.seed, name held-out rows with data.eval_path, or mend the label if it is misspelt."
+        )
     if unused := [name for name in section.label_names if name not in found]:
         raise InputError(
             f"data.label_names: no training row of {section.path} has the label {first_of(unused)}. Add rows of it, or "

@@ -370,6 +370,14 @@ def test_a_label_that_only_some_rows_have_is_named_before_training(classify: Any
     held = write(tmp_path / "eval.jsonl", {"text": "red", "label": "colour"}, {"text": "oak", "label": "tree"})
     with pytest.raises(InputError, match=r"eval\.jsonl:2: has the label 'tree'.*or without it of the training rows"):
         built(classify(data={"eval_path": str(held), "eval_fraction": 0.0}))
+    tail = [{"text": "red", "label": "colour"}, {"text": "oak", "label": "tree"}] * 10 + [
+        {"text": "ash", "label": "rare"}
+    ]
+    drawn: dict[str, Any] = {"path": str(write(tmp_path / "tail.jsonl", *tail)), "eval_fraction": 0.9}
+    with pytest.raises(
+        InputError, match=r"eval_fraction holds out all rows with the label \w+\. Set another data\.seed"
+    ):
+        built(classify(data=drawn))
     counts = [{"text": "red", "label": count} for count in (10, 20)]
     held = write(tmp_path / "held.jsonl", {"text": "oak", "label": "30,5"})
     data = {"path": str(write(tmp_path / "counts.jsonl", *counts)), "eval_path": str(held), "eval_fraction": 0.0}
