@@ -50,7 +50,7 @@ class Limits:
     file_bytes: int = 512 << 20  # of one upload; every 256 KiB must arrive within ``body_seconds``
     files: int = 100  # uploaded files of one key; without keys there is no such limit
     open_jobs: int = 16  # unfinished fine-tuning jobs of one key; without keys there is no such limit
-    stop_strings: int = 4
+    stop_strings: int = 32  # OpenAI takes 4; editors and harnesses send more to other servers
     stop_characters: int = 256  # of one stop string
     top_logprobs: int = 20
     seconds: float = 600.0  # from a call's arrival to its last token

@@ -148,9 +148,10 @@ def _sampling(
         raise bad_request("prompt: is empty; expected at least one token.", "prompt")
     if longest > limits.prompt_tokens or longest + (wanted or 1) > context:
         raise bad_request(
-            f"The prompt has {longest:,} tokens, and {wanted or 1:,} new ones are asked for. A prompt may have "
-            f"{min(limits.prompt_tokens, context - 1):,}, an answer {limits.new_tokens:,}, both together {context:,}. "
-            "Shorten it or ask for fewer.",
+            # LiteLLM knows the error by OpenAI's first words
+            f"This model's maximum context length is {context:,} tokens. The prompt has {longest:,}, and "
+            f"{wanted or 1:,} new ones are asked for. A prompt may have {min(limits.prompt_tokens, context - 1):,}, an "
+            f"answer {limits.new_tokens:,}. Shorten it or ask for fewer.",
             code="context_length_exceeded",
         )
     if wanted is not None and wanted > limits.new_tokens:
@@ -295,7 +296,8 @@ class Generation:
                 async with asyncio.timeout(max(0.0, seconds - (time.monotonic() - self._began))):
                     index, event = await self._events.get()
             except TimeoutError:
-                raise ApiError(504, f"The answer took longer than {seconds:g} s.", code="timeout") from None
+                text = f"The answer took longer than {seconds:g} s."
+                raise ApiError(504, text, code="timeout", retried=False) from None
             if index not in self._open:
                 continue  # ended here already, by a stop string or a call of a tool
             stream, calls = self.streams[index], list[ToolCall]()
@@ -304,7 +306,8 @@ class Generation:
                 del self._open[index]
                 text = stream.finish()
                 if event.reason == "error":
-                    raise ApiError(500, f"The engine failed: {event.message}", code="engine_error")
+                    text = f"The engine failed: {event.message}"
+                    raise ApiError(500, text, code="engine_error", retried=False)
                 if event.reason == "cancelled":
                     raise ApiError(503, "The server is stopping.", code="cancelled")
                 finish = event.reason

@@ -48,7 +48,7 @@ class Item(BaseModel):
     call_id: Text | None = None
     name: Text = ""
     arguments: Text = "{}"
-    output: Text = ""
+    output: Text | Annotated[list[ItemPart], Field(fail_fast=True)] = ""
 
 
 class FlatFormat(Body):
@@ -84,7 +84,7 @@ class FlatName(Body):
 class ResponsesBody(Body):
     """POST /v1/responses."""
 
-    ignored = IGNORED
+    ignored = IGNORED | {"stream_options"}  # its obfuscation
     neutral = {
         "background": (False,), "conversation": (), "include": ([],), "max_tool_calls": (), "previous_response_id": (),
         "prompt": (), "reasoning": ({}, {"effort": "none"}), "stop": (), "top_logprobs": (0,),
@@ -111,15 +111,14 @@ class ResponsesBody(Body):
             messages.append({"role": "system", "content": self.instructions})
         for item in items:
             if item.type == "function_call_output":
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _content(item.output)})
             elif item.type == "function_call":  # calls stand in one message with the text before them
                 if not messages or messages[-1]["role"] != "assistant":
                     messages.append({"role": "assistant"})
                 call = {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments}}
                 messages[-1].setdefault("tool_calls", []).append(call)
             else:
-                content = [_part(part) for part in item.content] if isinstance(item.content, list) else item.content
-                messages.append({"role": item.role, "content": content})
+                messages.append({"role": item.role, "content": _content(item.content)})
         asked = self.model_dump(include={"model", "temperature", "top_p", "stream", "parallel_tool_calls"})
         asked |= {"messages": messages, "max_completion_tokens": self.max_output_tokens}
         nested = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools or ()]
@@ -135,6 +134,11 @@ class ResponsesBody(Body):
         except ValidationError as error:
             first = error.errors()[0]
             raise bad_request(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.", str(first["loc"][0])) from None
+
+
+def _content(value: str | list[ItemPart] | None) -> str | list[dict[str, Any]] | None:
+    """Return a message's content as /v1/chat/completions takes it."""
+    return [_part(part) for part in value] if isinstance(value, list) else value
 
 
 def _part(part: ItemPart) -> dict[str, Any]:

@@ -182,7 +182,7 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"n": 0}, 400, "n", "greater than or equal to 1"),
     ({"n": 17}, 400, "n", "at most 16 answers"),
     ({"n": 10**9, "tools": [TOOL]}, 400, "n", "at most 16 answers"),  # before a reader of calls is made for each
-    ({"max_tokens": 5000}, 400, None, "A prompt may have 999, an answer 4,096, both together 1,000."),
+    ({"max_tokens": 5000}, 400, None, "maximum context length is 1,000 tokens. The prompt has 11, and 5,000 new ones"),
     ({"model": "anna+ben"}, 404, "model", "does not exist. In a blend each adapter has a weight, such as anna*0.5."),
     ({"messages": [{"content": "hi"}]}, 400, "messages", "messages.0.role: Field required."),
     ({"max_tokens": 10, "max_completion_tokens": 11}, 400, "max_completion_tokens", "give one"),
@@ -202,7 +202,7 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"messages": [{"role": "user"}]}, 400, "messages", "has content"),
     ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, 400, "messages", "tool_calls are an assistant's"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, "messages", "half a character"),
-    ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
+    ({"stop": ["a"] * 33}, 400, "stop", "at most 32"),
     ({"stop": [""]}, 400, "stop", "1 to 256 characters"),
     ({"stop": [1]}, 400, "stop", "stop.0: Input should be a valid string"),
     ({"stop": 7}, 400, "stop", "stop: Input should be a valid string. Or: Input should be a valid list."),
