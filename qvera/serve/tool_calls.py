@@ -123,6 +123,7 @@ class CallReader:
         self._form, self._tools, self._at_most = form, tools, at_most
         self._names = {tool["function"]["name"] for tool in tools}
         self._unshown = ""  # text that is neither shown nor part of a call
+        self._unfed = ""  # the end of it, which the parser has not got
         self.count = 0
         self._parser = self._new_parser(prompt if form.is_own else "")
 
@@ -141,10 +142,19 @@ class CallReader:
             if self.is_full:
                 break
             self._unshown += character
-            shown += self._take(lambda: self._parser.feed(character), calls)  # noqa: B023
+            self._unfed += character
+            # the parser searches all the space before a call anew for each character, so space waits for the next word
+            if not character.isspace():
+                shown += self._take(self._feed, calls)
         if ends and not self.is_full:
+            shown += self._take(self._feed, calls)
             shown += self._take(lambda: self._parser.finalize()[1], calls)
         return shown, calls
+
+    def _feed(self) -> list[dict[str, Any]]:
+        fed, self._unfed = self._unfed, ""
+        found: list[dict[str, Any]] = self._parser.feed(fed)
+        return found
 
     def _new_parser(self, prompt: str) -> Any:
         from transformers.utils.chat_parsing import ResponseParser

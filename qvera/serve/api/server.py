@@ -145,7 +145,7 @@ class Server(uvicorn.Server):
         """Begin to drain; at the second signal, stop."""
         if self.drained_at is not None:
             self.force_exit = self.should_exit  # a signal after that ends open connections at once
-            self.should_exit = True
+            self.drained_at = time.monotonic()
             return
         self.drained_at = time.monotonic() + self.service.limits.drain_seconds
         self.service.draining = True
@@ -161,8 +161,11 @@ class Server(uvicorn.Server):
         if self.drained_at is not None and self._on_stop is not None:
             self._on_stop(self.service.running)
             self._on_stop = None
-        if self.drained_at is not None and (not self.service.running or time.monotonic() >= self.drained_at):
-            self.should_exit = True
+        if self.drained_at is not None and not self.should_exit:
+            is_late = time.monotonic() >= self.drained_at
+            if self.service.running and is_late:  # its calls end with an error, and not with a cut connection
+                await asyncio.to_thread(self.service.end_answers)
+            self.should_exit = is_late or not self.service.running
         return await super().on_tick(counter)
 
 

@@ -86,6 +86,10 @@ class Service:
         """The format in which the base writes calls of tools. Raises InputError if it writes none that can be read."""
         return ToolFormat.of(self.prompts.template)
 
+    def end_answers(self) -> None:
+        """End all running answers. Their calls get 503, streams an error as their last chunk."""
+        self.engine.close()
+
     async def in_thread(self, work: Callable[[], T], kind: Literal["long", "quick"] = "long") -> T:
         """Run ``work`` off the event loop.
 

@@ -71,6 +71,9 @@ class Service:
         self._listed = 0.0, ""
         """When the list was last read for event streams, and its signature then."""
 
+    def end_answers(self) -> None:
+        """Do nothing: pages take no time."""
+
     def list_signature(self) -> str:
         """Return a hash that changes with the list of runs. Those who ask at about the same time share one look."""
         now = time.monotonic()

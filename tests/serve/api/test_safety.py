@@ -366,7 +366,12 @@ def test_sigterm_lets_running_answers_finish_for_a_while_and_takes_no_new_ones(s
     wait_until(lambda: served.server.should_exit)
     impatient = start(drain_seconds=0.2)
     impatient.engine.hold.set()
-    with calling(impatient, raw_call(CHAT)):
-        wait_until(lambda: impatient.engine.stats().running == 1)
-        impatient.server.handle_exit(15, None)
-        wait_until(lambda: len(impatient.engine.cancelled) == 1, 20)
+    calls = [threading.Thread(target=lambda is_=is_: got.append(impatient.chat(stream=is_))) for is_ in (False, True)]
+    for call in calls:
+        call.start()
+    wait_until(lambda: impatient.engine.stats().running == 2)
+    impatient.server.handle_exit(15, None)
+    for call in calls:
+        call.join(20)
+    assert sorted(response.status_code for response in got[2:]) == [200, 503]
+    assert all("The server is stopping." in response.text for response in got[2:])
