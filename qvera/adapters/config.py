@@ -34,6 +34,11 @@ FORMAT_VERSION = 5
 # 1: one b and one d for each linear; 2: b_groups, input_scale; 3: method, magnitude; 4: labels; 5: experts
 
 _BIASES = ("none", "all", "qvera_only")
+_NAMES_IN_PEFT = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "vera_dropout": "dropout",
+    "projection_prng_key": "projection_seed",
+}  # fmt: skip
+"""Fields of `peft.LoraConfig` and `peft.VeraConfig` → their names here."""
 _DEFAULTS = AdapterSection()
 
 
@@ -100,6 +105,12 @@ class QveraConfig(PeftConfig):
     chat_template: str | None = None
     labels: list[str] | None = None
     problem_type: str | None = None
+
+    def __new__(cls, *values: Any, **named: Any) -> QveraConfig:
+        for name in _NAMES_IN_PEFT.keys() & named:
+            here = _NAMES_IN_PEFT[name]
+            raise InputError(f"QveraConfig: PEFT's {name} is called {here} here. Write {here}={named[name]!r}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -247,6 +247,18 @@ def test_a_rank_beyond_memory_is_refused_before_it_is_drawn(tmp_path: Path) -> N
         load_adapter(small_llama(), tmp_path / "vera")
 
 
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"r": 8}, r"PEFT's r is called rank here\. Write rank=8\."),
+        ({"rank": 8, "lora_alpha": 16}, r"PEFT's lora_alpha is called alpha here\. Write alpha=16\."),
+    ],
+)
+def test_a_field_of_pefts_own_configs_is_told_with_its_name_here(named: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        QveraConfig(**named)
+
+
 def test_the_model_section_has_a_home_directory_as_an_absolute_path(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
