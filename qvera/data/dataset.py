@@ -295,7 +295,7 @@ def adapter_batches(recipe: Recipe, datasets: Datasets, adapter: AdapterRows) ->
 
 
 def data_sha256(datasets: Datasets) -> str:
-    """SHA-256 over all rows' tokens, masks and tasks, to compare what two machines read."""
+    """SHA-256 over what all rows teach: tokens, masks, labels, tasks, columns that a reward reads."""
     digest = hashlib.sha256()
     for rows in (datasets.train, datasets.eval, *datasets.set_aside.values()):
         for column in (rows.lengths, rows.ids_hash, rows.mask_hash):

@@ -135,7 +135,8 @@ def record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
     """Rows as an Arrow record batch of `SCHEMA`."""
     rows = []
     for example in examples:
-        label = str(example.reference) if example.is_labelled else ""
+        # a reward reads all of a prompt's row
+        label = str(example.reference) if example.is_labelled else example.about or ""
         label = label if example.desirable is None else str(example.desirable)
         # Equal hashes say that two rows have the same input, images included.
         content = np.concatenate([row.input_ids for _, row in example.shown()]).tobytes()

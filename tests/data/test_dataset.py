@@ -20,7 +20,7 @@ from rich.console import Console
 
 from qvera.config.schema import parse_recipe
 from qvera.config.sections import DataSection, DataSource
-from qvera.data import Datasets, build_datasets, data_warnings, print_preflight
+from qvera.data import Datasets, build_datasets, data_sha256, data_warnings, print_preflight
 from qvera.data.dataset import length_histogram
 from qvera.data.labelled import new_labels, rows_by_label
 from qvera.data.rows import SCHEMA, Rows
@@ -365,6 +365,14 @@ def test_prompts_that_the_model_answers_itself_are_shown_without_their_placehold
     asked = base_tokenizer.decode(row.prompt_ids)
     assert f"⟦prompt⟧\n{asked.rstrip()}\n" in "\n".join(map(str.rstrip, out.getvalue().splitlines())) + "\n"
     assert "⟦-" not in out.getvalue() and "<mark>" not in page and "Tokens trained" not in page
+
+
+def test_another_answer_for_the_reward_is_another_row_and_a_column_that_nothing_reads_is_not(read: Read) -> None:
+    def sha256(format: str, column: str) -> str:
+        return data_sha256(read([{"prompt": "1+1", "completion": "2", "answer": column}], format=format))
+
+    assert sha256("prompt", "2") == sha256("prompt", "2") != sha256("prompt", "3")
+    assert sha256("prompt-completion", "2") == sha256("prompt-completion", "3")
 
 
 def test_a_system_prompt_that_rows_do_not_take_and_labels_that_none_has_are_told(read: Read) -> None:
