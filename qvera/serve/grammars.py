@@ -25,6 +25,12 @@ _WHITE_SPACE = r"[ \n\r\t]{1,16}"
 """Between the parts of JSON. Without an end, a small model may write nothing else until its tokens are used up."""
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keys of a JSON schema whose values hold a schema for each name."""
+_VALUES = ("enum", "const", "default", "examples")
+"""Keys whose values are no schemas."""
+_IDLE: dict[str, tuple[object, ...]] = {"uniqueItems": (False,), "propertyNames": ({}, True, {"type": "string"})}
+"""Keys that llguidance refuses whatever they say → values by which they say nothing."""
+_FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+"""Those that llguidance keeps to. It refuses others, which in JSON Schema are annotations."""
 _MOST_PARTS = 200  # of a schema that are tried to find the one at fault
 
 
@@ -144,7 +150,16 @@ class Grammars:
 
 
 def _json(schema: dict[str, Any]) -> str:
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}})
+    """Return a schema in llguidance's grammar, without keys that it refuses and that forbid no answer."""
+    copied = json.loads(json.dumps({**schema, "x-guidance": {"whitespace_pattern": _WHITE_SPACE}}))
+    parts = [copied]
+    while parts:  # no recursion: a schema may be nested as deeply as Python's stack
+        part = parts.pop()
+        parts += [child for _, child in _parts(part)]
+        idle = [key for key, values in _IDLE.items() if part.get(key) in values]
+        for key in idle + ["format"] * (part.get("format", _FORMATS[0]) not in _FORMATS):
+            del part[key]
+    return f"%json {json.dumps(copied)}"
 
 
 class _Vocabulary:
@@ -168,6 +183,8 @@ class _Vocabulary:
 def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the schemas directly within a schema, each with its keys there, joined by dots."""
     for key, value in schema.items():
+        if key in _VALUES:
+            continue
         named = value.items() if key in _OF_NAMES and isinstance(value, dict) else ()
         listed = enumerate(value) if isinstance(value, list) else ()
         for name, part in [*named, *listed] or [("", value)]:

@@ -112,3 +112,19 @@ def test_a_schema_that_cant_be_kept_to_is_refused_with_the_place(
 ) -> None:
     with pytest.raises(InputError, match=f"^{place.replace('$', '.')}: .*{message}"):
         GRAMMARS.of_schema(schema, "s")
+
+
+def test_keys_that_forbid_no_answer_do_not_refuse_a_schema() -> None:
+    """Clients send `format`s of their own, `uniqueItems: false`, and names that are texts, as all names in JSON are."""
+    colour = {"type": "string", "format": "colour"}
+    tags = {"type": "array", "uniqueItems": False, "items": colour}
+    schema: dict[str, Any] = {"type": "object", "propertyNames": {"type": "string"}, "properties": {"format": tags}}
+    schema |= {"required": ["format", "kind"], "additionalProperties": False}
+    schema["properties"]["kind"] = {"const": {"format": "pdf", "uniqueItems": False}}  # a value, and no schema
+    grammar = GRAMMARS.of_schema(schema, "s")
+    for token in TOKENIZER('{"format": ["red", "red"], "kind": {"format": "pdf", "uniqueItems": false}}')["input_ids"]:
+        assert grammar.allowed(len(TOKENIZER))[token]
+        grammar.take(token)
+    assert grammar.finished
+    with pytest.raises(InputError, match=r"^s: .*propertyNames"):
+        GRAMMARS.of_schema({**schema, "propertyNames": {"pattern": "^a"}}, "s")
