@@ -13,6 +13,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 
 import qvera
 from qvera.serve.api import completions, errors, files, fine_tuning, models, responses
@@ -65,6 +66,8 @@ def create_app(service: Service) -> FastAPI:
         app.get(path, include_in_schema=False)(_page_file(_PAGE / name))
     errors.add_handlers(app)
     app.add_middleware(Guard, service=service)
+    if service.keys is not None:  # any site's page may call with a key; before the guard, as a preflight has none
+        app.add_middleware(CORSMiddleware, allow_origins="*", allow_methods="*", allow_headers="*", expose_headers="*")
     return app
 
 

@@ -182,6 +182,24 @@ def test_without_keys_only_this_machines_own_names_and_pages_are_answered(start:
     assert keyed.post("/v1/load_adapter", {"name": "anna"}, headers=from_a_page).status_code == 200
 
 
+def test_a_browser_may_call_a_server_with_keys_from_any_page_and_one_without_from_none(start: Start) -> None:
+    """Before a call of another site's page a browser asks by OPTIONS, without the key; it shows only allowed answers."""
+    asked = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization, x-stainless-lang"
+    keyed = start(keys=KEYS)
+    with keyed.client(headers=asked) as page:
+        allowed = page.options("/v1/chat/completions")
+        assert (allowed.is_success, allowed.headers["access-control-allow-origin"]) == (True, "*")
+        assert allowed.headers["access-control-allow-headers"] == asked["Access-Control-Request-Headers"]
+        assert "POST" in allowed.headers["access-control-allow-methods"]
+        for headers, status in (({}, 401), (keyed.headers["all"], 200)):
+            answer = page.get("/v1/models", headers=headers)
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "*")
+    with start().client(headers=asked) as page:
+        refused = page.options("/v1/chat/completions")
+        assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (403, False)
+
+
 # Limits
 
 
