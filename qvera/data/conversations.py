@@ -64,6 +64,13 @@ class Turn:
         """The content, and its context behind it."""
         return self.content if self.context is None else f"{self.content}\n\n{self.context}"
 
+    @property
+    def reasoning(self) -> str:
+        """What an assistant thought before it answered, if anything."""
+        before, end, _ = self.content.partition("</think>")
+        beside = next((str(self.extra[key]) for key in REASONING if key in self.extra), "")
+        return (beside or (before.rpartition("<think>")[2] if end else "")).strip()
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:

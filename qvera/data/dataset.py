@@ -24,7 +24,7 @@ from qvera.data.conversations import LABELLED, UNRENDERED
 from qvera.data.images import ImageProcessor, images_of
 from qvera.data.labelled import Labels, few_of_each_label, labels_of, new_labels, rows_by_label
 from qvera.data.rows import Example, Rows, concatenated
-from qvera.data.sampler import Batches, random_order
+from qvera.data.sampler import Batches, weighted
 from qvera.data.source import encoder_of, members_of, template_of, with_label_names
 from qvera.data.tokenization import RowCounts, decode
 from qvera.utils.adapter_names import directory_names, shown_name, similar_names
@@ -392,17 +392,6 @@ def build_datasets(
     return Datasets(train, held_out, stats, template, encoder.pad_id, part_names, set_aside)
 
 
-def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """Choose the row numbers of a source of ``count`` rows, int64: whole passes, then a part drawn by ``seed``.
-
-    At least one row is chosen. ``number``, the source's place in the mixture, gives each source a draw of its own.
-    """
-    passes = int(weight)
-    more = max(round((weight - passes) * count), 0 if passes else 1)
-    chosen = np.sort(random_order(count, seed, 2**63 + number)[:more])
-    return np.concatenate([np.tile(np.arange(count), passes), chosen])
-
-
 def length_histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
     """At most ten intervals of equal, round width that cover ``lengths``.
 
@@ -575,6 +564,11 @@ def data_warnings(stats: DataStats) -> list[str]:
         lines.append(
             f"Rows whose text contains special tokens (such as </s>), which are read as those tokens: "
             f"{stats.special_token_rows:,}. A prompt already in a chat template gets a second one around it."
+        )
+    if stats.unwritten_reasoning_rows:
+        lines.append(
+            f"Rows with reasoning that the chat template leaves out: {stats.unwritten_reasoning_rows:,}. It is not "
+            "trained, also with data.train_on: all. Another data.template may write it."
         )
     if stats.pads_with_eos:
         lines.append("The tokenizer has no pad token: batches are padded with eos, masked out of attention and loss.")

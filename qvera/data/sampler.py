@@ -32,6 +32,17 @@ def random_order(n: int, seed: int, stream: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
+def weighted(count: int, weight: float, seed: int, number: int) -> np.ndarray:
+    """Choose the row numbers of a source of ``count`` rows, int64: whole passes, then a part drawn by ``seed``.
+
+    At least one row is chosen. ``number``, the source's place in the mixture, gives each source a draw of its own.
+    """
+    passes = int(weight)
+    more = max(round((weight - passes) * count), 0 if passes else 1)
+    chosen = np.sort(random_order(count, seed, 2**63 + number)[:more])
+    return np.concatenate([np.tile(np.arange(count), passes), chosen])
+
+
 def order(epoch: int, n: int, seed: int, shuffle: bool) -> np.ndarray:
     """The rows of one epoch (from 0) in training order, int64 [n]. Without ``shuffle`` it is file order."""
     return random_order(n, seed, epoch) if shuffle else np.arange(n)

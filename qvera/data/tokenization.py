@@ -242,6 +242,7 @@ class RowCounts:
     split_parts: int = 0
     special_token_rows: int = 0
     own_system_rows: int = 0  # rows with a system prompt of their own, though data.system is set
+    unwritten_reasoning_rows: int = 0  # rows whose reasoning the template leaves out, though all text is trained
     unanswered_rows: int = 0  # conversations that end with a user's or system turn, which is not trained
     silent: dict[str, list[str]] = field(default_factory=dict)  # role → sources of rows in which it says nothing
     dropped: dict[str, list[str]] = field(default_factory=dict)
@@ -321,7 +322,11 @@ class RowTokenizer:
                     row.turns[-1].role in ("user", "system") and self.section.train_on != "all"
                 )
                 needed = [] if self.section.train_on == "all" else self._trained_turns(row)
-                rendered.append(self.template.lay_out(row, needed))
+                text, answers = self.template.lay_out(row, needed)
+                # where an answer alone is trained, a row whose reasoning is missing is refused
+                if self.section.train_on == "all" and any(turn.reasoning not in text for turn in row.turns):
+                    self._count("unwritten_reasoning_rows", row.source)
+                rendered.append((text, answers))
             if any(map(self.template.special.search, texts)):
                 self._count("special_token_rows", row.source)
         expanded = [

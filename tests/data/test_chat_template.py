@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from qvera.config.sections import DataSection
-from qvera.data import NAMED_TEMPLATES, Encoder, Turn, build_datasets, resolve_template
+from qvera.data import NAMED_TEMPLATES, Encoder, Turn, build_datasets, data_warnings, resolve_template
 from qvera.utils.errors import InputError
 from tests.data.conftest import MARKERS, MakeTokenizer
 from tests.data.real_templates import QWEN_3, QWEN_25, REAL, SMOLLM2, Messages, Pieces
@@ -609,6 +609,24 @@ def test_trained_reasoning_within_an_answer_that_the_template_drops_is_refused(m
     earlier = [_CALLED[0], _TAGGED, *_ANSWERED]
     assert trained_text(tokenizer, one(earlier, tokenizer, train_on="last")) == "Sun.<|im_end|>"
     assert resolve_template("auto", tokenizer).prompt([Turn(m["role"], m["content"]) for m in earlier[:-1]])
+
+
+def test_reasoning_that_the_template_leaves_out_is_told_where_all_text_is_trained(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    r1 = SMOLLM2.replace("message['content']", "message['content'].split('</think>')[-1]")
+    for jinja, messages, is_told in (
+        (r1, [_CALLED[0], _TAGGED], True),
+        (r1, _ANSWERED, False),
+        (QWEN_3, [_CALLED[0], _HMM, _CALLED[0], {**_HMM, "reasoning_content": "July."}], True),
+        (QWEN_3, [_CALLED[0], _HMM], False),
+        (QWEN_3, [_CALLED[0], _TAGGED], False),
+    ):
+        tokenizer = make_tokenizer(chat_template=jinja)
+        read = build([{"messages": messages}], tokenizer, train_on="all", max_length=9999)
+        assert (
+            "with reasoning that the chat template leaves out: 1." in " ".join(data_warnings(read.stats))
+        ) == is_told
 
 
 def test_reasoning_is_trained_where_the_prompt_closes_its_block(make_tokenizer: MakeTokenizer) -> None:
