@@ -3,10 +3,10 @@
     python bench/feeding.py [--rows 300000] [--processes 2]
 
 Short rows (a prompt of some words, a short answer), SmolLM2's tokenizer and chat template. Each case is a process of
-its own with a cache of its own or, where rows are to be found, that of the case before. Memory is the highest RssAnon
-in it, sampled every 20 ms, less what it had after its imports. An epoch is all global batches of 16 rows in their
-shuffled order, collated, with every row counted; "as objects" is the same with `list(rows)`, which is what runs held
-before rows were mapped.
+its own with a cache of its own or, where rows are to be found, that of the case before. Memory is the peak of its
+private bytes (`qvera.utils.memory.PeakWatch`), less what it had after its imports. An epoch is all global batches of 16
+rows in their shuffled order, collated, with every row counted; "as objects" is the same with `list(rows)`, which is
+what runs held before rows were mapped.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.common import header, smollm2, write_result
 
@@ -42,33 +41,12 @@ def write_rows(path: Path, count: int) -> None:
             handle.write(json.dumps(row) + "\n")
 
 
-def anonymous_bytes() -> int:
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
-
-
-class Highest:
-    """The highest RssAnon since it was made."""
-
-    def __init__(self) -> None:
-        self.bytes, self._stop = anonymous_bytes(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self.bytes = max(self.bytes, anonymous_bytes())
-
-    def end(self) -> int:
-        self._stop.set()
-        self._thread.join()
-        return max(self.bytes, anonymous_bytes())
-
-
 def case(args: argparse.Namespace) -> None:
     """One measurement, in a process of its own; prints JSON."""
     from qvera.config.schema import parse_recipe
     from qvera.data import batches_of, build_datasets, collate
     from qvera.models.tokenizer import load_tokenizer
+    from qvera.utils.memory import PeakWatch, private_bytes
 
     recipe = parse_recipe(
         {
@@ -79,26 +57,27 @@ def case(args: argparse.Namespace) -> None:
         "bench",
     )
     tokenizer = load_tokenizer(recipe.model)
-    before, highest, began = anonymous_bytes(), Highest(), time.perf_counter()
-    data = build_datasets(recipe.data, tokenizer)
-    result: dict[str, Any] = {
-        "seconds": time.perf_counter() - began,
-        "rows": len(data.train),
-        "tokens": data.stats.tokens,
-        "found": bool(data.stats.cache_entries),
-    }
-    if args.epoch:
-        rows: Any = list(data.train) if args.epoch == "objects" else data.train
-        batches = batches_of(recipe, rows)
-        seen = np.zeros(len(rows), dtype=np.int64)
-        began = time.perf_counter()
-        for step in range(batches.per_epoch):
-            for part in batches.passes(batches.rows(step)):
-                collate([rows[i] for i in part], data.pad_id)
-                seen[part] += 1
-        assert (seen == 1).all()
-        result["epoch_seconds"] = time.perf_counter() - began
-    result["anonymous_bytes"] = highest.end() - before
+    before, began = private_bytes(), time.perf_counter()
+    with PeakWatch(torch.device("cpu")) as watch:
+        data = build_datasets(recipe.data, tokenizer)
+        result: dict[str, Any] = {
+            "seconds": time.perf_counter() - began,
+            "rows": len(data.train),
+            "tokens": data.stats.tokens,
+            "found": bool(data.stats.cache_entries),
+        }
+        if args.epoch:
+            rows: Any = list(data.train) if args.epoch == "objects" else data.train
+            batches = batches_of(recipe, rows)
+            seen = np.zeros(len(rows), dtype=np.int64)
+            began = time.perf_counter()
+            for step in range(batches.per_epoch):
+                for part in batches.passes(batches.rows(step)):
+                    collate([rows[i] for i in part], data.pad_id)
+                    seen[part] += 1
+            assert (seen == 1).all()
+            result["epoch_seconds"] = time.perf_counter() - began
+        result["anonymous_bytes"] = watch.peak_bytes - before
     print(json.dumps(result))
 
 
