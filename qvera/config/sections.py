@@ -425,7 +425,8 @@ class TrainingSection(Section):
     num_train_epochs: Passes = 1.0
     """Passes over the training rows. A part of an epoch, such as 0.5, is allowed."""
     max_steps: Annotated[int, Strict(), Field(ge=-1, lt=2**31)] = -1
-    """Optimizer steps. -1: what ``num_train_epochs`` amounts to."""
+    """Optimizer steps. -1: what ``num_train_epochs`` amounts to. 0: none; the held-out rows are scored, and the adapter
+    is saved as it begins."""
     global_batch_size: Positive = 16
     """Rows per optimizer step, over all processes. With ``data.adapter_column`` or ``data.adapter_files``: of one
     adapter's step."""
