@@ -62,7 +62,7 @@ class TrainState:
     best_step: int | None = None
     evaluations_without_gain: int = 0
     stopped_early: bool = False
-    evaluation_due: bool = False  # after this step, and not done yet: memory ran out in it
+    evaluation_due: bool = False  # after this step, and not done yet: memory ran out in it, or a signal came
     train_loss_first: float | None = None
     train_loss_last: float | None = None
     grad_norm_last: float | None = None
@@ -207,8 +207,18 @@ def newest(
     return None
 
 
-_PLACES = {"model.path": "base", "data.path": "rows", "data.eval_path": "rows"}
+_PLACES = {"model.path": "base", "model.tokenizer": "rows", "data.path": "rows", "data.eval_path": "rows"}
 """Key of a recipe that names a place → which of a checkpoint's ``inputs`` is there."""
+
+
+def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return values that have places in them without these: rewards by name and weight, and the parts of a mixture."""
+    rewards, mixture = recipe.get("training", {}).get("reward") or {}, recipe.get("data", {}).get("mixture", [])
+    weights = {rewards: 1.0} if isinstance(rewards, str) else rewards
+    return {
+        "training.reward": [(text.rpartition(":")[2], weight) for text, weight in weights.items()],
+        "data.mixture": [{**part, "path": None} for part in mixture],
+    }
 
 
 def newest_of_run(
@@ -232,7 +242,10 @@ def newest_of_run(
         places = [key for key, what in _PLACES.items() if inputs.get(what) is not None]
         if recipe.adapter.init_from is not None:  # so may the adapter that it began with: vectors are the checkpoint's
             places.append("adapter.init_from")
-        if changed := changed_keys(saved.state.get("recipe") or {}, recipe, (*LENGTH, *places)):
+        begun = saved.state.get("recipe") or {}
+        theirs, ours = _without_places(begun), _without_places(plain_json(recipe.to_dict()))
+        places += [key for key, value in theirs.items() if value == ours[key]]
+        if changed := changed_keys(begun, recipe, (*LENGTH, *places)):
             raise InputError(f"{saved.path}: is of another run; {', '.join(changed)} differ from this recipe.")
         try:
             check(saved)

@@ -224,6 +224,24 @@ def test_a_reward_that_fails_on_the_way_costs_no_step(
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_goes_on_where_its_reward_file_has_moved_and_not_with_another_weight(
+    make_rewarded: Any, tmp_path: Path
+) -> None:
+    old, new, own = tmp_path / "old.py", tmp_path / "new.py", tmp_path / "run" / "recipe.yaml"
+    old.write_text("def score(prompt, answer, row):\n    return len(answer)\n")
+    train(make_rewarded(max_steps=1).replace(training={"reward": f"{old}:score"}), tmp_path / "run")
+    old.rename(new)
+    text = own.read_text()
+    own.write_text(text.replace(f"{old}:score", f"{{{new}:score: 2}}"))
+    console, other = Console(record=True, width=1000), load_recipe(own, of_a_run=True)
+    with pytest.raises(InputError, match="holds no checkpoint that can be used"):
+        train(other, tmp_path / "run", resume=True, console=console)
+    assert "is of another run; training.reward differ from this recipe" in console.export_text()
+    own.write_text(text.replace(str(old), str(new)))
+    train(load_recipe(own, ["training.max_steps=2"], of_a_run=True), tmp_path / "run", resume=True)
+    assert run_json(tmp_path / "run")["result"]["steps"] == 2
+
+
 @pytest.mark.process
 def test_the_recipe_of_orders_trains_by_exact_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
