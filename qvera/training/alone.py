@@ -23,7 +23,7 @@ from qvera.training.loop import AloneLoop
 from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run
 from qvera.training.run_dir import KEPT, LENGTH, repeat_line, step_facts, write_run, write_run_json
-from qvera.utils.errors import InputError, NotFinite
+from qvera.utils.errors import InputError, Interrupted, NotFinite
 from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256, plain_json
 
 
@@ -86,7 +86,7 @@ class Trainer(Run):
 
     @property
     def has_steps_left(self) -> bool:
-        """Whether `take_turn` has anything to do: steps, or first an evaluation that memory ran out in."""
+        """Whether `take_turn` has anything to do: steps, or first an evaluation that had no end."""
         return self.state.evaluation_due or (self.state.step < self.steps and not self.state.stopped_early)
 
     def score_before(self) -> None:
@@ -108,7 +108,7 @@ class Trainer(Run):
 
     def take_turn(self) -> None:
         training, state, callbacks = self.recipe.training, self.state, self.callbacks
-        if state.evaluation_due:  # memory ran out in it
+        if state.evaluation_due:  # memory ran out in it, or a signal came
             callbacks.control.should_evaluate = callbacks.control.should_save = True
         else:
             # the order of transformers' Trainer: on_step_end, on_log, on_evaluate, on_save, and on_epoch_end with them
@@ -121,16 +121,24 @@ class Trainer(Run):
             if record["kind"] != "train":  # it was not taken
                 return
         self._evaluate_and_save()
-        if state.step % self.loop.batches.per_epoch == 0 or not self.has_steps_left:
+        is_epoch = state.step % self.loop.batches.per_epoch == 0
+        if not state.evaluation_due and (is_epoch or not self.has_steps_left):
             callbacks.fire("on_epoch_end")
             self._evaluate_and_save()
 
     def _evaluate_and_save(self) -> None:
-        """Evaluate and save where the recipe or a callback asks for it. A new best step is saved in any case."""
+        """Evaluate and save where the recipe or a callback asks for it. A new best step is saved in any case.
+
+        A signal in the evaluation saves at once: Slurm waits for 30 seconds. The run then goes on with the evaluation.
+        """
         state, best_step = self.state, self.state.best_step
         state.evaluation_due = self._wants("should_evaluate")
         if state.evaluation_due:
-            self.evaluate()
+            try:
+                self.evaluate()
+            except Interrupted:
+                self.save_checkpoint()
+                return
         if self._wants("should_training_stop") and not state.stopped_early and state.step < self.steps:
             # the step may have been saved before
             state.stopped_early = self.callbacks.control.should_save = True
@@ -193,17 +201,24 @@ class Trainer(Run):
     def evaluate(self) -> None:
         """Score the held-out rows in the middle of a run, note the best step, and stop early where the recipe says so.
 
-        Where memory runs out the run ends (OutOfMemory); one that goes on begins with this evaluation.
+        Where memory runs out the run ends (OutOfMemory), and so it does at a signal (Interrupted). One that goes on
+        begins with this evaluation.
         """
         state, training, task = self.state, self.recipe.training, self.session.task
         patience, metric = training.early_stopping_patience, training.metric_for_best_model
         rows = self.loop.datasets.eval
+
+        def show(done: int, _: int = 0) -> None:
+            self.progress(done)
+            if self.signals.asked and self.group.world_size == 1:  # of several ranks, the others wait in a collective
+                raise Interrupted(self.signals.asked)
+
         with self.progress.within("held-out loss", len(rows)):
-            result = self.loop.held_out_loss(self.progress)
+            result = self.loop.held_out_loss(show)
         if task.own_metrics or metric == "exact_match":
             with self.progress.within("answers", len(rows)):
                 about = self.loop.model, self.session.base.tokenizer, rows, self.group
-                result |= task.answers(*about, lambda done, _: self.progress(done))[0]
+                result |= task.answers(*about, show)[0]
         state.evaluation_due = False
         self.log({"kind": "eval", "step": state.step, **result})
         self.callbacks.evaluated(result)  # which shall still see the best score of earlier evaluations

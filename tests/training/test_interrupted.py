@@ -33,7 +33,7 @@ pytestmark = pytest.mark.process
 @pytest.fixture(scope="module")
 def whole(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     """A recipe and its finished run."""
-    recipe = make_recipe(training={"max_steps": 4, "save_steps": 2, "exact_match_rows": 2})
+    recipe = make_recipe(training={"max_steps": 4, "save_steps": 2, "eval_steps": 3, "exact_match_rows": 2})
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     train(recipe, run_dir)
     return recipe, run_dir
@@ -81,6 +81,22 @@ def test_a_signal_in_any_phase_leaves_what_the_same_command_ends(
     assert run_json(run_dir)["status"] == "done"
     assert losses(run_dir) == losses(reference)
     assert same(vectors(run_dir), vectors(reference))
+
+
+def test_a_signal_in_an_evaluation_saves_before_its_end_and_the_run_goes_on_with_it(
+    whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run_dir = whole[0], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(AloneLoop, "held_out_loss", signalling(AloneLoop.held_out_loss, signal.SIGTERM, 2))
+        with pytest.raises(Interrupted, match=r"SIGTERM after step 3 of 4, and saved\. The same command goes on"):
+            train(recipe, run_dir)
+    assert not losses(run_dir, "eval")
+    train(recipe, run_dir)
+    for kind in ("train", "eval"):
+        assert losses(run_dir, kind) == losses(whole[1], kind)
+    assert same(vectors(run_dir), vectors(whole[1]))
+    assert run_json(run_dir)["result"]["best_step"] == run_json(whole[1])["result"]["best_step"]
 
 
 def test_the_first_ctrl_c_is_answered_and_the_second_one_stops_at_once_and_names_the_saved_step(
