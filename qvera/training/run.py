@@ -181,6 +181,15 @@ class Run(ABC):
             **({"own": own} if (own := session.task.own | self.callbacks.own) else {}),
             **known,
         }
+        then, now = (
+            {"compute dtype": (run.get("model") or {}).get("compute_dtype"), **(run.get("versions") or {})}
+            for run in (self.before, self.summary)
+        )
+        if others := [name for name, value in then.items() if value is not None and value != now.get(name)]:
+            had, has = (", ".join(f"{name} {facts.get(name)}" for name in others) for facts in (then, now))
+            self.warn(
+                f"The run had {had} and goes on with {has}: its numbers may not be those of an uninterrupted run."
+            )
         self.group.on_first(lambda: write_run_json(self.run_dir, self.summary))
 
     def measured(self) -> dict[str, Any]:

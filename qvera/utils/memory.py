@@ -170,6 +170,8 @@ def versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    with contextlib.suppress(metadata.PackageNotFoundError):  # an extra's: objectives on preferences
+        found["trl"] = metadata.version("trl")
     return found
 
 

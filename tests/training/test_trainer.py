@@ -87,13 +87,15 @@ def test_a_run_does_not_go_on_with_other_inputs_under_the_same_paths(
     assert files_of(tmp_path / "run" / "adapter") == before
 
 
-def test_a_run_goes_on_where_its_base_and_rows_have_moved(
+def test_a_run_goes_on_where_its_base_tokenizer_and_rows_have_moved(
     make_recipe: Any, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     shutil.copytree(tiny_model_dir, old / "model")
     shutil.copy(make_recipe().data.path, old / "rows.jsonl")
-    places = {"model": {"path": str(old / "model")}, "data": {"path": str(old / "rows.jsonl")}}
+    rows = {"path": str(old / "rows.jsonl")}
+    model = {"path": str(old / "model"), "tokenizer": str(old / "model")}
+    places = {"model": model, "data": {**rows, "mixture": [{**rows, "limit": 3}]}}
     train(make_recipe(**places, training={"max_steps": 1}), old / "first")
     places["adapter"] = {"init_from": str(old / "first" / "adapter")}
     train(make_recipe(**places, training={"max_steps": 1}), tmp_path / "run")
@@ -105,6 +107,27 @@ def test_a_run_goes_on_where_its_base_and_rows_have_moved(
     own.write_text(own.read_text().replace(str(old), str(new)))
     result = train(load_recipe(own, ["training.max_steps=2"], of_a_run=True), tmp_path / "run", resume=True)
     assert result is not None and result.run["result"]["steps"] == 2
+
+
+def test_a_run_that_goes_on_with_another_dtype_or_version_says_so(make_recipe: Any, tmp_path: Path) -> None:
+    recipe, run_dir, told = make_recipe(training={"max_steps": 1}), tmp_path / "run", []
+    train(recipe, run_dir)
+    for _ in range(2):
+        console = Console(record=True, width=1000)
+        train(recipe, run_dir, resume=True, console=console)
+        told.append(re.findall("The run had .*", console.export_text()))
+        begun = run_json(run_dir)
+        begun["model"]["compute_dtype"], begun["versions"]["trl"] = "float16", "0.9"
+        (run_dir / "run.json").write_text(json.dumps(begun))
+    assert told[0] == []
+    assert re.match(r"The run had compute dtype float16, trl 0\.9 and goes on with compute dtype float32, trl ", *told[1])
+
+
+def test_a_run_of_no_steps_scores_the_rows_and_saves_the_adapter_as_it_begins(make_recipe: Any, tmp_path: Path) -> None:
+    train(make_recipe(training={"max_steps": 0}), tmp_path / "run")
+    result = run_json(tmp_path / "run")["result"]
+    assert result["steps"] == 0 and result["eval_before"]["loss"] == result["eval_after"]["loss"]
+    assert not any(vector.any() for name, vector in vectors(tmp_path / "run").items() if name.endswith("_b"))
 
 
 def test_a_best_step_that_no_evaluation_can_choose_is_told(make_recipe: Any, tmp_path: Path) -> None:
