@@ -28,6 +28,7 @@ _PARTS_OF_PYDANTIC = ("function-", "[key]", "constrained-", "literal[", "list[",
 _WORDS = {
     "a valid dictionary or object to extract fields from": "an object",
     " after validation": "",
+    "Value error, ": "",
     "Unable to extract tag using discriminator": "Field required:",
 }
 """pydantic's words → those for people."""

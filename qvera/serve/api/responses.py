@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from qvera.serve.api.completions import Generation, Piece, asked_chat
 from qvera.serve.api.errors import ApiError, bad_request
@@ -39,10 +39,18 @@ class ItemPart(BaseModel):
     image_url: Text = ""
 
 
+def _no_reference(kind: object) -> object:
+    if kind == "item_reference":
+        raise ValueError("an item_reference finds nothing, as no answer is stored here. Send the item itself")
+    return kind
+
+
 class Item(BaseModel):
     """A message, a call that an earlier answer asked for, or a call's result."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Annotated[Literal["message", "function_call", "function_call_output"], BeforeValidator(_no_reference)] = (
+        "message"
+    )
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: Text | Annotated[list[ItemPart], Field(fail_fast=True)] | None = None
     call_id: Text | None = None

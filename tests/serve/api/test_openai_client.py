@@ -139,6 +139,7 @@ def test_a_loop_of_function_calls_by_responses(start: Start) -> None:
             ({"reasoning": {"effort": "high"}}, "reasoning", "not supported"),
             ({"tools": tools, "tool_choice": {"type": "function", "name": "!"}}, "tool_choice", "tool_choice"),
             ({"input": [{"content": "x"}]}, "input", "input.0.role"),
+            ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input", "input.0.type: an item_reference .* Send the item itself"),
             ({"input": [{"role": "user"}]}, "input", "input.0: a message has content"),
             ({"input": [{"role": "user"}], "instructions": "Be brief."}, "input", "input: a message has content"),
             ({"input": [{"role": "user", "content": [{"type": "text"}]}]}, "input", "input.0.content.0.type: .*input_text"),
