@@ -116,7 +116,8 @@ class Pages:
             served["finder"] = finder
             return many_page(view.many, shown, lambda entry: adapter_href(id, entry.name), served=served)
 
-        return self._once(("run", id, asked), (view.signature, view.read.position), make)
+        entries = view.many and view.many.entries  # which other processes may have added to
+        return self._once(("run", id, asked), (view.signature, view.read.position, entries), make)
 
     def adapter(self, id: str, name: str) -> str:
         """The page of one adapter of a run of many."""
@@ -128,7 +129,7 @@ class Pages:
             trail = [(id, run_href(id)), (name, "")]
             return adapter_page(many, entry, run_href(id), served=_served(trail))
 
-        return self._once(("adapter", id, name), (view.signature, view.read.position), make)
+        return self._once(("adapter", id, name), (view.signature, view.read.position, entry), make)
 
     def compare(self, ids: Sequence[str], adapters: Sequence[str]) -> str:
         """Two to eight runs side by side, or adapters of one run."""

@@ -235,6 +235,7 @@ class _Reader:
     def __init__(self, id: str, directory: Path) -> None:
         self.id, self.directory = id, directory
         self._metrics = MetricsFile(directory / "metrics.jsonl")
+        self._others: dict[Path, MetricsFile] = {}  # of the other processes that share out adapters, until the run ends
         self._base: tuple[Stamps, RunFiles] | None = None
         self._lock = threading.Lock()
 
@@ -262,9 +263,12 @@ class _Reader:
             )
             many = None
             if is_many:  # with the adapters that have only begun, which run.json does not list yet
+                others = self.directory.glob("metrics.rank-*.jsonl")
+                parts = [read, *(self._others.setdefault(path, MetricsFile(path)).update() for path in sorted(others))]
                 listed = entries_of(base.info)
                 known = {entry.name for entry in listed}
-                many = ManyRun(run, listed + [entry for entry in read.entries() if entry.name not in known], {})
+                begun = [entry for part in parts for entry in part.entries() if entry.name not in known]
+                many = ManyRun(run, listed + begun, {})
             return View(self.directory, run, many, state, read, stamps)
 
 

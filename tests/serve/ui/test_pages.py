@@ -208,6 +208,26 @@ def test_one_adapter_and_a_run_of_many_that_goes_on(build_run: Build, served: Se
         assert expected in text_of(page)
 
 
+def test_adapters_of_all_processes_are_listed_while_they_train(
+    build_run: Build, served: Served, tmp_path: Path
+) -> None:
+    """Each process but the first has a file of its own until the run ends."""
+    recipe = {"model": {"path": "x"}, "data": {"path": "x", "adapter_column": "customer"}}
+    info = {"status": "running", "processes": {"count": 2}}
+    begin(build_run(name="many", info=info, train=many_rows(), evals=None, recipe=recipe))
+
+    def names() -> list[str]:
+        return re.findall(r'name="adapter" value="([^"]*)"', html.unescape(served.get("/run/many").text))
+
+    assert names() == ["Anna's Bakery", "chloe"]
+    for number, name in enumerate(("dora", "emil"), start=1):
+        step = {"kind": "train", "adapter": name, "round": number, "step": number, "loss": 0.375}
+        with (tmp_path / "many" / "metrics.rank-00001.jsonl").open("a") as file:
+            file.write(json.dumps(step) + "\n")
+        assert names() == ["Anna's Bakery", "chloe", "dora", "emil"][: 2 + number]
+    assert "step 2: training loss 0.375" in text_of(served.get("/adapter/many?name=emil").text)
+
+
 def test_runs_and_adapters_are_compared_as_qvera_compare_does(build_run: Build, served: Served) -> None:
     runs = [build_run(name="one"), build_run(name="two", train=train_rows(50), info={"status": "interrupted"})]
     texts = (served.get("/compare?run=one&run=two").text, compare_page(compare_runs(runs)))
