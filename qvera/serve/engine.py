@@ -35,6 +35,7 @@ from qvera.serve.requests import (
     GenerationRequest,
     ResolvedAdapter,
     TokenEvent,
+    require_fits,
 )
 from qvera.serve.sampling import ScoredPrompt, TokenChooser, add_scores, choose_tokens
 from qvera.serve.slots import HostVectors, ServingBank
@@ -130,14 +131,8 @@ class Engine:
             AdapterChanged: its file was replaced after it was resolved.
             EngineDead: the engine has ended.
         """
-        prompt, longest = request.prompt, self.longest_tokens
-        if not prompt:
-            raise InputError("prompt: has no tokens; expected at least one.")
-        if len(prompt) + request.sampling.max_tokens > longest:
-            raise InputError(
-                f"prompt and max_tokens: {len(prompt):,} and {request.sampling.max_tokens:,} tokens are more than the "
-                f"{longest:,} that fit; shorten the prompt or lower max_tokens."
-            )
+        prompt = request.prompt
+        require_fits(len(prompt), request.sampling.max_tokens, self.longest_tokens)
         if request.images and not isinstance(self._batches, StaticBatches):
             raise InputError("images are answered in static batches, and this server has continuous ones: send text.")
         scoring, targets = request.scoring, None if request.scoring is None else request.scoring.targets

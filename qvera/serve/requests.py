@@ -141,6 +141,17 @@ Event = TokenEvent | PromptScores | EndEvent
 """Scores come before the first token."""
 
 
+def require_fits(prompt: int, new: int, longest: int) -> None:
+    """Raise InputError for an empty prompt, or if a prompt and an answer of so many tokens are too long together."""
+    if not prompt:
+        raise InputError("prompt: has no tokens; expected at least one.")
+    if prompt + new > longest:
+        raise InputError(
+            f"prompt and max_tokens: {prompt:,} and {new:,} tokens are more than the {longest:,} that fit; shorten the "
+            "prompt or lower max_tokens."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """Limits of an engine."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 from fastapi import Depends, Request
 
 from qvera.serve.api.access import DEFAULTS, Access, Action, KeyFile, Limits
-from qvera.serve.api.errors import ApiError, shortened_name
+from qvera.serve.api.errors import ApiError, require_room, shortened_name
 from qvera.serve.api.metrics import Metrics
 from qvera.serve.api.server import while_connected
 from qvera.serve.grammars import Grammars
@@ -130,14 +130,11 @@ class Service:
 
         Raises ApiError 429 if the key would have too many; nothing is added then.
         """
-        most = self.limits.open_answers
         with self._lock:
-            total = self._open_answers[access.name] + count
-            if count > 0 and self.keys is not None and total > most:
-                text = f"The key {access.name!r} has {total - count} answers open, and may have {most}."
-                raise ApiError(429, text, code="too_many_open", retry_seconds=1)
-            self._open_answers[access.name] = total
-            if not total:
+            if count > 0 and self.keys is not None:
+                require_room("answers", self._open_answers[access.name], self.limits.open_answers, count)
+            self._open_answers[access.name] += count
+            if not self._open_answers[access.name]:
                 del self._open_answers[access.name]
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field
 
-from qvera.serve.api.errors import ApiError
+from qvera.serve.api.errors import ApiError, require_room
 from qvera.serve.api.service import Service
 from qvera.serve.engine import NOT_FINITE
 from qvera.serve.requests import (
@@ -36,12 +36,13 @@ from qvera.serve.requests import (
     ResolvedAdapter,
     Sampling,
     TokenEvent,
+    require_fits,
 )
 from qvera.serve.text import TextStream
 from qvera.serve.tinker.calls import Form, parsed
 from qvera.serve.tinker.database import SAMPLE
 from qvera.serve.tinker.messages import FLOAT32, INT32, INT64, MESSAGES, dense_of, packed
-from qvera.serve.tinker.tenancy import Tinker, require_room
+from qvera.serve.tinker.tenancy import Tinker
 from qvera.utils.errors import InputError, RunFailed, first_line
 
 if TYPE_CHECKING:
@@ -128,13 +129,7 @@ class Asked:
             raise InputError("record_stability_info: is not supported, and neither is the loss that needs it.")
         self.prompt = tuple(itertools.chain.from_iterable(chunk.tokens for chunk in body.prompt.chunks))
         size = len(self.prompt)
-        if not size:
-            raise InputError("prompt: has no tokens; expected at least one.")
-        if size + (params.max_tokens or 1) > longest:
-            raise InputError(
-                f"prompt and max_tokens: {size:,} and {params.max_tokens or 1:,} tokens are more than the {longest:,} "
-                "that fit; shorten the prompt or lower max_tokens."
-            )
+        require_fits(size, params.max_tokens or 1, longest)
         self.targets = _targets(body.target_prompt_logprobs, size - 1)
         if min(self.prompt) < 0 or max(max(self.prompt), self.targets.max(initial=0)) >= vocabulary:
             raise InputError(f"prompt, target_prompt_logprobs: token ids of this model are 0 to {vocabulary - 1:,}.")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qvera.models.structure import engine_limit
-from qvera.serve.api.errors import ApiError
+from qvera.serve.api.errors import ApiError, require_room
 from qvera.serve.fine_tuning.directory import remove_remains
 from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoints
@@ -513,9 +513,3 @@ class Tinker:
                         break
             else:
                 self._advance(model)
-
-
-def require_room(what: str, count: int, most: int, more: int = 1) -> None:
-    """Raise ApiError 429 if ``more`` are too many for a key that has ``count``."""
-    if count + more > most:
-        raise ApiError(429, f"This key has {count:,} {what} open, and may have {most:,}.", retry_seconds=1)
