@@ -5,7 +5,7 @@
 
 SmolLM2-135M-Instruct in NF4, in steps of 4 prompts with 8 answers each. ``sums`` is recipes/rewards/sums.yaml: the reward is 1 where
 the last number of the answer is the sum. ``orders`` is recipes/rewards/orders.yaml: 1 where the answer equals the quickstart's JSON. Its base is
-the model after 16 steps of the quickstart, merged, the same for all; the first trial makes it in runs/begun-merged. One line a trial
+the model after 32 steps of the quickstart, merged, the same for all; the first trial makes it in runs/begun-merged. One line a trial
 in results/rewards.jsonl or rewards-orders.jsonl. A search begins at a guessed rate and tries the neighbours of
 the best so far, a factor of 3 away, until both are worse; the mean reward of the last 10 training steps chooses, with seed 0.
 The best rate is then trained with seeds 1 and 2. ``eval_after`` is the share of right greedy answers to held-out prompts.
@@ -32,13 +32,13 @@ from qvera.utils.files import read_json
 
 SEEDS, STEPS, LAST, PROMPTS = (0, 1, 2), 40, 10, 4
 TASKS = {"sums": "rewards.jsonl", "orders": "rewards-orders.jsonl"}
-BEGUN_STEPS = 16
+BEGUN_STEPS = 32
 RECIPES = ROOT / "recipes"
 METHODS: dict[str, tuple[dict[str, Any], int]] = {
     "VeRA r=64": ({"rank": 64}, 2),
-    "LoRA r=1": ({"method": "lora", "rank": 1}, 1),
+    "LoRA r=1": ({"method": "lora", "rank": 1}, 0),
     "VeRA r=256": ({"rank": 256}, 2),
-    "LoRA r=16": ({"method": "lora", "rank": 16}, 0),
+    "LoRA r=16": ({"method": "lora", "rank": 16}, -1),
 }
 """Label → keys of the adapter, and where its search begins (`rate_of`)."""
 
@@ -87,7 +87,8 @@ def base_of(task: str) -> str:
         )
         with tempfile.TemporaryDirectory() as directory:
             train(recipe, Path(directory) / "run", console=Console(quiet=True))
-            qvera.export(Path(directory) / "run", merged)
+            # not into the dequantized weights: rounding those to NF4 again gives the base without what was trained
+            qvera.export(Path(directory) / "run", merged, base="original")
     return str(merged)
 
 
