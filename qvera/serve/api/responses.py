@@ -32,8 +32,6 @@ router = APIRouter()
 
 
 class ItemPart(BaseModel):
-    """A text or an image in a message."""
-
     type: Literal["input_text", "output_text", "input_image"]
     text: Text = ""
     image_url: Text = ""
@@ -60,8 +58,6 @@ class Item(BaseModel):
 
 
 class FlatFormat(Body):
-    """The form of an answer's text."""
-
     type: Literal["text", "json_object", "json_schema"]
     name: ToolName = "answer"
     description: Text | None = None
@@ -70,21 +66,15 @@ class FlatFormat(Body):
 
 
 class TextSection(Body):
-    """Settings of an answer's text."""
-
     neutral = {"verbosity": ("medium",)}
     format: FlatFormat | None = None
 
 
 class FlatTool(FunctionBody):
-    """A function that a model may call."""
-
     type: Literal["function"]
 
 
 class FlatName(Body):
-    """The tool that must be called."""
-
     type: Literal["function"]
     name: Text
 

@@ -94,8 +94,6 @@ class Body(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream."""
-
     include_usage: bool = False
 
 
@@ -112,8 +110,6 @@ class JsonSchemaBody(Body):
 
 
 class ResponseFormat(Body):
-    """The form of an answer's text."""
-
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaBody | None = None
 
@@ -177,21 +173,15 @@ class GenerationBody(Body):
 
 
 class TextPart(BaseModel):
-    """A text in a message."""
-
     type: Literal["text"]
     text: Text
 
 
 class ImageUrl(BaseModel):
-    """The address of an image."""
-
     url: Text
 
 
 class ImagePart(BaseModel):
-    """An image in a message."""
-
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -204,8 +194,6 @@ class CalledFunction(BaseModel):
 
 
 class CallBody(BaseModel):
-    """A call in an assistant's message."""
-
     id: Text
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -232,8 +220,6 @@ Parts = Annotated[list[Part], Field(fail_fast=True)]
 
 
 class MessageBody(BaseModel):
-    """One message of a conversation."""
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Parts | None = None
     """None: of an assistant's message that only calls tools."""
@@ -383,8 +369,6 @@ class HyperparametersBody(Body):
 
 
 class SupervisedBody(Body):
-    """The only method there is."""
-
     outcome = "training"
     hyperparameters: HyperparametersBody | None = None
 
