@@ -103,12 +103,6 @@ def test_unknown_and_foreign_look_the_same_and_published_ones_can_be_read_by_all
         store.find(path, "ben")
 
 
-def test_another_kind_than_expected_is_named(store: Checkpoints) -> None:
-    path = save(store, "a", "sampler_weights").path
-    with pytest.raises(InputError, match="expected weights, found sampler_weights"):
-        store.find(path, "anna", "weights")
-
-
 def test_a_name_is_taken_once_unless_overwritten_or_saved_again_by_the_same_call(store: Checkpoints) -> None:
     place = save(store, "a", text="first")
     with pytest.raises(InputError, match="exists"):

@@ -21,13 +21,6 @@ def database(tmp_path: Path) -> Iterator[Database]:
         yield database
 
 
-def test_a_repeated_call_gets_the_same_promise(database: Database) -> None:
-    promise, is_new = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
-    assert is_new
-    assert database.begin("anna", "s:train:0", 1, "optim_step", b"{}") == (promise, False)
-    assert database.begin("anna", "s:train:1", 1, "optim_step", b"{}") != (promise, True)
-
-
 def wait(database: Database, key: str, promise: str, seconds: float) -> Any:
     """A promise that has ended, as whoever waits for ``key`` finds it."""
 
@@ -83,11 +76,6 @@ def test_an_event_loop_goes_on_while_a_transaction_waits_for_the_disk(database: 
     assert not poller.is_alive()
     written.set()
     writer.join()
-
-
-def test_a_promise_that_takes_longer_stays_pending(database: Database) -> None:
-    promise, _ = database.begin("anna", "s:train:0", 1, "optim_step", b"{}")
-    assert wait(database, promise, promise, 0.05) is None
 
 
 def test_other_owners_and_refused_calls_find_no_promise(database: Database) -> None:

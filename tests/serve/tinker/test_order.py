@@ -385,24 +385,6 @@ def test_saves_of_one_name_at_the_same_moment_are_one_and_a_refusal(server: Tink
     assert json.loads(runs[0].read_text())["steps"] == 1
 
 
-def test_a_checkpoint_that_expires_while_it_is_saved_over_makes_no_save_fail(
-    server: TinkerServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, checkpoints = server.model(), server.tinker.checkpoints
-    body = {"model_id": model, "path": "one", "overwrite": True}
-    path = server.result(server.call("save_weights", {**body, "seq_id": 1, "ttl_seconds": 3600}))["path"]
-    add = checkpoints.add
-
-    def expiring(*arguments: Any) -> None:
-        server.tinker.database.rows("UPDATE checkpoints SET expires = 1")
-        checkpoints.remove_expired()
-        add(*arguments)
-
-    monkeypatch.setattr(checkpoints, "add", expiring)
-    assert server.result(server.call("save_weights", {**body, "seq_id": 2}))["path"] == path
-    assert checkpoints.find(path, "local").directory.is_dir()
-
-
 def test_an_ephemeral_sampler_has_the_weights_of_its_moment(server: TinkerServer) -> None:
     session = server.session()
     model = server.model(session, seed=2)

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.tinker.conftest import StartTinker, serving, soon
+from tests.serve.tinker.conftest import serving
 
 tinker = pytest.importorskip("tinker", reason="pip install 'qvera[test]'")
 torch = pytest.importorskip("torch")
@@ -47,17 +47,15 @@ error names."""
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """URL and training directory."""
-    directory = tmp_path_factory.mktemp("tinker")
-    with serving(tiny_model_dir, directory) as (url, _):
-        yield url, directory
+def url(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tiny_model_dir, tmp_path_factory.mktemp("tinker")) as (url, _):
+        yield url
 
 
 @pytest.fixture
-def service(server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def service(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("TINKER_API_KEY", "tml-dummy")
-    with tinker.ServiceClient(base_url=server[0], api_key="tml-dummy") as client:
+    with tinker.ServiceClient(base_url=url, api_key="tml-dummy") as client:
         yield client
 
 
@@ -102,73 +100,6 @@ def test_a_training_run_of_skyrl(service: Any, tiny_model_dir: Path) -> None:
     run = next(run for run in runs.training_runs if run.training_run_id == training.model_id)
     assert (run.base_model, run.is_lora, run.lora_rank) == (str(tiny_model_dir), True, 32)
     assert not run.corrupted
-
-
-def test_deleted_checkpoints_of_skyrl_leave_the_list_and_the_disk(service: Any, server: tuple[str, Path]) -> None:
-    training, rest = (
-        service.create_lora_training_client(base_model="tiny", rank=2).result(),
-        service.create_rest_client(),
-    )
-    names = ["weights/a", "weights/b", "sampler_weights/a"]
-    paths = {
-        **{f"weights/{name}": training.save_state(name).result().path for name in "ab"},
-        "sampler_weights/a": training.save_weights_for_sampler("a").result().path,
-    }
-    home = server[1] / "runs" / training.model_id.replace(":", "_")
-
-    def left() -> list[str]:
-        listed = [one.checkpoint_id for one in rest.list_checkpoints(training.model_id).result().checkpoints]
-        assert sorted(listed) == sorted(f"{one.parent.name}/{one.name}" for one in home.glob("*/*"))
-        return sorted(listed)
-
-    assert left() == sorted(names)
-    for name in names[1:]:
-        rest.delete_checkpoint_from_tinker_path(paths[name]).result()
-    assert left() == ["weights/a"]
-    with pytest.raises(tinker.APIStatusError) as caught:  # "a" alone does not say of which kind
-        rest.delete_checkpoint(training.model_id, "a").result()
-    assert 400 <= caught.value.status_code < 500 and left() == ["weights/a"]
-
-
-@pytest.mark.parametrize("is_trained", [False, True])
-def test_samples_of_skyrl(service: Any, tiny_model_dir: Path, is_trained: bool) -> None:
-    base = str(tiny_model_dir)
-    if is_trained:
-        training = service.create_lora_training_client(base_model=base, rank=2).result()
-        sampler = training.save_weights_and_get_sampling_client(name="test").result()
-    else:
-        sampler = service.create_sampling_client(base_model=base).result()
-    tokenizer = sampler.get_tokenizer()
-    prompt = tinker.ModelInput.from_ints(tokenizer.encode("Hello, how are you doing today? "))
-
-    def sample(count: int = 1, **params: Any) -> Any:
-        usual = {"temperature": 0.0, "max_tokens": 10, "seed": 42, **params}
-        return sampler.sample(prompt, count, tinker.SamplingParams(**usual))
-
-    def tokens(count: int = 1, **params: Any) -> list[list[int]]:
-        return [one.tokens for one in sample(count, **params).result().sequences]
-
-    both = sample(1, max_tokens=20), sample(2)
-    assert [[len(one.tokens) for one in each.result().sequences] for each in both] == [[20], [10, 10]]
-    (free,) = tokens()
-    stop = next(token for place, token in enumerate(free) if token not in free[:place] and place)
-    [stopped] = sample(max_tokens=50, stop=[stop]).result().sequences
-    assert (stopped.stop_reason, stopped.tokens) == ("stop", free[: free.index(stop) + 1])
-    alike = [tokens(temperature=1.0, seed=seed, top_k=1) for seed in (42, 43, 44)]
-    assert alike[0] == alike[1] == alike[2]
-    drawn = tokens(3, temperature=1.0)
-    assert len(set(map(tuple, drawn))) > 1 and tokens(3, temperature=1.0) == drawn
-    assert tokens(3, temperature=1.0, seed=999) != drawn
-    assert sample().result().prompt_logprobs is None
-    scored = sampler.sample(prompt, 1, tinker.SamplingParams(max_tokens=4), include_prompt_logprobs=True).result()
-    assert scored.prompt_logprobs[0] is None and all(lp < 0 for lp in scored.prompt_logprobs[1:])
-    assert scored.topk_prompt_logprobs is None
-
-
-def test_a_session_of_skyrl_whose_client_is_silent_ends(start_tinker: StartTinker) -> None:
-    server = start_tinker(session_seconds=0.5)
-    server.model()  # and no heartbeat
-    soon(lambda: not server.tinker._models)
 
 
 def methods() -> list[tuple[str, str]]:
