@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -35,8 +35,6 @@ from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, disk_errors, file_sha256, plain_json, resolve_path
-
-T = TypeVar("T")
 
 GOT_WORSE = "got worse"  # the held-out loss is higher after training than before
 TOO_FEW_ROWS = "too few rows"  # than one optimizer step takes
@@ -223,9 +221,15 @@ class ManyTrainer(Run):
         wanted = [(run, 0) for run in self.runs if len(run.rows.eval)]
         rows = sum(len(run.rows.eval) for run, _ in wanted)
         passes = -(-rows // self.recipe.training.per_device_eval_batch_size)
-        with self.session.phase("held-out loss of the base, in passes", passes) as show:
-            for (run, _), result in zip(wanted, result_of(self.loop.score(wanted), show), strict=True):
+
+        def score() -> Iterator[Records]:
+            results = yield from self.loop.score(wanted)
+            for (run, _), result in zip(wanted, results, strict=True):
                 run.state.before = result
+
+        with self.session.phase("held-out loss of the base, in passes", passes) as show:
+            for done, _ in enumerate(score(), 1):
+                show(done)
 
     def take_turn(self) -> None:
         roster = self.loop.roster
@@ -394,15 +398,3 @@ def _without_rows(name: str) -> dict[str, Any]:
     counts = ("rows", "eval_rows", "steps", "planned_steps")
     entry = {"name": name, "directory": None, "status": "no_rows"}
     return {**entry, **dict.fromkeys(counts, 0), **dict.fromkeys(empty), "flags": []}
-
-
-def result_of(work: Generator[Records, None, T], progress: Callable[[int], object] = lambda _: None) -> T:
-    """Run a generator to its end and return its result. ``progress`` gets the number of times that it has yielded."""
-    times = 0
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
-        times += 1
-        progress(times)
