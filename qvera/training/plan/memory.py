@@ -36,7 +36,7 @@ from qvera.training.plan.activations import (
 )
 from qvera.training.plan.run import Linear, Machine, PlannedRun, Shape, Sharing
 from qvera.utils import accelerator
-from qvera.utils.formatting import duration, size
+from qvera.utils.formatting import size
 
 Kind = Literal["base", "projections", "vectors", "checkpoints", "transient", "loss", "answers", "runtime"]
 
@@ -463,34 +463,16 @@ ETHERNET_BYTES_PER_SECOND = 117_000_000  # TCP's payload at 1 Gbit/s; to say wha
 
 def right_way(ways: Sequence[PlannedRun]) -> tuple[PlannedRun | None, str]:
     """Return the way to take (None where none fits), and why, in a sentence or two."""
-
-    def travels(way: PlannedRun) -> str:
-        received = traffic(way).base
-        seconds = duration(received / ETHERNET_BYTES_PER_SECOND)
-        return f"{size(received)} of weights to each rank in every step ({seconds} at 1 Gbit/s)"
-
     plain, first = ways[0], next((way for way in ways if way.fits), None)
     least, available = min(ways, key=lambda way: way.needed_bytes), size(plain.machine.available_bytes)
     if first is None:
         needs = f"even {least.sharing.word} needs {size(least.needed_bytes)} a rank"
         return None, f"None fits: {needs}, and there are {available}."
     if first is plain:
-        less = plain.needed_bytes - min(way.needed_bytes for way in ways[1:3])
-        saved = f"{size(less)} of {size(plain.needed_bytes)}" if less > 0 else "nothing"
-        why = f"Leave deepspeed out: the base fits on each rank, and zero1 and zero2 would save {saved}."
-        if len(ways) > 3 and traffic(ways[3]).base:
-            pages = "" if plain.machine.on_gpu else " and make private memory of pages that ranks share now"
-            why += f" zero3 would bring {travels(ways[3])}{pages}."
-        return plain, why
-    if first.sharing.stage < 3:
-        return first, f"{first.sharing.word}: it fits by the few MB of the optimizer's state that ranks divide."
-    network = "so the machines want a fast network" if first.sharing.nodes > 1 else "but these ranks are on one machine"
-    why = (
-        f"{first.sharing.word}: with the whole base a rank needs {size(plain.needed_bytes)} and has {available}; "
-        f"spread, {size(first.needed_bytes)}. It brings {travels(first)}, {network}."
-    )
+        return plain, "Leave deepspeed out: the base fits on each rank."
+    why = f"{first.sharing.word}: without it a rank needs {size(plain.needed_bytes)} and has {available}."
     if host := host_bytes(first):
-        why += f" The shares take {size(host)} of RAM on each node."
+        why += f" The shares of the base take {size(host)} of RAM on each node."
     elif first.sharing.offload == "nvme":
         why += " They are read from a disk on every use, which takes libaio and a base stored as bfloat16."
     return first, why

@@ -105,7 +105,7 @@ def test_what_travels_in_a_step() -> None:
     ("card_gb", "word", "words"),
     [
         (24, "none", "the base fits on each rank"),
-        (4.5, "zero3", "with the whole base a rank needs"),
+        (4.5, "zero3", "zero3: without it a rank needs"),
         (2.3, "zero3-offload-cpu", "of RAM on each node"),
         (1.4, None, "None fits: even zero3-offload-nvme needs"),
     ],
@@ -120,9 +120,6 @@ def test_the_right_stage_for_a_card(card_gb: float, word: str | None, words: str
     way, why = right_way(ways)
     assert (None if way is None else way.sharing.word) == word
     assert words in why
-    if word == "none":
-        assert "zero3 would bring" in why
-        assert "save 5.67 MB" in why
 
 
 def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
@@ -130,9 +127,7 @@ def test_on_a_cpu_ranks_of_a_node_divide_its_ram_and_share_its_pages() -> None:
     ways = plan_ways(seven(machine), 1, 4)
     assert [way.sharing.word for way in ways] == [*PLAIN, "zero3-offload-nvme"]
     assert {way.machine.available_bytes for way in ways} == {10**9}
-    way, why = right_way(ways)
-    assert way is ways[0]
-    assert "make private memory of pages that ranks share now" in why
+    assert right_way(ways)[0] is ways[0]
     assert not ways[3].fits
 
 
