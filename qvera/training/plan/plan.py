@@ -82,8 +82,7 @@ class Plan(PlannedRun):
     streaming: Streaming  # `recipe` has this decision written out too
     ways: Sequence[PlannedRun] = ()  # every way of sharing the model, where these were asked for
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
-    peft_note: str | None = None  # what stock PEFT can't read of the adapter as a LoRA
-    length_notes: Sequence[str] = ()  # on rows that are longer than the base's context, or change its embeddings
+    notices: Sequence[str] = ()  # on rows that are longer than the base's context, and on what stock PEFT can't read
 
     def within(self, available_bytes: int) -> Plan:
         """Return the plan of this run for so much memory, with the changes that make it fit."""
@@ -109,10 +108,10 @@ class Plan(PlannedRun):
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about rows that are too long for the base, and a rank or a rate far above any that a run took."""
+        """Sentences about rows that are too long, what PEFT can't read, and a rank or a rate far above any measured."""
         rank, rate = self.recipe.adapter.rank, self.recipe.training.learning_rate
         highest = max(min(x.n, x.m) for x in (*self.adapted, *self.adapted_experts))
-        found, name = list(self.length_notes), self.recipe.adapter.method
+        found, name = list(self.notices), self.recipe.adapter.method
         # with random projections, ranks a few times above the layers' own size are usual
         if rank > highest * (4 if self.method.source is Source.SEEDED else 1):
             found.append(f"adapter.rank: {rank:,} is above what the layers hold, which is {highest:,} at most.")
@@ -281,11 +280,11 @@ def make_plan(
     # a schedule may set the rank, and not the recipe's key
     kept = ("adapter.rank",) if whole.adapter.rank != given.adapter.rank else ()
     about: dict[str, Any] = {"changes": [], "batch_of": batch_of, "kept_keys": kept, "ways": ways}
-    about |= {"decided": decided, "streaming": streaming, "peft_note": _peft_note(run, model)}
-    notes = [context_note(config, int(lengths.max()))]
+    about |= {"decided": decided, "streaming": streaming}
+    notes = [context_note(config, int(lengths.max())), _peft_note(run, model)]
     if rows is not None and (recipe.data.packing or recipe.training.per_device_train_batch_size > 1):
         notes.append(mixed_rope_note(config, lengths_of(rows)))
-    plan = Plan(**of_run, **about, length_notes=list(filter(None, notes)))
+    plan = Plan(**of_run, **about, notices=list(filter(None, notes)))
     return plan.within(machine.available_bytes)
 
 
@@ -362,7 +361,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"At most {plan.slots:,} adapters are trained at the same time, {each} with AdamW's moments.")
     for text in plan.warnings:
         console.print(text, style="yellow", markup=False)
-    for note in filter(None, (*plan.notes, plan.peft_note)):
+    for note in plan.notes:
         console.print(note, markup=False)
     console.print(f"Files: adapter {size(plan.adapter_bytes)}, a checkpoint {size(plan.checkpoint_bytes)}.")
     if plan.seconds is not None:
@@ -452,7 +451,6 @@ def run_lines(plan: Plan) -> list[str]:
         f"Plan: peak{rank} {peak}; {plan.batch.source}.",
         *([str(plan.decided)] if plan.decided.asked != plan.decided.mode else []),
         *([str(plan.streaming)] if plan.streaming.streams else []),
-        *([plan.peft_note] if plan.peft_note else []),
         verdict(plan),
         *change_lines(plan),
     ]
