@@ -107,6 +107,7 @@ class QveraConfig(PeftConfig):
     problem_type: str | None = None
 
     def __new__(cls, *values: Any, **named: Any) -> QveraConfig:
+        """InputError: a keyword of PEFT's own configs that has another name here."""
         for name in _NAMES_IN_PEFT.keys() & named:
             here = _NAMES_IN_PEFT[name]
             raise InputError(f"QveraConfig: PEFT's {name} is called {here} here. Write {here}={named[name]!r}.")
