@@ -127,6 +127,7 @@ def quantize(
         qvera quantize meta-llama/Llama-2-7b-hf
     """
     from qvera.config.sections import ModelSection
+    from qvera.models.loader import rounded_note
     from qvera.models.quantize_checkpoint import cached_base, quantized_copy
     from qvera.models.quantized_record import read_record
     from qvera.utils import accelerator
@@ -135,6 +136,8 @@ def quantize(
     section = ModelSection(
         path=model, revision=revision, trust_remote_code=trust_remote_code, quantization=quantization
     )
+    if (note := rounded_note(section)) is not None:
+        print(note)
     began = time.perf_counter()
     with StopRequests() as stop, progress(f"quantizing {model}", text=formatting.size) as show:
 

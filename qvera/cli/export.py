@@ -42,7 +42,10 @@ def export(
     rank: Annotated[int | None, option("K", "With --to lora or gguf-lora: keep the best K directions.")] = None,
     dtype: Annotated[ExportDtype | None, typer.Option(help="Default: the recipe's, float16. q8_0: GGUF only.")] = None,
     quantize: Annotated[Literal["nf4", "fp4"] | None, typer.Option(help="With --to merged: write in 4 bits.")] = None,
-    base: Annotated[Literal["original", "dequantized"] | None, typer.Option(help="Default: the recipe's.")] = None,
+    base: Annotated[
+        Literal["original", "dequantized"] | None,
+        typer.Option(help="Default: the recipe's; with --quantize: original."),
+    ] = None,
     no_compare: Annotated[bool, flag("--no-compare", "Do not measure the difference.")] = False,
     compare_only: Annotated[bool, flag("--compare-only", "Only measure the export in OUT.")] = False,
 ) -> None:

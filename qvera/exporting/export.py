@@ -22,7 +22,7 @@ from qvera.exporting.deltas import read_deltas
 from qvera.exporting.gguf import export_gguf, export_gguf_lora
 from qvera.exporting.merged import export_merged, export_quantized
 from qvera.models.hub import fingerprint_of
-from qvera.models.model_class import CAUSAL_LM, empty_model
+from qvera.models.model_class import CAUSAL_LM, empty_model, load_config
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of
 from qvera.utils import formatting
@@ -61,6 +61,8 @@ def export(
     section, adapter_dir, chat = target.section, require_adapter(target), chat_of(target)
     options = target.recipe.export if target.recipe is not None else ExportSection()
     written = dtype or options.dtype
+    if quantize is not None and base is None and not hasattr(load_config(section), "quantization_config"):
+        base = "original"  # rounding dequantized weights to 4 bits again gives the base's, without what was trained
     options = options.replace(dtype="float32" if written == "q8_0" else written, base=base or options.base)
     console = console or Console(stderr=True)
     recipe, limit = target.recipe, options.certificate_rows
@@ -228,6 +230,11 @@ def _merge(
         )
     if certificate["base"]["stored_in_4_bits"]:
         say(f"merged into the dequantized weights of {target.section.path}, which is stored in 4 bits")
+    if quantize is not None and (certificate["base"]["weights"], certificate["trained_on"]["quantization"]) == (
+        "dequantized",
+        quantize,
+    ):
+        say(f"These were rounded to {quantize} before. Rounded again, they lose nearly all of what was trained.")
     return certificate
 
 

@@ -32,7 +32,7 @@ from qvera.models.tokenizer import ids_of, load_processor, place_token_rows
 from qvera.utils import accelerator
 from qvera.utils.cache_dir import StageProgress
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import read_json, resolve_path
+from qvera.utils.files import CERTIFICATE, read_json, resolve_path, try_read_json
 from qvera.utils.formatting import first_of, size
 from qvera.utils.safetensors_io import checkpoint_tensors, file_stamps
 
@@ -309,6 +309,21 @@ def dense_note(facts: dict[str, Any]) -> str | None:
         return None
     share = dense_bytes / facts["base_bytes"]
     return f"Not quantized: {first_of(list(kinds))} ({size(dense_bytes)}, {share:.0%} of the base)."
+
+
+def rounded_note(section: ModelSection) -> str | None:
+    """A sentence where the base is a merge into weights of 4 bits, and is rounded to the same 4 bits again."""
+    directory, kind = base_directory(section), section.quantization
+    certificate = try_read_json(directory / CERTIFICATE) or {}
+    merged_into, trained_on = certificate.get("base", {}).get("weights"), certificate.get("trained_on", {})
+    # rounded, most weights become those again that ΔW was added to; of an exact match of 42 %, 0 % was left
+    if merged_into != "dequantized" or "quantized" in certificate or trained_on.get("quantization") != kind:
+        return None
+    return (
+        f"{directory} holds what was trained, merged into weights dequantized from {kind}. Rounded to {kind} again, "
+        "they are nearly the base's own, without what was trained. Export the run with --base original, or set "
+        "model.quantization: none."
+    )
 
 
 def load_exported(

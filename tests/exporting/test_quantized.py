@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qvera.cli.main import main
+from qvera.config.schema import load_recipe
 from qvera.config.sections import ExportSection, ModelSection
 from qvera.evaluation.load import open_run
 from qvera.exporting import merged
 from qvera.exporting.merged import export_merged, export_quantized
-from qvera.models.loader import load_base
+from qvera.models.loader import load_base, rounded_note
 from qvera.utils.errors import InputError, Interrupted
 from tests.exporting.helpers import trained_adapter
 
@@ -76,6 +77,8 @@ def test_the_command_measures_what_is_lost(
     assert "nf4: relative error of W + ΔW (Frobenius)" in said and "KL" in said
     assert set(certificate["files"]) == {path.name for path in (tmp_path / "out").glob("*.safetensors")}
     assert certificate["difference"]["kl_mean"] > 1e-7
+    assert certificate["base"]["weights"] == "original"  # others would become the base's again, without ΔW
+    assert "lose nearly all" not in said
     assert main(["eval", str(tmp_path / "out"), "--json", str(tmp_path / "eval.json")]) == 0
     scores = json.loads((tmp_path / "eval.json").read_text())["scores"]
     assert scores["loss"] == pytest.approx(certificate["difference"]["loss_exported"], rel=0.01)
@@ -83,6 +86,27 @@ def test_the_command_measures_what_is_lost(
     assert "--quantize: goes with --to merged only" in capsys.readouterr().err
     assert main(["export", str(trained_run), str(tmp_path / "out"), "--quantize", "nf4"]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_weights_that_were_in_4_bits_before_lose_what_was_trained_and_it_is_said(
+    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rounded again, they become the base's own; `qvera quantize` and a training on such a merge say it too."""
+    lost, kept, whole = (str(tmp_path / name) for name in ("lost", "kept", "whole"))
+    export = ["export", str(trained_run), "--no-compare"]
+    assert main([*export, lost, "--quantize", "nf4", "--base", "dequantized"]) == 0
+    assert "Rounded again, they lose nearly all of what was trained." in capsys.readouterr().out
+    assert main([*export, kept, "--quantize", "nf4"]) == main([*export, whole]) == 0
+    section = load_recipe(trained_run / "recipe.yaml").model
+    with torch.no_grad():
+        base = load_base(section).model(IDS).logits
+        trained, from_lost = (open_run(Path(name)).model(IDS).logits - base for name in (trained_run, lost))
+    assert abs((from_lost * trained).sum() / trained.square().sum()) < 0.2
+
+    assert main(["quantize", whole, str(tmp_path / "again")]) == 0
+    assert "Export the run with --base original" in capsys.readouterr().out
+    assert rounded_note(section.replace(path=whole, quantization="none")) is None
+    assert rounded_note(section.replace(path=kept)) is None
 
 
 def test_an_interrupted_one_goes_on_from_the_finished_merge_of_the_same_base(

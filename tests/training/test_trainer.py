@@ -120,7 +120,9 @@ def test_a_run_that_goes_on_with_another_dtype_or_version_says_so(make_recipe: A
         begun["model"]["compute_dtype"], begun["versions"]["trl"] = "float16", "0.9"
         (run_dir / "run.json").write_text(json.dumps(begun))
     assert told[0] == []
-    assert re.match(r"The run had compute dtype float16, trl 0\.9 and goes on with compute dtype float32, trl ", *told[1])
+    assert re.match(
+        r"The run had compute dtype float16, trl 0\.9 and goes on with compute dtype float32, trl ", *told[1]
+    )
 
 
 def test_a_run_of_no_steps_scores_the_rows_and_saves_the_adapter_as_it_begins(make_recipe: Any, tmp_path: Path) -> None:
