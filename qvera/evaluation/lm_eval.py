@@ -8,8 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import GenerationConfig
+
 from qvera.evaluation import held_out
+from qvera.evaluation.generate import end_tokens
 from qvera.evaluation.load import OpenRun
+from qvera.models.structure import causal_model
 from qvera.utils.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -58,6 +62,9 @@ def run_harness(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # answers end where ours do, and a checkpoint's own settings, such as a repetition penalty, do not count
+    ends = end_tokens(opened.model, opened.base.tokenizer)
+    causal_model(opened.model).generation_config = GenerationConfig(eos_token_id=ends)
     with held_out.scoring(opened.model):
         try:
             found = simple_evaluate(

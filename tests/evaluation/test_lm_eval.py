@@ -8,7 +8,9 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ import yaml
 
 from qvera.adapters.save_load import load_adapter
 from qvera.cli.main import main
-from qvera.evaluation import lm_eval
+from qvera.evaluation import generate, lm_eval
+from qvera.evaluation.load import find_target, open_target
 from qvera.models.loader import load_base
 
 pytestmark = pytest.mark.process
@@ -133,6 +136,24 @@ def test_an_export_gives_the_same_by_us_and_by_lm_eval_alone(run: Path, tasks: P
     ]
     assert texts[0] == texts[1]
     assert any(answer[0] for answer in texts[0].values())
+
+
+def test_answers_end_at_the_end_of_a_turn_as_ours_do(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+
+    def answer(model: Any, **_: object) -> None:
+        ids = torch.tensor([[5, 6, 7]])
+        answers.append(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[0, 3:].tolist())
+
+    opened = open_target(find_target(run))
+    answer(opened.model)
+    opened.model.generation_config.repetition_penalty = 9.0  # not ours
+    monkeypatch.setattr(generate, "turn_ends", lambda tokenizer: {answers[0][2]})
+    harness = {"simple_evaluate": answer, "HFLM": lambda pretrained, **_: pretrained}
+    for module in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**harness))
+    lm_eval.run_harness(opened, Mock(), ["a task"], batch_size=1)
+    assert answers[1] == answers[0][:3]
 
 
 @installed
