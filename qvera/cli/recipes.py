@@ -229,9 +229,9 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     from qvera.data import build_datasets
     from qvera.data.labelled import rows_by_label
 
-    found = rows_by_label(datasets.train) if datasets.stats.format == "prompt-completion" else {}
-    are_few = 2 <= len(found) <= min(MOST_LABELS, len(datasets.train) // FEW_ROWS_OF_A_LABEL)
-    if not are_few or not all(name and len(name) <= LONGEST_LABEL for name in found):
+    most = min(MOST_LABELS, len(datasets.train) // FEW_ROWS_OF_A_LABEL)
+    found = rows_by_label(datasets.train, most) if datasets.stats.format == "prompt-completion" else {}
+    if not 2 <= len(found) <= most or not all(name and len(name) <= LONGEST_LABEL for name in found):
         return recipe, datasets
     _print_similar_labels(found)
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."

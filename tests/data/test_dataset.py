@@ -21,6 +21,7 @@ from rich.console import Console
 from qvera.config.schema import parse_recipe
 from qvera.config.sections import DataSection, DataSource
 from qvera.data import Datasets, build_datasets, data_sha256, data_warnings, print_preflight
+from qvera.data import rows as rows_module
 from qvera.data.dataset import length_histogram
 from qvera.data.labelled import new_labels, rows_by_label
 from qvera.data.rows import SCHEMA, Rows
@@ -404,6 +405,16 @@ def test_labels_are_found_among_more_answers_than_an_array_holds() -> None:
     long = pa.array(["x" * 2**24])
     many = rows_of([long] * 140, [*range(0, 140, 12), 12])
     assert new_labels(many, asked) == ["b", "c"] and list(rows_by_label(many).values()) == [13]
+
+
+def test_more_answers_than_may_be_labels_are_not_counted_to_the_end(
+    write: Write, base_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "_BATCH_ROWS", 100)
+    section = DataSection(path=write([{"prompt": "q", "completion": f"answer {i}"} for i in range(2000)]))
+    rows = build_datasets(section, base_tokenizer).train
+    assert len(rows_by_label(rows)) == len(rows_by_label(rows, 2000)) == 2000
+    assert 20 < len(rows_by_label(rows, 20)) < 1000
 
 
 def test_a_misspelt_label_among_held_out_answers_is_told(write: Write, base_tokenizer: Any) -> None:
