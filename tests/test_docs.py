@@ -26,7 +26,7 @@ from tests.many_adapters import write_customers, write_run
 
 pytestmark = pytest.mark.process
 
-OF_ALL_METHODS = [f"docs/methods/{name}.md" for name in ("index", "table", "evidence", "adding")]
+OF_ALL_METHODS = [f"docs/methods/{name}.md" for name in ("index", "table", "adding")]
 METHOD_PAGES = sorted({f"docs/methods/{p.name}" for p in (ROOT / "docs" / "methods").glob("*.md")} - {*OF_ALL_METHODS})
 OTHER_PAGES = sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *OTHER_PAGES, *OF_ALL_METHODS, *METHOD_PAGES]
@@ -298,13 +298,6 @@ def test_every_method_has_a_page_of_a_screen_with_its_equation_use_and_cost() ->
         for part in (r"(ΔW|y|W') = ", r"\*\*Choose it\*\*", r"\*\*(Cost|Memory)\b"):
             assert re.search(part, text), f"{name}: {part}"
         assert "arXiv" in text or "arxiv.org" in text, name
-
-
-def test_the_evidence_names_files_that_are_there() -> None:
-    page = (ROOT / "docs" / "methods" / "evidence.md").read_text(encoding="utf-8")
-    named = [name for name in re.findall(r"`([^` ]+/[^` ]*)`", page) if name not in ("qvera/", "reference/")]
-    assert len(named) > 30
-    assert [name for name in named if not (ROOT / name).exists() and not (ROOT / "qvera" / name).exists()] == []
 
 
 def test_workflows_call_targets_of_the_makefile() -> None:
