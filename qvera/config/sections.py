@@ -476,8 +476,8 @@ class TrainingSection(Section):
     as ``true``). ``auto``: ``false`` where the plan says that the run fits so with a good margin, else ``true``, else
     ``offload``. `qvera plan` shows what it comes to, and a resumed run keeps it."""
     torch_compile: Bool = False
-    """Compile the decoder layers with torch.compile. The first step then takes minutes, and later ones may be faster;
-    tested on CPUs only. Not with ZeRO-3 or a streamed base."""
+    """Compile the decoder layers with torch.compile. The first step then takes minutes, and later ones may be faster.
+    Not with ZeRO-3 or a streamed base."""
     try_longest_batch: Bool = True
     """Run the longest batch once before the first step, so that a run that does not fit into memory fails at once."""
     on_oom: Literal["save", "halve"] = "save"
