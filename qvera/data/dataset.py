@@ -577,18 +577,15 @@ def data_warnings(stats: DataStats) -> list[str]:
 
 def _mark_trained(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
     """Show a row with its trained tokens in ⟦…⟧ and green. Beyond 400 tokens, the middle of long runs is left out."""
-    changes = np.flatnonzero(np.diff(example.trained)) + 1
-    runs = np.split(example.input_ids, changes)
-    budget = max(_SHOWN_TOKENS // len(runs), 8)
-    out, trained = Text(), bool(example.trained[0])
-    for run in runs:
-        if len(run) > budget:
+    stretches, out = example.stretches(), Text()
+    budget = max(_SHOWN_TOKENS // len(stretches), 8)
+    for ids, trained in stretches:
+        if len(ids) > budget:
             half = budget // 2
-            left_out = f" … {len(run) - 2 * half:,} tokens … "
-            shown = decode(tokenizer, run[:half].tolist()) + left_out + decode(tokenizer, run[-half:].tolist())
+            left_out = f" … {len(ids) - 2 * half:,} tokens … "
+            shown = decode(tokenizer, ids[:half]) + left_out + decode(tokenizer, ids[-half:])
         else:
-            shown = decode(tokenizer, run.tolist())
+            shown = decode(tokenizer, ids)
         shown = _REPEATED.sub(lambda found: f"{found[1]} (x {len(found[0]) // len(found[1])})", shown)
         out.append(f"⟦{shown}⟧" if trained else shown, style="green" if trained else "dim")
-        trained = not trained
     return out

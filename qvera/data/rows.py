@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import enum
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,11 @@ class Example:
             return self.shown()
         ids = self.prompt_ids
         return [("prompt", dataclasses.replace(self, input_ids=ids, trained=np.zeros(len(ids), dtype=bool)))]
+
+    def stretches(self) -> list[tuple[list[int], bool]]:
+        """The row's token ids, cut where trained ones begin or end, and whether they are trained."""
+        edges = [0, *(np.flatnonzero(np.diff(self.trained)) + 1).tolist(), len(self.input_ids)]
+        return [(self.input_ids[a:b].tolist(), bool(self.trained[a])) for a, b in itertools.pairwise(edges)]
 
     @property
     def answer_start(self) -> int:

@@ -8,7 +8,6 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,16 +173,12 @@ def preview_page(
     ``warnings`` are a sentence each. ``decode`` keeps special tokens.
     """
 
-    def stretches(row: Example) -> list[tuple[str, bool]]:
-        """Parts of the text, and whether their tokens are trained."""
-        edges = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.input_ids)]
-        return [(decode(row.input_ids[start:end].tolist()), bool(row.trained[start])) for start, end in pairwise(edges)]
-
     def shown(word: str, row: Example) -> tuple[str, int, str, list[tuple[str, bool]], list[str]]:
         source = row.source if word == "trained" else f"{row.source}, {word}"
         targets = f"label: {row.reference}" if row.is_labelled else f"{count(int(row.trained.sum()))} trained"
-        is_text = not (row.images and row.is_labelled)
-        return source, len(row.input_ids), targets, stretches(row) if is_text else [], thumbnail_uris(row.images)
+        stretches = [] if row.images and row.is_labelled else row.stretches()
+        text = [(decode(ids), trained) for ids, trained in stretches]
+        return source, len(row.input_ids), targets, text, thumbnail_uris(row.images)
 
     mixture = [
         (each.path, f"{count(each.taken)} ({count(each.rows)} rows, weight {each.weight:g}). {each.layout}")
