@@ -157,17 +157,6 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
         require_all_named(run, asked)
 
 
-def require_packages(extra: str, *names: str) -> None:
-    """Raise InputError where packages of one of qvera's extras are missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"needs the package {missing[0]}, which is not installed. Install it with: pip install 'qvera[{extra}]'"
-        )
-
-
 def require_new_file(path: Path | None, ending: str = "") -> None:
     """Raise InputError where an output file exists or can't be made, before any work goes into it.
 

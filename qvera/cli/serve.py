@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qvera.cli.common import argument, check_target, flag, number, option, progress, require_packages, say
+from qvera.cli.common import argument, check_target, flag, number, option, progress, say
 from qvera.serve.api.access import DEFAULTS, is_loopback
 from qvera.serve.requests import EngineSettings
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, require_packages
 from qvera.utils.files import runs_in
 from qvera.utils.formatting import counted, first_of
 

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.util
 import io
 import math
 import os
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from qvera.utils.cores import core_ids
-from qvera.utils.errors import InputError
+from qvera.utils.errors import InputError, require_packages
 from qvera.utils.formatting import describe
 
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ _AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)
 
 def require_pillow() -> None:
     """Raises InputError if Pillow is missing."""
-    if importlib.util.find_spec("PIL") is None:
-        raise InputError("Images are read by Pillow, which is not installed. Run pip install 'qvera[vision]'.")
+    require_packages("vision", "PIL", what="reading images ")
 
 
 def open_image(content: str | bytes | pa.Buffer, source: str) -> Image:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from qvera.evaluation import held_out
 from qvera.evaluation.generate import end_tokens
 from qvera.evaluation.load import OpenRun
 from qvera.models.structure import causal_model
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, first_line, require_packages
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -27,10 +26,7 @@ def find_tasks(names: Sequence[str], include: Path | None) -> TaskManager:
 
     InputError: lm-eval is not installed, or the directory or a task does not exist.
     """
-    if find_spec("lm_eval") is None:
-        raise InputError(
-            "needs the package lm-eval, which is not installed. Install it with: pip install 'qvera[harness]'."
-        )
+    require_packages("harness", "lm_eval")
     from lm_eval.tasks import TaskManager
 
     if include is not None and not include.is_dir():

@@ -12,13 +12,12 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
-from qvera.utils.errors import InputError, OwnCodeFailed, one_line
+from qvera.utils.errors import InputError, OwnCodeFailed, one_line, require_packages
 
 References = Sequence[Sequence[str]]  # for each answer, one or more right texts
 
@@ -123,12 +122,7 @@ def text_metrics(names: Sequence[str]) -> list[TextMetric]:
         raise InputError(f"metrics: there is no metric {unknown[0].strip()!r}; known: {', '.join(NAMES)}.")
     wanted = list(dict.fromkeys(known[name.strip().lower()] for name in names))
     for name in wanted:
-        package = _MAKERS[name][1]
-        if package is not None and find_spec(package) is None:
-            raise InputError(
-                f"metrics: {name} needs the package {package.replace('_', '-')}, which is not installed. Install it "
-                "with: pip install 'qvera[metrics]'."
-            )
+        require_packages("metrics", *filter(None, _MAKERS[name][1:]), what=f"metrics: {name} ")
     return [_MAKERS[name][0](name) for name in wanted]
 
 
@@ -177,11 +171,7 @@ def own_scores(
 
 def require_scorers(task: str) -> None:
     """Raise InputError where scikit-learn or scipy is missing."""
-    for module, package in (("sklearn", "scikit-learn"), ("scipy", "scipy")):
-        if find_spec(module) is None:
-            raise InputError(
-                f"task: {task} is scored by {package}, which is not installed. Run pip install 'qvera[classification]'."
-            )
+    require_packages("classification", "sklearn", "scipy", what=f"task: {task} ")
 
 
 def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:

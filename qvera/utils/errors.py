@@ -1,6 +1,7 @@
 """Errors for people, and the exit code that a script sees for each."""
 
 import difflib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -79,6 +80,21 @@ def require_takes(function: Callable[..., object], arguments: int, where: str) -
     if (problem := call_problem(function, arguments)) is not None:
         given = f"{arguments} argument{'s' if arguments > 1 else ''}"
         raise InputError(f"{where}: is called with {given}, which it does not take ({problem}).")
+
+
+_PACKAGES = {"PIL": "Pillow", "sklearn": "scikit-learn"}
+"""Module → its package, where that is called otherwise."""
+
+
+def require_packages(extra: str, *modules: str, what: str = "") -> None:
+    """Raise InputError where a module of one of qvera's extras is missing. ``what`` needs it, if no command does."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            package = _PACKAGES.get(module, module.replace("_", "-"))
+            raise InputError(
+                f"{what}needs the package {package}, which is not installed. Install it with: pip install "
+                f"'qvera[{extra}]'."
+            )
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

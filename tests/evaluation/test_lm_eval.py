@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -176,7 +177,9 @@ def test_tasks_that_are_not_there(run: Path, tasks: Path, capsys: Any) -> None:
 def test_without_lm_eval_it_says_what_to_install(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find_spec(name, *a)
+    )
     assert main(["harness", str(trained_run), "--tasks", "arc_easy"]) == 2
     assert "pip install 'qvera[harness]'" in capsys.readouterr().err
     assert main(["harness", str(tmp_path), "--tasks", "arc_easy"]) == 2
