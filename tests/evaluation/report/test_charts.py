@@ -9,7 +9,7 @@ from typing import Literal
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qvera.evaluation.report.charts import (
@@ -180,6 +180,7 @@ def test_stacked_bars_stand_side_by_side_and_the_mark_crosses_them() -> None:
 
 
 @example([(0, 0.0), (1, 900719925475.0), (2, 900719925474.9999)])
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.none() | finite), min_size=1, max_size=40))
 def test_no_points_make_a_broken_chart(raw: list[tuple[int, float | None]]) -> None:
     points: list[Point] = [(float(x), y) for x, y in sorted(dict(raw).items())]
