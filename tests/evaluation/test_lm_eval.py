@@ -150,7 +150,7 @@ def test_answers_end_at_the_end_of_a_turn_as_ours_do(run: Path, monkeypatch: pyt
     answer(opened.model)
     opened.model.generation_config.repetition_penalty = 9.0  # not ours
     monkeypatch.setattr(generate, "turn_ends", lambda tokenizer: {answers[0][2]})
-    harness = {"simple_evaluate": answer, "HFLM": lambda pretrained, **_: pretrained}
+    harness: dict[str, Any] = {"simple_evaluate": answer, "HFLM": lambda pretrained, **_: pretrained}
     for module in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface"):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**harness))
     lm_eval.run_harness(opened, Mock(), ["a task"], batch_size=1)
