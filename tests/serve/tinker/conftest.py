@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from qvera.serve.requests import EngineSettings
 from qvera.serve.store import AdapterStore
 from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import MESSAGES
+from qvera.serve.tinker.sampling import Samples
 from qvera.serve.tinker.tenancy import BaseFacts, Tinker, TinkerSettings
 from qvera.training.tenants import Tenants, TenantSettings
 from tests.conftest import small_tokenizer
@@ -41,6 +43,9 @@ class TinkerServer:
     url: str
     tinker: Tinker
     tenants: ScriptedTenants
+    engine: ScriptedEngine
+    """Every answer is 7, 7, 7, …"""
+    samples: Samples
     directory: Path
     keys: dict[str, str]
 
@@ -107,7 +112,7 @@ def start_tinker(tmp_path: Path) -> Iterator[StartTinker]:
         directory.mkdir(exist_ok=True)
         file = tmp_path / "keys.json"
         keys = {name: new_key(file, name, ["*"], ["use", "train"]) for name in names}
-        engine, tenants = ScriptedEngine(lambda _: iter(()), 8, 4), ScriptedTenants()
+        engine, tenants = ScriptedEngine(lambda _: itertools.repeat(7)), ScriptedTenants()
         database = ending.enter_context(contextlib.closing(Database(directory / "tinker.sqlite")))
         ending.callback(tenants.close)
         facts = BaseFacts("tiny", frozenset({"tiny", "hub/tiny"}), "tiny", "LlamaForCausalLM", VOCABULARY, 128)
@@ -119,8 +124,9 @@ def start_tinker(tmp_path: Path) -> Iterator[StartTinker]:
         limits = dataclasses.replace(DEFAULTS, tinker_body_bytes=body_bytes)
         store, key_file = AdapterStore(None, {"tiny"}), KeyFile(file) if keys else None
         service = Service(engine, store, prompts, frozenset(), "tiny", limits, key_file, None, tinker)
-        _, url, _ = ending.enter_context(running(create_app(service)))
-        return TinkerServer(url, tinker, tenants, directory, keys)
+        app = create_app(service)
+        _, url, _ = ending.enter_context(running(app))
+        return TinkerServer(url, tinker, tenants, engine, app.state.samples, directory, keys)
 
     with ending:
         yield begin

@@ -3,59 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qvera.data import Encoder, resolve_template
-from qvera.evaluation.generate import PromptWriter
 from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError
-from qvera.serve.api.service import Service
 from qvera.serve.requests import AdapterChanged
-from qvera.serve.store import AdapterStore
-from qvera.serve.tinker.database import Database
 from qvera.serve.tinker.messages import MESSAGES
-from qvera.serve.tinker.sampling import NewSampler, Samples
-from qvera.serve.tinker.tenancy import BaseFacts, Tinker, TinkerSettings
+from qvera.serve.tinker.sampling import NewSampler
+from qvera.serve.tinker.tenancy import TinkerSettings
 from qvera.utils.errors import RunFailed
-from tests.conftest import small_tokenizer
 from tests.helpers import wait_until
-from tests.serve.api.doubles import ScriptedEngine
 from tests.serve.scripted_training import write_files
-from tests.serve.tinker.doubles import ScriptedTenants
+from tests.serve.tinker.conftest import StartTinker, TinkerServer
 
-PLACES = 8
+PLACES = 8  # of the scripted engine
 THREAD = "qvera-tinker"  # waits for the disk
 
 
 class Server:
-    """Samples over a scripted engine and a database in a directory."""
+    """Calls for samples, without HTTP."""
 
-    def __init__(self, directory: Path) -> None:
-        self.database, self.tenants = Database(directory / "tinker.sqlite"), ScriptedTenants()
-        self.engine, tokenizer = ScriptedEngine(lambda _: itertools.repeat(7), PLACES), small_tokenizer()
-        prompts = PromptWriter(resolve_template("auto", tokenizer), Encoder(tokenizer), None)
-        self.service = Service(self.engine, AdapterStore(None, {"tiny"}), prompts, frozenset({2}), "tiny")  # type: ignore[arg-type]
-        facts = BaseFacts("tiny", frozenset({"tiny"}), "tiny", "LlamaForCausalLM", 304, 128)
-        tinker = Tinker(directory, self.database, self.tenants, facts, TinkerSettings())  # type: ignore[arg-type]
-        self.tinker = tinker.__enter__()
-        self.samples = Samples(self.tinker, self.service)
+    def __init__(self, server: TinkerServer) -> None:
+        self.tinker, self.database = server.tinker, server.tinker.database
+        self.engine, self.samples = server.engine, server.samples
         self.numbers = itertools.count()
-
-    def close(self) -> None:
-        self.engine.close()
-        self.tinker.__exit__()
-        self.service.close()
-        self.tenants.close()
-        self.database.close()
 
     def sampler(self, owner: str) -> str:
         found = self.database.rows("SELECT id FROM sessions WHERE owner = ? AND ended IS NULL", (owner,))
@@ -91,14 +68,8 @@ class Server:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Server]]:
-    with contextlib.ExitStack() as ending:
-        yield lambda: ending.enter_context(contextlib.closing(Server(tmp_path)))
-
-
-@pytest.fixture
-def server(start: Callable[[], Server]) -> Server:
-    return start()
+def server(start_tinker: StartTinker) -> Server:
+    return Server(start_tinker())
 
 
 def test_a_key_with_few_tokens_does_not_wait_behind_one_with_many(server: Server) -> None:
@@ -249,14 +220,13 @@ def test_weights_that_are_saved_anew_while_they_are_read_are_looked_up_again(ser
     assert not left
 
 
-def test_what_has_no_result_when_a_server_ends_is_done_by_the_next_one(start: Callable[[], Server]) -> None:
-    first = start()
+def test_what_has_no_result_when_a_server_ends_is_done_by_the_next_one(start_tinker: StartTinker) -> None:
+    first = Server(start_tinker())
     done = first.ask("anna")
     first.wait("anna", done)
     first.engine.hold.set()
     promises = [first.ask("anna", 2) for _ in range(9)]
-    first.close()
-    second = start()
+    second = Server(start_tinker())
     for promise in promises:
         assert len(second.wait("anna", promise).sequences) == 2
     told = second.poll("anna")
