@@ -138,7 +138,7 @@ def server(start_tinker: StartTinker) -> TinkerServer:
 
 
 @contextlib.contextmanager
-def serving(model_dir: Path, directory: Path, keys: KeyFile | None = None) -> Iterator[tuple[str, Service]]:
+def serving(model_dir: Path, directory: Path) -> Iterator[tuple[str, Service]]:
     """A server with a real engine and real training, in this process; its URL."""
     base = tiny_base(model_dir)
     engine = Engine(base, EngineSettings(cache_tokens=2048, step_tokens=64, max_running=8, training_share=0.5))
@@ -152,7 +152,7 @@ def serving(model_dir: Path, directory: Path, keys: KeyFile | None = None) -> It
         engine.start()
         ending.callback(engine.close)
         store = AdapterStore(None, {"tiny"})
-        service = Service(engine, store, prompts, frozenset({2}), "tiny", keys=keys, tinker=tinker)
+        service = Service(engine, store, prompts, frozenset({2}), "tiny", tinker=tinker)
         yield ending.enter_context(running(create_app(service)))[1], service
 
 

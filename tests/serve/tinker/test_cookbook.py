@@ -104,23 +104,3 @@ def test_rewards_of_math_rl_rise_and_its_sampler_agrees_with_the_trainer(
     print(f"{loss}: reward {first:.3f} in the first eight of {len(rewards)} steps, {last:.3f} in the last eight")
     assert len(rewards) == 24 and last > first + 0.02
     assert differences and np.abs(differences).max() < 0.01  # what the cookbook's own documentation expects
-
-
-def test_logprobs_of_samples_are_those_at_their_temperature(server: Command, model: Path) -> None:
-    """What the cookbook's tests/validate_temperature_logprobs.py checks; its wheel does not have that file."""
-    import tinker
-    from transformers import AutoTokenizer
-
-    service = tinker.ServiceClient(base_url=server.url, api_key="tml-none")
-    base = service.get_server_capabilities().supported_models[0].model_name
-    sampler = service.create_sampling_client(base_model=base)
-    prompt = AutoTokenizer.from_pretrained(model).encode("The capital of France is")
-    for temperature in (1.5, 2.0):
-        asked = tinker.SamplingParams(max_tokens=1, temperature=temperature, seed=7)
-        sampled = sampler.sample(tinker.ModelInput.from_ints(prompt), 64, asked).result().sequences
-        found = {one.tokens[0]: one.logprobs[0] for one in sampled}
-        chosen = list(found)[:12]
-        whole = [sampler.compute_logprobs(tinker.ModelInput.from_ints([*prompt, token])) for token in chosen]
-        # log softmax(l / τ) of tokens are 1/τ times as far apart as their log softmax(l)
-        slope = np.polyfit([one.result()[-1] for one in whole], [found[token] for token in chosen], 1)[0]
-        assert slope == pytest.approx(1 / temperature, rel=0.05)

@@ -137,6 +137,15 @@ def test_what_is_asked_about_a_prompt_and_about_samples_comes_back_in_its_shape(
     assert torch.allclose(again.to_torch(), scored, atol=1e-5)
 
 
+def test_logprobs_of_samples_are_those_at_their_temperature(loop: Loop) -> None:
+    sampler, first = loop.client.create_sampling_client(base_model="tiny").result(), list[np.ndarray]()
+    for temperature in (1.0, 2.0):
+        found = sample(sampler, [5, 6, 7], 1, {"topk_sample_logprobs": 3}, temperature=temperature)
+        first.append(np.array([logprob for _, logprob in found.sequences[0].topk_logprobs[0]]))
+    # log softmax(l / τ) of tokens are 1/τ times as far apart as their log softmax(l)
+    assert np.diff(first[1]) == pytest.approx(np.diff(first[0]) / 2, abs=1e-5)
+
+
 def test_an_answer_ends_with_the_token_that_its_stop_asks_for(loop: Loop) -> None:
     sampler, prompt = loop.client.create_sampling_client(base_model="tiny").result(), [5, 6, 7]
     [free] = sample(sampler, prompt, max_tokens=40).sequences
