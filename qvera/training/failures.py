@@ -17,11 +17,10 @@ from qvera.training.plan.plan import change_lines
 from qvera.training.plan.run import changed
 from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
-from qvera.utils.formatting import counted, first_of, size
+from qvera.utils.formatting import counted, first_of
 from qvera.utils.memory import Shortage
 
 if TYPE_CHECKING:
-    from qvera.config.schema import Recipe
     from qvera.data import Example
 
 _CHANGES = 3
@@ -32,19 +31,11 @@ LOWER_RATE = "Begin again with a lower training.learning_rate, in another traini
 _ANY_RUN = "Lower data.max_length, or training.per_device_train_batch_size where rows are not packed."
 
 
-def longest_batch_error(
-    recipe: Recipe, plan: Plan | None, checkpointing: bool, examples: Sequence[Example]
-) -> InputError:
-    """Return the error of a run whose longest batch does not fit, as found before its first step."""
+def longest_batch_error(shortage: Shortage, plan: Plan | None, path: str, examples: Sequence[Example]) -> InputError:
+    """Return the error of a run whose longest batch, of rows of ``path``, does not fit before its first step."""
     rows = first_of([example.source for example in examples], 4)
-    text = f"{recipe.data.path}: the longest batch of this run ({_batch(examples)}: {rows}) does not fit into memory. "
-    if plan is not None and plan.changes:
-        return InputError(text + "\n".join(change_lines(plan)))
-    if plan is not None:  # by the plan it fits
-        text += f"The plan came to {size(plan.memory.total_bytes)}, so other processes hold memory too. "
-    if not checkpointing:
-        text += "Set training.gradient_checkpointing=true. "
-    return InputError(text + _ANY_RUN)
+    text = f"{path}: the longest batch of this run ({_batch(examples)}: {rows}) does not fit into memory: {shortage}."
+    return InputError(f"{text}\n{_advice(plan, shortage)}")
 
 
 def not_finite_error(

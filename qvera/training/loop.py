@@ -401,7 +401,8 @@ class AloneLoop(Loop[AloneStep]):
             passes = batches.passes(rows, group.rank, group.world_size)
             result = or_shortage(functools.partial(do, passes), self.device)
             forget_inputs(self.model)
-            short = [text for text in group.gather(str(result) if isinstance(result, Shortage) else None) if text]
+            mine = dataclasses.astuple(result) if isinstance(result, Shortage) else None
+            short = [Shortage(*sizes) for sizes in group.gather(mine) if sizes]
             if not isinstance(result, Shortage) and not short:
                 return result
             # a rank whose own passes did fit begins again too: the ranks may add up their results
@@ -409,7 +410,7 @@ class AloneLoop(Loop[AloneStep]):
             sizes = group.gather([len(largest), sum(len(example.input_ids) for example in largest)])
             most, tokens = (max(each) for each in zip(*sizes, strict=True))
             if self.recipe.training.on_oom == "save" or most == 1:
-                raise longest_batch_error(self.recipe, self.plan, bool(self.session.checkpointing), largest)
+                raise longest_batch_error(short[0], self.plan, self.recipe.data.path, largest)
             self.warn(f"{what} does not fit into memory ({short[0]}): its passes are halved.")
             batches.limit((tokens if self.recipe.data.packing else most) // 2)
 

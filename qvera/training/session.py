@@ -47,10 +47,10 @@ from qvera.training.plan.memory import spread_of
 from qvera.training.plan.plan import REFUSED_ABOVE, change_lines, run_lines
 from qvera.training.plan.run import NotPlannable, changed
 from qvera.utils import accelerator, memory
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError
 from qvera.utils.files import RUN_PROGRESS, existing_parent
 from qvera.utils.formatting import size
-from qvera.utils.memory import is_out_of_memory
+from qvera.utils.memory import Shortage, or_shortage
 from qvera.utils.progress import Phase
 from qvera.utils.signals import StopRequests
 
@@ -238,19 +238,17 @@ class TrainingSession:
         """
         recipe, model = self.recipe, self.model
         was_training = model.training
-        try:
-            with self.phase("trying the longest batch"), accelerator.forked_random_state():
-                model.train()
-                do(examples)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        with self.phase("trying the longest batch"), accelerator.forked_random_state():
+            model.train()
+            try:
+                shortage = or_shortage(lambda: do(examples), self.device)
+            finally:
+                model.train(was_training)
+                forget_inputs(model)
+        if isinstance(shortage, Shortage):
             if recipe.training.on_oom == "save" or len(examples) == 1:
-                raise longest_batch_error(recipe, self.plan, bool(self.checkpointing), examples) from None
-            self.warn(f"The longest batch does not fit into memory ({first_line(error)}). A step with it is halved.")
-        finally:
-            model.train(was_training)
-            forget_inputs(model)
+                raise longest_batch_error(shortage, self.plan, recipe.data.path, examples)
+            self.warn(f"The longest batch does not fit into memory ({shortage}). A step with it is halved.")
 
     def _load_base(self, model_class: ModelClass) -> Base:
         section = self.recipe.model
