@@ -274,17 +274,14 @@ def test_overrides(tmp_path: Path) -> None:
     [
         ("training.max_steps", "expected section.key=value"),
         ("=5", "expected section.key=value"),
-        ("training..max_steps=5", "expected section.key=value"),
         ("training.max_steps=[1", "--set training.max_steps=[1: not valid YAML"),
         ("training.max_step=5", "Did you mean `max_steps`?"),
-        ("training.max_steps=many", "training.max_steps: should be a whole number, got 'many'"),
         ("adapter.rank=", "adapter.rank: should be a whole number, got None. Leave the key out for its default."),
         ("adapter.rank=64,training.max_steps=3", "got '64,training.max_steps=3'. Each key takes its own --set."),
         (
             "data.system=Answer: one word",
             "data.system: should be a valid string, got {'Answer': 'one word'}. Write it in quotes.",
         ),
-        ("adapter=5", "adapter: should be a mapping of keys, got 5"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, words: str) -> None:
@@ -325,16 +322,12 @@ HELD_OUT = {"path": "a", "eval_fraction": 0.1}
             "training.global_batch_size: 7 is not a",
         ),
         ({"training": {"eval_steps": 5}}, "training.eval_steps: needs held-out rows"),
-        ({"training": {"early_stopping_patience": 2}}, "training.early_stopping_patience: needs held-out rows"),
-        ({"training": {"load_best_model_at_end": True}}, "training.load_best_model_at_end: needs held-out rows"),
         (
             {"data": HELD_OUT, "training": {"early_stopping_patience": 2}},
             "training.early_stopping_patience: needs training.eval_steps",
         ),
         ({"data": {**HELD_OUT, "eval_path": "b"}}, "data.eval_fraction: held-out rows already come"),
-        ({"model": {"path": "a", "quantization": "int8", "compute_dtype": "float32"}}, "model.compute_dtype: int8"),
         ({"adapter": {"rank": 8, "b_groups": 3}}, "adapter.b_groups: 3 does not divide adapter.rank (8)"),
-        ({"adapter": {"train_d": False, "input_scale": True}}, "adapter.input_scale: is a vector to train"),
     ],
 )
 def test_keys_that_contradict_each_other(changes: dict[str, Any], key: str) -> None:
@@ -352,7 +345,6 @@ IDLE: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"training.resample_momentum": "move"}, "training.resample_every", {"training.resample_every": 5}),
     ({"training.adapt_rows": 4, **_TASKS}, "training.adapt_steps", {"training.adapt_steps": 3}),
     ({"data.held_out_tasks": ["a"]}, "data.sampling: task", {}),
-    ({"data.task_steps": 2}, "data.sampling: task", {}),
     ({"data.eval_limit": 9}, "data.eval_path, data.eval_split, data.eval_fraction", {"data.eval_path": "b"}),
     ({"training.exact_match_rows": 9}, "data.eval_path", {"data.eval_fraction": 0.1}),
     ({"training.initial_scale_power": 9, "model.compute_dtype": "bfloat16"}, "model.compute_dtype: float16",
