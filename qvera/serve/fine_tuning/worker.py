@@ -55,15 +55,10 @@ class Worker:
     """Trains the jobs, as the engine's `BackgroundWork`."""
 
     def __init__(
-        self,
-        directory: TrainingDirectory,
-        trainer: OnlineTrainer,
-        store: AdapterStore,
-        wake: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        self, directory: TrainingDirectory, trainer: OnlineTrainer, store: AdapterStore, wake: Callable[[], None]
     ) -> None:
         self._directory, self._database, self._trainer, self._store = directory, directory.database, trainer, store
-        self._wake, self._clock = wake, clock
+        self._wake, self._clock = wake, time.monotonic
         self._lock = threading.Lock()
         self._ready: dict[str, tuple[Job, AdapterRun]] = {}
         self._stops: dict[str, Literal["cancel", "pause"]] = {}
@@ -75,7 +70,7 @@ class Worker:
         A server that was killed may have written events of later ones, which now come again. The next write removes
         them first.
         """
-        self._wrote_at, self._parked_until = clock(), 0.0
+        self._wrote_at, self._parked_until = self._clock(), 0.0
         # waits for answers don't count: with a small share of the time each step would be followed by a save
         self._seconds_trained, self._save_from = 0.0, 0.0
         self._timer: threading.Timer | None = None
