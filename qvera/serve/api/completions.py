@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import time
 import uuid
 from collections import Counter
@@ -18,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from qvera.data import Turn
 from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.schemas import ChatBody, CompletionBody
-from qvera.serve.api.server import ClientGone, EventStream
+from qvera.serve.api.server import ClientGone, EventStream, sse
 from qvera.serve.api.service import Sender, Service, User
 from qvera.serve.requests import AdapterChanged, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
 from qvera.serve.text import TextStream
@@ -470,14 +469,14 @@ async def _events(
     try:
         for index in range(len(answers.streams)):
             for choice in form.opening(index):
-                yield _event({**head, "choices": [choice], **usage})
+                yield sse({**head, "choices": [choice], **usage})
         async for piece in answers.pieces():
             for choice in form.deltas(piece):
-                yield _event({**head, "choices": [choice], **usage})
+                yield sse({**head, "choices": [choice], **usage})
         if with_usage:
-            yield _event({**head, "choices": [], "usage": _usage(answers)})
+            yield sse({**head, "choices": [], "usage": _usage(answers)})
     except ApiError as error:
-        last = _event(error.body())
+        last = sse(error.body())
     yield last
 
 
@@ -487,8 +486,3 @@ def _usage(answers: Generation) -> dict[str, int]:
         "completion_tokens": answers.new_tokens,
         "total_tokens": answers.prompt_tokens + answers.new_tokens,
     }
-
-
-def _event(chunk: dict[str, Any]) -> bytes:
-    # one line whatever a text holds: JSON escapes line breaks, and ASCII has no other ones
-    return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import time
 import uuid
@@ -17,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from qvera.serve.api.completions import Generation, Piece, asked_chat
 from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.api.schemas import IGNORED, Body, ChatBody, FunctionBody, Text, ToolName
-from qvera.serve.api.server import EventStream
+from qvera.serve.api.server import EventStream, sse
 from qvera.serve.api.service import User
 
 _NAMES = {
@@ -171,7 +170,7 @@ async def respond(sender: User, body: ResponsesBody) -> Response:
 
 async def _events(writer: _Writer, answers: Generation) -> AsyncIterator[bytes]:
     def line(event: dict[str, Any]) -> bytes:
-        return f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}\n\n".encode()
+        return sse(event, event["type"])
 
     for kind in ("created", "in_progress"):
         yield line(writer.event(kind, response=writer.response()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -22,7 +21,7 @@ from starlette.routing import Route
 
 from qvera.evaluation import report
 from qvera.serve.api.access import Limits, is_of_other_site, is_own_name
-from qvera.serve.api.server import EventStream
+from qvera.serve.api.server import EventStream, sse
 from qvera.serve.ui.directories import RunDirectories
 from qvera.serve.ui.metrics import NOTHING, Position, news_since
 from qvera.serve.ui.pages import Finder, Pages, list_signature, run_href
@@ -239,7 +238,7 @@ def list_news(service: Service, seen: str) -> Iterator[list[bytes]]:
     """Yield ``changed`` whenever the list of runs differs from what the reader has ``seen``."""
     while True:
         now = service.list_signature()
-        yield [event("changed", {})] if now != seen else []
+        yield [sse({}, "changed")] if now != seen else []
         seen = now
 
 
@@ -261,19 +260,13 @@ def run_news(service: Service, id: str, position: Position, seen: str) -> Iterat
         news, found = news_since(directory / "metrics.jsonl", position), []
         position = news.position
         if news.records:
-            found.append(event("records", {"records": news.records}, str(position)))
+            found.append(sse({"records": news.records}, "records", str(position)))
         now = service.summaries.signature(id, directory)
         if news.is_other or now != seen:
             seen = now
-            found.append(event("changed", {}, str(position)))
+            found.append(sse({}, "changed", str(position)))
         yield found
-    yield [event("gone", {})]
-
-
-def event(name: str, data: object, id: str = "") -> bytes:
-    """The bytes of one event. A reader that reconnects sends the last ``id`` back."""
-    lines = [f"event: {name}", *([f"id: {id}"] if id else []), f"data: {json.dumps(data)}"]
-    return ("\n".join(lines) + "\n\n").encode()
+    yield [sse({}, "gone")]
 
 
 def _stream(request: Request, looks: Iterator[list[bytes]]) -> Response:
