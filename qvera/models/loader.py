@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from qvera.models.conversion import as_named
 from qvera.models.experts import stacks
 from qvera.models.hub import base_directory, fingerprint_of
 from qvera.models.loss import require_own_logits
-from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights
+from qvera.models.model_class import CAUSAL_LM, ModelClass, empty_model, load_config, require_own_weights, stored_labels
 from qvera.models.safetensors_stream import read_tensor
 from qvera.models.stored_weights import NotMappable, load_mapped
 from qvera.models.structure import beside_the_layers, routers
@@ -98,6 +99,7 @@ def load_base(
         require_eos(tokenizer)
     try:
         config = load_config(section)
+        own_labels = stored_labels(config)
         prequantized = getattr(config, "quantization_config", None) is not None
         # config and headers are compared before weights are loaded
         directory, empty = base_directory(section, progress), empty_model(section, None, model_class)
@@ -139,6 +141,8 @@ def load_base(
         facts["added_tokens"] = ids
     if (streamed := stream.facts_of(model)) is not None:
         facts["streamed"] = streamed
+    if own_labels is not None and own_labels != model_class.labels and sorted(own_labels) == sorted(model_class.labels):
+        facts["head_not_kept"] = list(own_labels)
     facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
 
@@ -217,10 +221,11 @@ def _load_by_transformers(
             f"model.path: the weights of {name!r} hold no {first_of(missing)} of the shape that config.json asks for, "
             "which transformers would draw at random. Copy config.json and all weight files of one checkpoint again."
         )
-    model_class.start_head(model, keeps_head, device)
-    if keeps_head and not prequantized:  # transformers has rounded it to the compute dtype
+    drawn.update(() if keeps_head else model_class.outputs(model))
+    model_class.start_head(model, drawn, device)
+    if not prequantized:  # transformers has rounded it to the compute dtype
         entries = as_named(checkpoint_tensors(directory), empty)
-        stored = [entry for entry in entries if entry.name.partition(".")[0] in heads]
+        stored = [e for e in entries if e.name.partition(".")[0] in heads and e.name not in drawn]
         stamps = file_stamps(stored)
         model.load_state_dict({entry.name: read_tensor(entry, stamps) for entry in stored}, strict=False)
     return model
@@ -302,13 +307,17 @@ def _dense_matrices(model: PreTrainedModel, packed: Collection[int]) -> dict[str
     return dict(found.most_common())
 
 
-def dense_note(facts: dict[str, Any]) -> str | None:
-    """One sentence on matrices of a quantized base that are not quantized, by its ``facts``; None where it has none."""
+def notes(facts: dict[str, Any]) -> Iterator[str]:
+    """A sentence each on what a user may not expect of a base: matrices that are not quantized, a head not taken."""
     kinds, dense_bytes = facts["dense_matrices"], sum(facts["dense_matrices"].values())
-    if not kinds or dense_bytes < _NOTED_SHARE * facts["base_bytes"]:
-        return None
-    share = dense_bytes / facts["base_bytes"]
-    return f"Not quantized: {first_of(list(kinds))} ({size(dense_bytes)}, {share:.0%} of the base)."
+    if kinds and dense_bytes >= _NOTED_SHARE * facts["base_bytes"]:
+        share = dense_bytes / facts["base_bytes"]
+        yield f"Not quantized: {first_of(list(kinds))} ({size(dense_bytes)}, {share:.0%} of the base)."
+    if labels := facts.get("head_not_kept"):
+        yield (
+            "The base has a trained head of these labels in another order, which is drawn anew. To keep it, set "
+            f"data.label_names: {json.dumps(labels, ensure_ascii=False)}."
+        )
 
 
 def rounded_note(section: ModelSection) -> str | None:

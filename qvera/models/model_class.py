@@ -1,8 +1,8 @@
 """A base model's class of transformers, its config, the model without weights, and checks that its weights fit.
 
 A causal language model keeps its head, frozen. A classification model gets a head that is fp32 and trained whole: all
-that it has beside its base model (``score``, ``classifier``, ``pooler``). Where the checkpoint has none, it is drawn
-from a seed as torch draws layers, the same on every rank and machine.
+that it has beside its base model (``score``, ``classifier``, ``pooler``). Layers that the checkpoint lacks, and outputs
+of other labels, are drawn from a seed as torch draws layers, the same on every rank and machine.
 """
 
 from __future__ import annotations
@@ -137,10 +137,8 @@ class ModelClass:
 
     def finds_head(self, config: PretrainedConfig) -> bool:
         """Whether a checkpoint of this config has a head of the same labels (ask before `configured`)."""
-        stored = getattr(config, "id2label", None) or {}
-        names = tuple(stored[number] for number in sorted(stored))
-        is_headed = any("Classification" in name for name in config.architectures or ())
-        return self.has_own_head and is_headed and self.labels in ((), names)
+        stored = stored_labels(config)
+        return self.has_own_head and stored is not None and self.labels in ((), stored)
 
     def head_modules(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """The modules that are trained whole, by name: all with parameters beside the model's base model."""
@@ -149,13 +147,21 @@ class ModelClass:
         base = model.base_model_prefix
         return {n: m for n, m in model.named_children() if n != base and next(m.parameters(), None) is not None}
 
+    def outputs(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """The parameters of the head that have a row for each label, by name."""
+        heads = tuple(f"{name}." for name in self.head_modules(model))
+        named, labels = model.named_parameters(), model.config.num_labels
+        return tuple(name for name, p in named if name.startswith(heads) and p.shape[:1] == (labels,))
+
     def stored_names(self, names: Iterable[str], model: PreTrainedModel) -> set[str]:
         """The checkpoint's tensors of this model: without another head, such as a language model's."""
         if not self.has_own_head:
             return set(names)
         known, inside = model.state_dict().keys(), f"{model.base_model_prefix}."
         ignored = [_BUFFERS, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-        within = (name for name in names if name in known or name.startswith(inside))
+        # the statistics of a packed weight go with it
+        weights = {name: f"{name.partition('.weight.')[0]}.weight" for name in names}
+        within = (name for name, own in weights.items() if name in known or own in known or name.startswith(inside))
         return {name for name in within if name in known or not any(re.search(one, name) for one in ignored)}
 
     def copied_as(self, architectures: Iterable[str] | None) -> ModelClass:
@@ -168,20 +174,20 @@ class ModelClass:
         """The settings of the class that a quantized copy depends on; empty for a causal language model."""
         return {"auto": self.auto} if self.auto != _OF_TOKENS else {}
 
-    def start_head(self, model: PreTrainedModel, is_stored: bool, device: torch.device) -> None:
-        """Make the head fp32 on its device, drawn anew unless ``is_stored``. It takes its input in any dtype."""
+    def start_head(self, model: PreTrainedModel, drawn: Collection[str], device: torch.device) -> None:
+        """Make the head fp32 on its device, layers with ``drawn`` parameters anew. It takes its input in any dtype."""
 
         def in_own_dtype(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             dtype = next(module.parameters()).dtype
             return tuple(x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
-        for module in self.head_modules(model).values():
-            if not is_stored:
-                # drawn on the CPU, by a generator of its own, so that it is the same on every device and rank
-                module.to_empty(device="cpu")
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(self.seed)
-                    for part in module.modules():
+        for name, module in self.head_modules(model).items():
+            # drawn on the CPU, by a generator of its own, so that it is the same on every device and rank
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                for place, part in module.named_modules(prefix=name):
+                    if any(f"{place}.{key}" in drawn for key, _ in part.named_parameters(recurse=False)):
+                        part.to_empty(device="cpu", recurse=False)
                         if callable(reset := getattr(part, "reset_parameters", None)):
                             reset()
             module.to(device=device, dtype=torch.float32)
@@ -225,6 +231,14 @@ def stored_class(architectures: Iterable[str] | None) -> ModelClass:
         if "ImageClassification" in name:
             return image_class()
     return CAUSAL_LM
+
+
+def stored_labels(config: PretrainedConfig) -> tuple[str, ...] | None:
+    """The labels of a checkpoint's own classification head, in their order; None: it has none."""
+    if not any("Classification" in name for name in config.architectures or ()):
+        return None
+    names = getattr(config, "id2label", None) or {}
+    return tuple(names[number] for number in sorted(names))
 
 
 def load_config(section: ModelSection, source: Path | str | None = None) -> PretrainedConfig:

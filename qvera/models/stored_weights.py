@@ -179,7 +179,7 @@ def load_mapped(
         sharder: takes each packed weight, embedding and head when it is read, as private copies. A head that is the
             embedding stays mapped, because its two users would release it under each other.
         layers_in_ram: leave the decoder layers' packed weights in the mapped file (`qvera.models.stream`).
-        model_class: a head of its own is fp32, and drawn anew if the checkpoint has none of its labels.
+        model_class: a head of its own is fp32. What the checkpoint has not of it, with its labels, is drawn.
         published: where the generation config lies, if ``directory`` is a quantized copy.
 
     Raises:
@@ -193,9 +193,9 @@ def load_mapped(
             config, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attn_implementation
         )
     heads = tuple(f"{name}." for name in model_class.head_modules(model))
-    new_head = () if keeps_head else heads
+    new_outputs = () if keeps_head else model_class.outputs(model)
     wanted = model_class.stored_names(entries, model)
-    stored = [entry for name, entry in entries.items() if name in wanted and not name.startswith(new_head)]
+    stored = [entry for name, entry in entries.items() if name in wanted and not name.startswith(new_outputs)]
     packed, plain = _sorted_by_kind(model, stored)
     layers = set(decoder_layers(decoder_of(model))) if layers_in_ram or sharder is not None else set()
     prefixes = [f"{name}." for name, module in model.named_modules() if module in layers]
@@ -215,6 +215,10 @@ def load_mapped(
         files = {path: stack.enter_context(safe_open(path, framework="pt", device="cpu")) for path in paths}
         for name, weight in packed.items():
             data = files[weight.packed.file].get_tensor(name)
+            if name.startswith(heads):  # is trained, which packed bytes can't be
+                in_fp32 = weight.dequantized(data.view(torch.uint8), weight.absmax(), 0, torch.float32)
+                _put_plain(model, weight.dense, in_fp32, torch.float32, device)
+                continue
             statistics = {e.name: files[e.file].get_tensor(e.name) for e in weight.statistics.values()}
             if sharder is not None:  # never into the pages of a mapping, which outlive the weight
                 data = data.clone()
@@ -243,14 +247,14 @@ def load_mapped(
                 sharder(cast(nn.Parameter, module.weight), table=any(module is end for end in tables))
     # a tied head gets the embedding here, so only afterwards is a weight on the meta device a missing one
     model.tie_weights()
-    missing = [name for name, p in model.named_parameters() if p.is_meta and not name.startswith(new_head)]
-    if missing:
+    drawn = [name for name, p in model.named_parameters() if p.is_meta]
+    if missing := [name for name in drawn if keeps_head or not name.startswith(heads)]:
         raise NotMappable(f"{directory} has no {first_of(missing)}")
     for buffer in model.buffers():
         buffer.data = buffer.to(device)
     # a trained head is fp32, and takes its input so
     linear.compute_in(model.base_model if model_class.has_own_head else model, dtype)
-    model_class.start_head(model, keeps_head, device)
+    model_class.start_head(model, drawn, device)
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(published or directory)
     return model.requires_grad_(False).eval()

@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ConvNextConfig, LlamaForSequenceClassification, SiglipConfig
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    ConvNextConfig,
+    LlamaForSequenceClassification,
+    SiglipConfig,
+)
 
 from qvera.config.sections import ModelSection
-from qvera.models.loader import Base, load_base
+from qvera.models.loader import Base, load_base, notes
 from qvera.models.model_class import classification_class, empty_model, image_class
+from qvera.models.quantization import bnb_functional
 from qvera.models.quantize_checkpoint import quantized_copy
 from qvera.utils.errors import InputError
 from tests.conftest import small_llama, small_tokenizer
+from tests.families import ENCODERS
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 9], [8, 4, 0, 0]])
@@ -92,6 +100,40 @@ def test_a_head_of_another_shape_than_the_configs_is_refused(tmp_path: Path, qua
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"score\.weight .*shape"):
         classifier(tmp_path, "no", "yes", quantization=quantization)
+
+
+@pytest.mark.parametrize(("quantization", "compute"), [("nf4", "float32"), ("none", "bfloat16")])
+def test_the_layers_of_a_head_that_come_from_pretraining_are_kept(
+    tmp_path: Path, quantization: str, compute: str
+) -> None:
+    ENCODERS["modernbert"].write(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    model = classifier(tmp_path, "a", "b", quantization=quantization, compute_dtype=compute).model
+    for name in ("head.dense.weight", "head.norm.weight"):
+        assert torch.equal(model.get_parameter(name), stored[name])
+    assert model.classifier.weight.dtype == torch.float32 and model.classifier.weight.norm() > 0
+
+
+def test_a_head_with_the_labels_in_another_order_is_told_with_the_order_that_keeps_it(tmp_path: Path) -> None:
+    save_classifier(tmp_path, torch.float32)
+    (note,) = notes(classifier(tmp_path, "yes", "no").facts)
+    assert "labels in another order" in note and 'data.label_names: ["no", "yes"]' in note
+    assert not [*notes(classifier(tmp_path, "no", "yes").facts), *notes(classifier(tmp_path, "a", "b").facts)]
+
+
+def test_a_head_that_is_stored_in_4_bits_is_dequantized_to_be_trained(tmp_path: Path) -> None:
+    ENCODERS["roberta"].write(tmp_path / "base")
+    model_class: Any = AutoModelForSequenceClassification
+    model_class.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "dense")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = model_class.from_pretrained(tmp_path / "dense", quantization_config=settings)
+    model.save_pretrained(tmp_path / "packed")
+    small_tokenizer().save_pretrained(tmp_path / "packed")
+    head: Any = classifier(tmp_path / "packed", "LABEL_0", "LABEL_1").model.classifier
+    for name in ("dense", "out_proj"):
+        packed = getattr(model.classifier, name).weight
+        wanted = bnb_functional.dequantize_4bit(packed.data, packed.quant_state).float()
+        torch.testing.assert_close(getattr(head, name).weight, wanted, rtol=1e-2, atol=1e-3)
 
 
 def test_a_stored_head_is_not_sharded(tmp_path: Path) -> None:

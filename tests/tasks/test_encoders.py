@@ -137,7 +137,7 @@ def test_a_family_trains_its_head_and_exports_its_logits(name: str, classify: An
     recipe = classify(
         model={"path": str(tmp_path / "base")},
         data={"path": str(tmp_path / "rows.jsonl")},  # 8 of them are trained on in every step
-        training={"max_steps": 3, "learning_rate": 1e-2},
+        training={"max_steps": 3, "learning_rate": 3e-3},
     )
     train(recipe, tmp_path / "run")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
