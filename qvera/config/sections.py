@@ -99,6 +99,7 @@ _OF_TEXTS = OnlyWith("task: causal-lm", "task: sequence-classification")
 _OF_IMAGES = OnlyWith("task: image-classification")
 _LABELLED = OnlyWith("task: sequence-classification", "task: image-classification")
 _EVALUATED = OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction")
+_FOUR_BIT = OnlyWith("model.quantization: nf4", "model.quantization: fp4")
 
 
 MOST_ROW_CHARACTERS = 4 * 2**20
@@ -299,17 +300,14 @@ class ModelSection(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The dtype of matrix products and activations. ``auto``: bfloat16 where the device supports it, else float16 on a
     GPU and float32 on a CPU."""
-    quant_storage: Annotated[
-        Literal["uint8", "bfloat16", "float16", "float32"],
-        OnlyWith("model.quantization: nf4", "model.quantization: fp4"),
-    ] = "bfloat16"
+    quant_storage: Annotated[Literal["uint8", "bfloat16", "float16", "float32"], _FOUR_BIT] = "bfloat16"
     """The dtype that the packed 4-bit weights are declared as; their bytes are the same. bfloat16 lets ZeRO-3 shard
     them."""
     stream: Literal["auto"] | Bool = "auto"
     """Keep the 4-bit decoder layers in RAM and bring each to the GPU right before it is used, so that only two of them
     take memory there. For a base that is larger than the GPU; the results are the same. Slower where a batch computes
     for less time than its layers travel. ``auto``: where the base does not fit otherwise. Not with ZeRO-3."""
-    resident: Annotated[Literal["auto"] | Bool, OnlyWith("model.quantization: nf4", "model.quantization: fp4")] = "auto"
+    resident: Annotated[Literal["auto"] | Bool, _FOUR_BIT] = "auto"
     """Keep a copy of each 4-bit linear in the 16-bit compute dtype while training, 2 bytes a weight, so that products
     need not dequantize it; the results are the same. ``auto``: on a GPU where the plan has room for it."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -320,7 +318,7 @@ class ModelSection(Section):
     """Run Python code that comes with the model. Only for a model whose authors you trust."""
     tokenizer: Annotated[str | None, _OF_TEXTS] = None
     """The directory or hub id of another tokenizer. Default: the model's own."""
-    added_tokens: Annotated[list[NonEmpty], OnlyWith("task: causal-lm")] = []
+    added_tokens: Annotated[list[NonEmpty], _CAUSAL] = []
     """New tokens, such as ``["<|tool|>"]``. The embedding and the head are frozen, so each new token keeps an initial
     row that is drawn from the mean and spread of the other rows, seeded by the token's text. The adapter and a merged
     export carry the rows and ids. Not supported under ZeRO-3."""
@@ -364,7 +362,6 @@ class ExportSection(Section):
     """Held-out rows on which the trained and the exported model are compared; training rows where none are held out."""
 
 
-_HEADED = OnlyWith("task: sequence-classification", "task: image-classification")
 _PREFERENCES = OnlyWith("training.objective: dpo", "training.objective: orpo", "training.objective: kto")
 _REWARDED = OnlyWith("training.objective: grpo")
 _SCALED = OnlyWith("model.compute_dtype: float16", "model.compute_dtype: auto")
@@ -445,7 +442,7 @@ class TrainingSection(Section):
     learning_rate: PositiveFloat = 4e-3
     """The highest learning rate, after the warmup. The default is the paper's for 7B models. Small models need a
     higher one: see docs/evaluation.md, or let ``qvera train RECIPE --find-lr`` suggest one."""
-    head_learning_rate: Annotated[PositiveFloat | None, _HEADED] = None
+    head_learning_rate: Annotated[PositiveFloat | None, _LABELLED] = None
     """The highest learning rate of the head, which is trained whole; warmup and schedule are those of the vectors.
     Default: ``learning_rate``."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "linear"
@@ -518,9 +515,7 @@ class TrainingSection(Section):
     """Prompts that are answered at the same time, for the samples and the exact match."""
     sample_max_new_tokens: Annotated[Positive, _CAUSAL] = 160
     """The most tokens of an answer."""
-    exact_match_rows: Annotated[
-        NonNegative, OnlyWith("data.eval_path", "data.eval_split", "data.eval_fraction"), _CAUSAL
-    ] = 0
+    exact_match_rows: Annotated[NonNegative, _EVALUATED, _CAUSAL] = 0
     """Held-out rows that are answered greedily before and after training and compared with their reference. 0: none."""
 
     @property
