@@ -24,7 +24,7 @@ from qvera.data.conversations import LABELLED, UNRENDERED
 from qvera.data.images import ImageProcessor, images_of
 from qvera.data.labelled import Labels, few_of_each_label, labels_of, new_labels, rows_by_label
 from qvera.data.rows import Example, Rows, concatenated
-from qvera.data.sampler import Batches, weighted
+from qvera.data.sampler import weighted
 from qvera.data.source import encoder_of, members_of, template_of, with_label_names
 from qvera.data.tokenization import RowCounts, decode
 from qvera.utils.adapter_names import directory_names, shown_name, similar_names
@@ -35,7 +35,6 @@ from qvera.utils.progress import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qvera.config.schema import Recipe
     from qvera.data.source import Processor
 
 
@@ -284,14 +283,6 @@ class Datasets:
             turns += [(at // source.rows, at, start + at) for at in range(min(count, source.taken))]
             start += source.taken
         return self.train.take(np.array([row for *_, row in sorted(turns)[:count]], dtype=np.int64))
-
-
-def adapter_batches(recipe: Recipe, datasets: Datasets, adapter: AdapterRows) -> Batches:
-    """The batches of one of many adapters, the same as a run on its rows alone. Row i is ``adapter.train[i]``."""
-    data, training = recipe.data, recipe.training
-    lengths = datasets.train.lengths[adapter.train]
-    sizes = training.global_batch_size, training.per_device_train_batch_size
-    return Batches(lengths, *sizes, seed=data.seed, shuffle=data.shuffle, by_length=data.group_by_length)
 
 
 def data_sha256(datasets: Datasets) -> str:

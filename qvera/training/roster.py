@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from qvera.data import adapter_batches, planned_steps
+from qvera.data import batches_of, planned_steps
 from qvera.training.checkpoint import TrainState
 from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.optim import lr_lambda
@@ -113,7 +113,7 @@ class AdapterRun:
 
     def begin(self) -> None:
         """Make its batches and learning rates, once it has a slot."""
-        self.batches = adapter_batches(self.recipe, self.datasets, self.rows)
+        self.batches = batches_of(self.recipe, self.datasets.train.take(self.rows.train))
         self.lr_lambda = lr_lambda(self.recipe.training, self.steps)
 
     def next_rows(self) -> list[int]:

@@ -17,7 +17,6 @@ from qvera.config.sections import DataSection
 from qvera.data import (
     Datasets,
     Rows,
-    adapter_batches,
     batches_of,
     build_datasets,
     data_sha256,
@@ -99,7 +98,7 @@ def test_each_adapter_has_the_rows_and_order_that_it_has_alone(
         assert contents(together.train.take(adapter.train)) == contents(alone.train)
         assert contents(together.eval.take(adapter.eval)) == contents(alone.eval)
         assert adapter.repeated_rows == alone.stats.repeated_rows
-        own = adapter_batches(recipe, together, adapter)
+        own = batches_of(recipe, together.train.take(adapter.train))
         expected = batches_of(recipe_of(alone_section, global_batch_size=3), alone.train)
         assert own.per_epoch == expected.per_epoch
         for step in range(3 * own.per_epoch):
