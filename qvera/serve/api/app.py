@@ -39,7 +39,6 @@ _PAGE_HEADERS = {
 _OPEN = ("/health", *PAGE_FILES)
 """No key is needed: a load balancer has none, and the page asks its reader for one."""
 _UPLOAD_PATH = "/v1/files"
-_PATHS_OF_ONE = ("/v1/models", "/v1/files", "/v1/fine_tuning/jobs")  # more follows: a name or id
 
 router = APIRouter()
 
@@ -134,11 +133,9 @@ class Guard:
             await self.app(scope, replay, counted)
         finally:
             service.running -= 1
-            # a path with a name or id in it counts under the path that it begins with, so there are few labels
-            of_one = next((known for known in _PATHS_OF_ONE if path.startswith(f"{known}/")), None)
-            if path.startswith(TINKER) and "route" in scope:
-                of_one = scope["route"].path
-            service.metrics.calls.labels(of_one or (path if path in _KNOWN_PATHS else "other"), str(status)).inc()
+            # the route's path, as one with a name or id in it would be a label of its own
+            label = scope["route"].path if "route" in scope else path if path in _KNOWN_PATHS else "other"
+            service.metrics.calls.labels(label, str(status)).inc()
             if path.endswith(("/completions", "/responses")):
                 service.metrics.call_seconds.observe(time.monotonic() - began)
 

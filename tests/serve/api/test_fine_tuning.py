@@ -330,7 +330,7 @@ def test_keys_have_jobs_models_and_limits_of_their_own(start: Start, tmp_path: P
             client.fine_tuning.jobs.create(model="tiny", training_file=last["training_file"])
     assert (in_use.value.code, full.value.code) == ("file_in_use", "too_many")
     calls = httpx.get(f"{served.url}/metrics", headers=ben).text
-    assert 'qvera_calls_total{path="/v1/files",status="409"} 1.0' in calls
+    assert 'qvera_calls_total{path="/v1/files/{file_id}",status="409"} 1.0' in calls
     assert 'qvera_calls_total{path="/v1/fine_tuning/jobs",status="429"} 1.0' in calls
     served.engine.trains.set()
     wait_for(served, made, "succeeded", headers=anna)
