@@ -130,10 +130,13 @@ class Trainer(Run):
         """Evaluate and save where the recipe or a callback asks for it. A new best step is saved in any case.
 
         A signal in the evaluation saves at once: Slurm waits for 30 seconds. The run then goes on with the evaluation.
+        Several ranks see the signal at its end only, so what they are to save is saved before, too.
         """
         state, best_step = self.state, self.state.best_step
         state.evaluation_due = self._wants("should_evaluate")
         if state.evaluation_due:
+            if self.group.world_size > 1 and self._wants("should_save"):
+                self._write_checkpoint()
             try:
                 self.evaluate()
             except Interrupted:
@@ -263,6 +266,10 @@ class Trainer(Run):
         return result, samples
 
     def save_checkpoint(self) -> None:
+        self._write_checkpoint()
+        self.callbacks.fire("on_save")
+
+    def _write_checkpoint(self) -> None:
         loop, session = self.loop, self.session
         vectors, optimizer = loop.engine.unsharded()
         # tensors that are not trained are the model's own; of the others an engine may have better ones than the model
@@ -289,7 +296,6 @@ class Trainer(Run):
 
         self.group.on_first(write)
         self.saved = self.state.step
-        self.callbacks.fire("on_save")
 
     def load_checkpoint(self) -> None:
         """Go on from the newest checkpoint that verifies; from step 0 where the run ended before its first one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from qvera.training.alone import Trainer
 from qvera.training.loop import AloneLoop
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError, Interrupted
-from tests.training.runs import losses, run_json, same, vectors
+from tests.training.runs import losses, records, run_json, same, vectors
 
 pytestmark = pytest.mark.process
 
@@ -97,6 +98,33 @@ def test_a_signal_in_an_evaluation_saves_before_its_end_and_the_run_goes_on_with
         assert losses(run_dir, kind) == losses(whole[1], kind)
     assert same(vectors(run_dir), vectors(whole[1]))
     assert run_json(run_dir)["result"]["best_step"] == run_json(whole[1])["result"]["best_step"]
+
+
+def test_several_ranks_save_before_an_evaluation_and_after_a_kill_in_it_the_run_goes_on_with_it(
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here one process that takes itself for one of two."""
+    recipe = make_recipe(training={"max_steps": 3, "save_steps": 2, "eval_steps": 2})
+    setup, evaluate = Trainer.setup, Trainer.evaluate
+
+    def setup_of_two(run: Trainer) -> None:
+        setup(run)
+        run.group = dataclasses.replace(run.group, world_size=2)
+
+    def evaluate_and_copy(run: Trainer) -> None:
+        shutil.copytree(run.run_dir, tmp_path / "killed")
+        assert (tmp_path / "killed" / "checkpoints" / "step-00000002").is_dir()
+        evaluate(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "setup", setup_of_two)
+        patch.setattr(Trainer, "evaluate", evaluate_and_copy)
+        train(recipe, tmp_path / "whole")
+    train(recipe, tmp_path / "killed", resume=True)
+    for kind in ("train", "eval"):
+        assert losses(tmp_path / "killed", kind) == losses(tmp_path / "whole", kind)
+    assert [record["step"] for record in records(tmp_path / "killed")] == [1, 2, 3]
+    assert same(vectors(tmp_path / "killed"), vectors(tmp_path / "whole"))
 
 
 def test_the_first_ctrl_c_is_answered_and_the_second_one_stops_at_once_and_names_the_saved_step(
