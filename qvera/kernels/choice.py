@@ -22,9 +22,6 @@ SWITCH = "QVERA_KERNELS"
 switch = os.environ.get(SWITCH, "auto")
 """Read once: a layer asks some fifty times, and each look into the environment takes 2 µs."""
 
-LAUNCHES: dict[str, int] = {}
-"""Operator name, such as ``qvera.combined`` → number of kernels it launches."""
-
 _library = torch.library.Library("qvera", "FRAGMENT")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -88,11 +85,7 @@ def _kernels() -> Any:
 
 
 def register_operator(
-    name: str,
-    empty: Callable[..., Any],
-    launch: Callable[..., Any] | None = None,
-    launches: int = 1,
-    mutates: str = "",
+    name: str, empty: Callable[..., Any], launch: Callable[..., Any] | None = None, mutates: str = ""
 ) -> Callable[..., Any]:
     """Register the operator ``qvera::name`` and return the function that calls it.
 
@@ -104,7 +97,6 @@ def register_operator(
             first argument is a tensor.
         launch: takes the same arguments and the empty results, which it fills. Default: ``launch_NAME`` of
             `triton_kernels`.
-        launches: how many kernels ``launch`` starts.
         mutates: the one argument that the operator writes to, if any; then ``empty`` may return None.
     """
     launcher = f"launch_{name}"
@@ -123,7 +115,6 @@ def register_operator(
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, on_its_device, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qvera::{name}", empty, lib=_library)
-    LAUNCHES[f"qvera.{name}"] = launches
     operator = getattr(torch.ops.qvera, name).default
 
     def call(*arguments: Any) -> Any:

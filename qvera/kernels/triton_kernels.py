@@ -8,15 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-try:
-    import triton
-    from triton import language
-except ImportError:
-    triton = language = None
+import triton
+from triton import language
 
 tl: Any = language
-jit: Any = (lambda kernel: kernel) if triton is None else triton.jit
+jit: Any = triton.jit
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 128
 """2,048 elements at a time: 16 for each of a program's 128 threads."""
@@ -319,11 +315,6 @@ def rope_kernel(
         )  # fmt: skip
 
 
-def _power_of_two(count: int) -> int:
-    """Round up to a power of two, which Triton's ranges need."""
-    return 1 << (count - 1).bit_length()
-
-
 def _warps(elements: int) -> int:
     """Warps for a row of this many elements: 16 elements a thread, up to 512 threads."""
     return max(1, min(16, elements // 512))
@@ -331,7 +322,7 @@ def _warps(elements: int) -> int:
 
 def launch_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, factor: torch.Tensor) -> None:
     """Write y [..., n] and ``factor`` [..., 1]."""
-    width, block = x.shape[-1], _power_of_two(x.shape[-1])
+    width, block = x.shape[-1], triton.next_power_of_2(x.shape[-1])
     if rows := factor.numel():
         rms_norm_kernel[(rows,)](x.contiguous(), weight, y, factor, width, eps, BLOCK=block, num_warps=_warps(block))
 
@@ -340,7 +331,7 @@ def launch_rms_norm_backward(
     g: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
 ) -> None:
     """Write ∂x to ``grad``."""
-    width, block = x.shape[-1], _power_of_two(x.shape[-1])
+    width, block = x.shape[-1], triton.next_power_of_2(x.shape[-1])
     if rows := factor.numel():
         tensors = g.contiguous(), x.contiguous(), factor, weight, grad
         rms_norm_backward_kernel[(rows,)](*tensors, width, BLOCK=block, num_warps=_warps(block))
@@ -375,7 +366,7 @@ def launch_rope(
         rope_kernel[(batch * tokens, parts)](
             q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, half, *q.stride()[:3], *k.stride()[:3],
             *cos.stride()[:2], *sin.stride()[:2],
-            BACKWARD=backward, BLOCK_HEADS=ROPE_HEADS, BLOCK_HALF=_power_of_two(half),
+            BACKWARD=backward, BLOCK_HEADS=ROPE_HEADS, BLOCK_HALF=triton.next_power_of_2(half),
         )  # fmt: skip
 
 
@@ -437,7 +428,7 @@ def launch_logit_sums(
 ) -> None:
     """Write max z and Σ exp(z - max z) [n, 1] of the rows of x [n, V], and the mean of z if asked for. No cap: 0."""
     if len(x):
-        block = min(LOGITS_BLOCK, _power_of_two(x.shape[1]))
+        block = min(LOGITS_BLOCK, triton.next_power_of_2(x.shape[1]))
         logit_sums_kernel[(len(x),)](
             x, most, sums, means, x.shape[1], x.stride(0), float(scale), cap or 1.0,
             CAPPED=cap != 0.0, MEAN=mean, BLOCK=block, num_warps=_warps(block),
@@ -450,7 +441,7 @@ def launch_logit_gradient(
 ) -> None:  # fmt: skip
     """Write the gradient over x [n, V]; the others fp32 [n, 1]."""
     if len(x):
-        block = min(LOGITS_BLOCK, _power_of_two(x.shape[1]))
+        block = min(LOGITS_BLOCK, triton.next_power_of_2(x.shape[1]))
         logit_gradient_kernel[(len(x), -(-x.shape[1] // block))](
             x, most, sums, factor.contiguous(), x.shape[1], x.stride(0), spread, float(scale), cap or 1.0,
             CAPPED=cap != 0.0, BLOCK=block, num_warps=_warps(block),

@@ -20,7 +20,7 @@ one; a script needs no more than the context::
 
 Kernels of one layer: forward is `qvera.models.forward.batch_nll`, backward ``session.engine.backward``; what one
 layer takes is the difference between a model of two layers and one of one (`per_layer`). A custom operator counts as one
-launch, unless `qvera.kernels.choice.LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
+launch, unless `LAUNCHES` says otherwise. Bytes against a plan: ``seen.timeline`` and ``seen.peak_bytes`` of a whole model
 (a 70B takes some 20 s of one core), or of few layers where a figure is linear; ``session.base_bytes`` is what is alive once the base
 and the adapter are loaded. For anything but a training step, call the real functions with ``session.model``, or with
 `FakeAccelerator.model` (a base without an adapter), inside `record`.
@@ -65,7 +65,6 @@ from qvera.config.schema import Recipe, parse_recipe
 from qvera.data import Example
 from qvera.distributed.group import ALONE
 from qvera.kernels import choice
-from qvera.kernels.choice import LAUNCHES
 from qvera.models import attention, forward, linear, loss
 from qvera.models.loader import Base
 from qvera.training.loop import AloneLoop
@@ -91,6 +90,9 @@ _NO_KERNEL = {
     "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided", "aten.detach",
     "aten.lift_fresh", "aten._unsafe_view", "aten.is_pinned", "aten._local_scalar_dense", "aten.set_", "aten.alias",
 }  # fmt: skip
+
+LAUNCHES = {"qvera.vector_gradients": 2, "qvera.scaled_columns_backward": 2}
+"""Our operators that start more than one kernel."""
 
 
 class Moment(NamedTuple):
