@@ -9,11 +9,12 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from qvera.config.plugins import load_all
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -162,22 +163,29 @@ _WORDS = {
 }
 
 
-def take_old_keys(tree: dict[object, object], source: str, drop_removed: bool) -> dict[object, object]:
-    """Replace old names of keys, with a warning, and drop removed keys that have their default, or any value.
+def take_old_keys(tree: dict[Any, Any], source: str, of_a_run: bool) -> dict[Any, Any]:
+    """Replace old names of keys, and drop removed keys that have their default.
 
-    If an old and a new name are both there, both stay: the old one is then an unknown key.
+    A user's recipe gets a warning for an old name. That of a run (``of_a_run``) gets none; its removed keys are dropped
+    whatever their value, and the plug-ins' ``take_old_keys`` change it too. If an old and a new name are both there,
+    both stay: the old one is then an unknown key.
     """
     moved = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in tree.items()}
+    for module in load_all("qvera.recipe") if of_a_run else ():
+        if (take := getattr(module, "take_old_keys", None)) is not None:
+            take(moved)
     for old, new in RENAMED.items():
         (old_section, old_key), (section, key) = old.split("."), new.split(".")
         keys, target = moved.get(old_section), moved.setdefault(section, {})
         if isinstance(keys, dict) and old_key in keys and isinstance(target, dict) and key not in target:
             target[key] = keys.pop(old_key)
-            _logger.warning("%s: %s is now called %s. The old name still works; please rename it.", source, old, new)
+            if not of_a_run:
+                text = "%s: %s is now called %s. The old name still works; please rename it."
+                _logger.warning(text, source, old, new)
     for old, default in REMOVED.items():
         section, key = old.split(".")
         keys = moved.get(section)
-        if isinstance(keys, dict) and key in keys and (drop_removed or keys[key] == default):
+        if isinstance(keys, dict) and key in keys and (of_a_run or keys[key] == default):
             del keys[key]
     return moved
 

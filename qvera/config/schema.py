@@ -283,7 +283,7 @@ def parse_recipe(
     if not isinstance(tree, dict):
         got = "nothing" if tree is None else describe(tree)
         raise InputError(f"{source}: a recipe is a mapping with at least `model` and `data`, got {got}.")
-    tree = take_old_keys(tree, source, drop_removed=drop_idle_keys)
+    tree = take_old_keys(tree, source, of_a_run=drop_idle_keys)
     while True:
         try:
             return Recipe.model_validate(tree)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 import os
 import shlex
 import warnings
@@ -56,6 +57,8 @@ from qvera.utils.progress import warn
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,11 @@ def find_target(
     if given is None and (beside := run_of(exported)) is not None:  # it is still there, with the same adapter
         weights = exported / ADAPTER_WEIGHTS
         if weights.is_file() and file_sha256(weights) == certificate["adapter"]["sha256"]:
-            run, name, given = beside, name_of(exported), load_recipe(beside / RECIPE_FILE, of_a_run=True)
+            try:
+                given = load_recipe(beside / RECIPE_FILE, of_a_run=True)
+                run, name = beside, name_of(exported)
+            except InputError as error:
+                _logger.warning("%s\nThe export is read without that recipe.", error)
     return Artifact(path, "a merged export", section, None, given, run, name, certificate)
 
 

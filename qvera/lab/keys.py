@@ -311,5 +311,12 @@ class ConfigFields:
         return tuple(self.seed_chain) if self.seed_chain else config.seeds
 
 
+def take_old_keys(recipe: dict[str, Any]) -> None:
+    """Change the recipe of a run from the time when ``adapter.experts`` was the name of ``mixed_vectors``."""
+    adapter = recipe.get("adapter")
+    if isinstance(adapter, dict) and type(adapter.get("experts")) is int:
+        adapter["mixed_vectors"] = adapter.pop("experts")
+
+
 FACTS = {"mixed_vectors": 1, "seed_chain": None}
 """Fields of `ConfigFields` that `qvera info` and the report show → their defaults."""

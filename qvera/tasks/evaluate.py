@@ -288,7 +288,10 @@ def _data_section(target: Artifact, data: str | None, rows: int | None, without_
             gone = ""
             if target.merged is not None:
                 place = target.merged["adapter"]["path"]
-                gone = f" Its adapter is no longer that of a run at {place}: moved, or trained further since."
+                gone = (
+                    f" Its adapter is no longer that of a run at {place}: moved, or trained further since, or its "
+                    "recipe can't be read."
+                )
             raise InputError(
                 f"{target.path}: {target.what} has no recipe that names held-out rows.{gone} Name a file with "
                 "--data FILE, or the run (or recipe) that it belongs to with --recipe."

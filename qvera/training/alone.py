@@ -13,7 +13,7 @@ from qvera.adapters.methods.base import Method
 from qvera.adapters.products.fused import BUILDS_UNHELD
 from qvera.adapters.save_load import load_vectors, named_vectors, save_adapter, trained_vectors
 from qvera.config import plugins
-from qvera.config.schema import Recipe, parse_recipe
+from qvera.config.schema import Recipe, load_recipe, parse_recipe
 from qvera.distributed.group import for_all
 from qvera.evaluation import held_out
 from qvera.training import checkpoint
@@ -24,7 +24,7 @@ from qvera.training.optim import build_schedule, optimizer_bytes
 from qvera.training.run import Run
 from qvera.training.run_dir import KEPT, LENGTH, repeat_line, step_facts, write_run, write_run_json
 from qvera.utils.errors import InputError, Interrupted, NotFinite
-from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256, plain_json
+from qvera.utils.files import ADAPTER_WEIGHTS, RECIPE_FILE, file_sha256, plain_json
 
 
 def depends_on_length(recipe: Recipe) -> bool:
@@ -305,6 +305,8 @@ class Trainer(Run):
             # only to raise KeyError or TypeError for what another version wrote
             TrainState(**saved.state["progressed"])
             saved.state["schedule"], saved.state["optimizer_scalars"]
+            # the first checkpoints had no recipe of their own
+            saved.state.setdefault("recipe", load_recipe(self.run_dir / RECIPE_FILE, of_a_run=True).to_dict())
 
         def find() -> None:
             newest.append(checkpoint.newest_of_run(self.run_dir, self.recipe, "step", self.warn, check))

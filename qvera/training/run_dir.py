@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
+from qvera.config.fields import take_old_keys
 from qvera.config.schema import Recipe, load_recipe
 from qvera.evaluation.report.read import get, is_replaced, status_of
 from qvera.evaluation.report.run_page import write_report
@@ -196,7 +197,7 @@ def changed_keys(before: dict[str, Any], recipe: Recipe, may_change: Sequence[st
     A key that only one of them has is no difference: it was written by another version.
     """
     changed = []
-    before = plain_json(before)
+    before = take_old_keys(plain_json(before), "", of_a_run=True)
     for section, now in plain_json(recipe.to_dict()).items():
         then = before.get(section)
         if section in _FREE_SECTIONS or section not in before:

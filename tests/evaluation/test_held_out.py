@@ -229,8 +229,12 @@ def test_an_export_whose_base_or_run_has_gone_says_what_it_needs(run: Path, tiny
     by_file = evaluate(out, "--recipe", moved / "recipe.yaml", "--data", tiny_rows, "--no-generation")
     assert (by_recipe["scores"]["rows"], by_file["scores"]["rows"]) == (8, 40)
     assert evaluate(out, "--data", tiny_rows, "--no-generation")["scores"]["loss"] == by_file["scores"]["loss"]
-    # the run is there again, but with other vectors: its rows are not taken for the export's
+    # the run is there again, but its recipe can't be read; or with other vectors: its rows are not the export's
     moved.rename(run)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(f"{recipe}later_key: 1\n")
+    assert evaluate(out, "--data", tiny_rows, "--no-generation")["scores"]["rows"] == 40
+    (run / "recipe.yaml").write_text(recipe)
     model = load_adapter(load_base(load_recipe(run / "recipe.yaml").model).model, run / "adapter")
     perturb(model, seed=5)
     save_adapter(model, run / "adapter")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qvera.adapters.methods import check_recipe
+from qvera.config.schema import parse_recipe
 from qvera.utils.errors import InputError
 
 SPIEL = {"method": "spiel", "rank": 2, "reselect_every": 4, "accumulate_steps": 2}
@@ -61,3 +62,11 @@ def test_what_does_not_go_together_is_refused_by_its_key(tree: dict[str, Any], w
     with pytest.raises(InputError, match=words):
         recipe = make_recipe(**{name: keys for name, keys in tree.items() if name != "deepspeed"})
         check_recipe(recipe.replace(deepspeed=tree.get("deepspeed")))
+
+
+def test_a_number_of_experts_is_mixed_vectors_in_the_recipe_of_a_run_alone() -> None:
+    tree = {"model": "m", "data": "rows.csv", "adapter": {"method": "sara", "rank": 8, "experts": 3}}
+    adapter = parse_recipe(tree, "runs/old/recipe.yaml", drop_idle_keys=True).adapter
+    assert (adapter.experts, vars(adapter)["mixed_vectors"]) == ("none", 3)
+    with pytest.raises(InputError, match="adapter.experts: should be 'none', 'shared' or 'each', got 3"):
+        parse_recipe(tree, "my.yaml")

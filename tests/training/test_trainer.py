@@ -229,6 +229,25 @@ def test_a_damaged_checkpoint_and_one_of_another_run_are_passed_over(
     assert_same_run(tmp_path / "cut", whole)
 
 
+@pytest.mark.parametrize("has_recipe", [True, False], ids=["experts was a number", "no recipe in checkpoints"])
+def test_a_run_of_an_earlier_version_goes_on(six_steps: tuple[Recipe, Path], tmp_path: Path, has_recipe: bool) -> None:
+    recipe, whole = six_steps
+    run = cut_off(whole, tmp_path / "cut", after=4)
+    text = (run / "recipe.yaml").read_text()
+    old = text.replace("experts: none", "experts: 1").replace("  mixed_vectors: 1\n", "")
+    assert len(old) < len(text) - 20
+    (run / "recipe.yaml").write_text(old)
+    for saved in checkpoint.directories(run / "checkpoints"):
+        state = json.loads((saved / "state.json").read_text())
+        state["recipe"]["adapter"]["experts"] = state["recipe"]["adapter"].pop("mixed_vectors")
+        if not has_recipe:
+            del state["recipe"]
+        (saved / "state.json").write_text(json.dumps(state))
+        vouch_for(saved)
+    train(load_recipe(run / "recipe.yaml", of_a_run=True), run, resume=True)
+    assert_same_run(run, whole)
+
+
 def test_a_run_that_lost_all_its_checkpoints_is_not_begun_again(six_steps: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, whole = six_steps
     cut = cut_off(whole, tmp_path / "cut", after=4)
