@@ -124,6 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
                     held[value["path"]] = base64.b64decode(value["content"])
                 elif entry["key"] == "lfsFile":
                     held[value["path"]] = self.hub.objects[value["oid"]]
+                elif entry["key"] == "deletedFile":
+                    del held[value["path"]]
             commit = self.hub.commit(repo)
             address = f"{self.hub.address}/{repo}/commit/{commit}"
             self._answer(200, {"success": True, "commitOid": commit, "commitUrl": address, "hookOutput": ""})
@@ -153,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, tree)
         elif is_api:
             siblings = [{"rfilename": name} for name in files]
-            self._answer(200, {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "private": False})
+            facts = {"siblings": siblings, "private": repo in self.hub.private}
+            self._answer(200, {"id": repo, "modelId": repo, "sha": commit, **facts})
         else:
             name = path.split("/resolve/")[1].split("/", 1)[1]
             if name not in files:

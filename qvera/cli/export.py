@@ -240,17 +240,18 @@ def push(
     path: Annotated[Path, argument("RUN", "A run, an adapter directory, or an export.")],
     repo: Annotated[str, argument("USER/NAME", "The repository on the hub.")],
     adapter: AdapterName = None,
-    private: Annotated[bool, flag("--private", "A repository that is made now is private.")] = False,
+    private: Annotated[bool, flag("--private", "A new repository is private; a public one is refused.")] = False,
 ) -> None:
     """Send an adapter or an export to the hub.
 
     A run's adapter, or the files of what `qvera export` wrote, and README.md: the one beside them, else the card that
-    `qvera card` writes. Recipes, data and certificates stay here. The token is that of `hf auth login` or HF_TOKEN.
+    `qvera card` writes. Recipes, data and certificates stay here. Weights, settings and tokenizer of an earlier push
+    are replaced, unless GGUF is sent. The token is that of `hf auth login` or HF_TOKEN.
 
     Example:
         qvera push runs/quickstart anna/orders --private
     """
-    from qvera.exporting.card import contents_of, files_of, find_subject, local_base
+    from qvera.exporting.card import REPLACED, contents_of, files_of, find_subject, local_base
     from qvera.models.hub import send_files
 
     subject = find_subject(path, adapter)
@@ -263,6 +264,9 @@ def push(
         )
     size = sum(file.stat().st_size for file in files)
     with progress(f"sending {formatting.size(size)}"):
-        contents = contents_of(subject, repo)
-        address = send_files(contents, repo, private=private, message=f"{subject.kind} by qvera")
+        contents, message = contents_of(subject, repo), f"{subject.kind} by qvera"
+        replaced = () if "gguf" in subject.kind else REPLACED  # llama.cpp reads nothing but the GGUF file
+        address, deleted = send_files(contents, repo, private=private, message=message, replaced=replaced)
     print(f"{address}: {formatting.size(size)} in {len(contents) - 1} files, and README.md")
+    if deleted:
+        print(f"Deleted there, from an earlier push: {', '.join(deleted)}")

@@ -30,6 +30,7 @@ from qvera.exporting.gguf_metadata import FAMILIES
 from qvera.exporting.lora import VLLM_RANKS
 from qvera.models.hub import is_hub_id
 from qvera.models.model_class import CAUSAL_LM, ModelClass
+from qvera.models.tokenizer import ADDED_ROWS
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
 from qvera.utils.files import (
@@ -42,6 +43,7 @@ from qvera.utils.files import (
     resolve_path,
     try_read_json,
 )
+from qvera.utils.safetensors_io import INDEX, SINGLE
 
 
 class PublishedKind(NamedTuple):
@@ -79,12 +81,14 @@ _NO_SCORES = (
     "rows", "trained_tokens", "seconds", "scored_rows", "references", "tokens", "exact_match_rows",
     "commonest_reference",
 )  # fmt: skip
-_SHARED = (
-    "*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", ADAPTER_CONFIG, "config.json",
-    "generation_config.json", "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja",
+_SETTINGS = (
+    ADAPTER_CONFIG, "config.json", "generation_config.json", "*processor_config.json", "tokenizer*.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", CHAT_TEMPLATE,
 )  # fmt: skip
+_SHARED = ("*.safetensors", "*.safetensors.index.json", "*.gguf", "Modelfile", "tokenizer*", "*.jinja", *_SETTINGS)
 """Only these files are shared."""
+REPLACED = (ADAPTER_WEIGHTS, ADDED_ROWS, SINGLE, "model-*-of-*.safetensors", INDEX, *_SETTINGS)
+"""Files of an earlier push that would be read as part of a new one. Others there may be their owner's."""
 
 
 class CardSubject(NamedTuple):

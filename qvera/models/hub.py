@@ -2,12 +2,14 @@
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import (
     CommitOperationAdd,
+    CommitOperationDelete,
     HfApi,
     constants,
     hf_hub_download,
@@ -79,21 +81,37 @@ def require_repository_name(repo: str) -> None:
         raise InputError(f"{repo}: is no name of a repository of the hub. Expected USER/NAME.")
 
 
-def send_files(files: Mapping[str, Path | bytes], repo: str, *, private: bool, message: str) -> str:
-    """Make the repository ``user/name`` if there is none, and commit these files; returns its address.
+def send_files(
+    files: Mapping[str, Path | bytes], repo: str, *, private: bool, message: str, replaced: Sequence[str]
+) -> tuple[str, list[str]]:
+    """Make the repository ``user/name`` if there is none, and commit these files.
 
-    ``files``: name in the repository → a file, or its bytes. ``private`` only counts for a new repository. Raises
-    InputError if the name is wrong, or if the hub refuses the token or can't be reached.
+    ``files``: name in the repository → a file, or its bytes. The same commit deletes the others there whose names
+    match a pattern of ``replaced``. Returns the address, and the names of these. Raises InputError if the name is
+    wrong, the repository is public and should be ``private``, or the hub refuses the token or can't be reached.
     """
     require_repository_name(repo)
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()]
     api = HfApi()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
+        there = api.model_info(repo)
+        if private and not there.private:
+            raise InputError(
+                f"{repo}: nothing was sent to the hub: this repository is public, and --private makes only a new one "
+                f"private. Make it private on {address}/settings, name another one, or leave out --private."
+            )
+        others = {file.rfilename for file in there.siblings or ()} - files.keys()
+        deleted = sorted(n for n in others if "/" not in n and any(fnmatch(n, pattern) for pattern in replaced))
+        operations = [
+            *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()),
+            *(CommitOperationDelete(path_in_repo=name) for name in deleted),
+        ]
         api.create_commit(repo, operations, commit_message=message)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{repo}: nothing was sent to the hub: {_reason(error)}") from None
-    return str(address)
+    return str(address), deleted
 
 
 def _reason(error: Exception) -> str:

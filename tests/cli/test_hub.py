@@ -108,6 +108,58 @@ def test_an_adapter_of_the_hub_is_asked_with_the_template_of_its_training(
     assert "alpaca" in template and (tmp_path / "merged" / "chat_template.jinja").read_text() == template
 
 
+def test_a_push_leaves_of_an_earlier_one_only_what_is_not_read_with_it(
+    hub: Hub, make_recipe: Any, trained_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "alpaca"
+    train(make_recipe(data={"template": "alpaca", "max_length": 192}, training={"max_steps": 1}), run)
+    own = {
+        "notes.md": b"",
+        "plot.png": b"",
+        "embeddings.safetensors": b"",
+        "tokenizer.png": b"",
+        "old/config.json": b"",
+    }
+    hub.repositories["anna/orders"] = dict(own)
+    score, ask = ["--recipe", str(run), "--no-generation", "--json"], ["--prompt", "say red 1", "--max-new-tokens", "4"]
+    done = commands(
+        capsys,
+        ["push", str(run), "anna/orders"],
+        ["push", str(trained_run), "anna/orders"],
+        ["generate", str(trained_run), *ask, "--out", "run.jsonl"],
+        ["generate", "anna/orders", *ask, "--out", "hub.jsonl"],
+        ["export", str(run), "merged", "--no-compare"],
+        ["push", "merged", "anna/orders"],
+        ["eval", "merged", *score, "merged.json"],
+        ["eval", "anna/orders", *score, "hub.json"],
+        ["export", str(run), "gguf", "--to", "gguf", "--no-compare"],
+        ["push", "gguf", "anna/orders"],
+        ["push", str(run), "anna/orders"],
+    )
+    assert [status for status, *_ in done] == [0] * len(done), done
+    assert "Deleted" not in done[0][1]
+    assert done[1][1].endswith("Deleted there, from an earlier push: chat_template.jinja\n")
+    assert (tmp_path / "run.jsonl").read_text() == (tmp_path / "hub.jsonl").read_text()
+    assert done[5][1].endswith("earlier push: adapter_config.json, adapter_model.safetensors\n")
+    merged, pushed = (json.loads((tmp_path / f"{name}.json").read_text())["scores"] for name in ("merged", "hub"))
+    assert merged["loss"] == pushed["loss"]
+    assert "Deleted" not in done[9][1], "files of GGUF stand beside others"
+    adapter = {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "README.md"}
+    assert hub.repositories["anna/orders"].keys() == {*own, *adapter, "model-f16.gguf", "Modelfile"}
+
+
+def test_nothing_is_sent_to_a_public_repository_that_should_be_private(
+    hub: Hub, trained_run: Path, capsys: Any
+) -> None:
+    hub.repositories["anna/orders"] = {"notes.md": b""}
+    push = ["push", str(trained_run), "anna/orders", "--private"]
+    ((status, _, error),) = commands(capsys, push)
+    assert status == 2 and "this repository is public" in error and f"{hub.address}/anna/orders/settings" in error
+    assert hub.repositories["anna/orders"].keys() == {"notes.md"}
+    hub.private.add("anna/orders")
+    assert commands(capsys, push)[0][0] == 0 and hub.private == {"anna/orders"}
+
+
 def test_what_the_hub_refuses_is_said_in_a_sentence(
     hub: Hub, trained_run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
