@@ -25,6 +25,7 @@ class Hub:
     """Token → what it may do."""
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: set[str] = field(default_factory=set)
+    gated: set[str] = field(default_factory=set)
     messages: list[str] = field(default_factory=list)
     """Of all commits."""
     objects: dict[str, bytes] = field(default_factory=dict)
@@ -147,6 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.hub.repositories.get(repo)
         if files is None or (repo in self.hub.private and self._may() is None):
             self._answer(401, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+            return
+        if repo in self.hub.gated:
+            self._answer(403, {"error": "Access is restricted"}, X_Error_Code="GatedRepo")
             return
         commit = self.hub.commit(repo)
         if is_api and "/tree/" in path:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 from tqdm import tqdm  # type: ignore[import-untyped]  # what huggingface_hub has
 
@@ -102,7 +103,7 @@ def send_files(
             )
         others = {file.rfilename for file in there.siblings or ()} - files.keys()
         deleted = sorted(n for n in others if "/" not in n and any(fnmatch(n, pattern) for pattern in replaced))
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=what) for name, what in files.items()),
             *(CommitOperationDelete(path_in_repo=name) for name in deleted),
         ]
@@ -114,14 +115,16 @@ def send_files(
     return str(address), deleted
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):  # with any status
+        return "access to it has to be asked for on its page. Then run `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such revision."
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         if isinstance(error, RepositoryNotFoundError):
             return "there is no such repository, or it is private. If so, run `hf auth login` or set HF_TOKEN."
         return "it wants a token. Run `hf auth login`, or set HF_TOKEN to one that may write to this repository."
-    if isinstance(error, GatedRepoError):
-        return "access to it has to be asked for on its page."
     if status == 403:
         return "this token may not do that. Set HF_TOKEN to one that may write to this repository."
     is_offline = isinstance(error, LocalEntryNotFoundError)
@@ -152,7 +155,7 @@ def base_directory(section: ModelSection, progress: StageProgress | None = None)
             )
         )
     except Exception as error:
-        raise not_on_hub("model.path", name, f"{type(error).__name__}: {first_line(error)}".rstrip(".")) from None
+        raise not_on_hub("model.path", name, error) from None
 
 
 def _bar_for(progress: StageProgress) -> type:
@@ -229,9 +232,18 @@ def _near_model(path: Path) -> str:
     return did_you_mean_path(path, (file.parent for file in path.parent.glob("*/config.json")))
 
 
-def not_on_hub(key: str, name: str, why: str) -> InputError:
-    """Make the error to raise for a model that is no directory here, and that the hub has not given."""
+def not_on_hub(key: str, name: str, why: Exception | str) -> InputError:
+    """Make the error to raise for a model that is no directory here, and that the hub has not given.
+
+    Where the hub's own answer is the cause of ``why``, it is told in place of the network.
+    """
     near = _near_model(Path(name))
+    cause: BaseException | None = why if isinstance(why, Exception) else None
+    while cause is not None and not isinstance(cause, (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError)):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return InputError(f"{key}: {name!r} is no directory here{near} Nor has the hub given it: {_reason(cause)}")
+    why = why if isinstance(why, str) else first_line(why).rstrip(".")
     owner = "" if "/" in name else " An id on the hub is OWNER/NAME."
     return InputError(
         f"{key}: {name!r} is no directory here{near} Nor can it be read from the hub ({why}).{owner} {hub_hint()}"

@@ -320,7 +320,7 @@ def empty_model(
         if not (Path(name) / "config.json").is_file():
             require_model_files(name)  # it says what the directory is instead
         if isinstance(error, OSError) and not Path(name).is_dir():
-            raise not_on_hub("model.path", name, first_line(error).rstrip(".")) from None
+            raise not_on_hub("model.path", name, error) from None
         fix = " Take another model, or a transformers that knows this one." if isinstance(error, ValueError) else ""
         reason = first_line(error)
         if reason.startswith("Unrecognized configuration class"):

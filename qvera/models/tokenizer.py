@@ -83,7 +83,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, HFValidationError, KeyError, ImportError) as error:
         if not Path(name).is_dir():
-            raise not_on_hub(key, name, first_line(error).rstrip(".")) from None
+            raise not_on_hub(key, name, error) from None
         fix = "there" if section.tokenizer else "beside the weights; or name another one with model.tokenizer"
         raise InputError(
             f"{key}: no tokenizer can be loaded from {name!r} ({first_line(error)}). Expected tokenizer.json or "

@@ -177,7 +177,10 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(
     assert failed[0] == 2 and "Look at the network, HF_ENDPOINT" in failed[2]
 
 
-def test_of_a_base_only_the_weights_beside_its_config_are_fetched(hub: Hub, tiny_model_dir: Path) -> None:
+def test_of_a_base_only_the_weights_beside_its_config_are_fetched_and_one_that_wants_a_token_says_so(
+    hub: Hub, tiny_model_dir: Path, tiny_rows: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One test: transformers keeps the address of the hub that it asked first."""
     files = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
     weights = files["model.safetensors"]
     others = ("checkpoint-500/model.safetensors", "original/model.safetensors", "consolidated.safetensors")
@@ -186,6 +189,15 @@ def test_of_a_base_only_the_weights_beside_its_config_are_fetched(hub: Hub, tiny
     assert base.facts["four_bit_modules"] and base.facts["fingerprint"]
     asked = "\n".join(hub.requests)
     assert "/model.safetensors" in asked and not any(name in asked for name in others)
+    hub.repositories["anna/private"] = hub.repositories["meta/gated"] = files
+    hub.private, hub.gated = {"anna/private"}, {"meta/gated"}
+    monkeypatch.setenv("HF_TOKEN", "")
+    recipe = Path("recipe.yaml")
+    for name, words in (("anna/private", "or it is private"), ("meta/gated", "has to be asked for on its page")):
+        recipe.write_text(f"model: {name}\ndata: {tiny_rows}\n")
+        for status, _, error in commands(capsys, ["plan", str(recipe)], ["train", str(recipe)], ["quantize", name]):
+            assert status == 2 and words in error and "hf auth login" in error, error
+            assert "Look at the network" not in error
 
 
 def test_a_misspelt_path_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
