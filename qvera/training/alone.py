@@ -305,8 +305,8 @@ class Trainer(Run):
             # only to raise KeyError or TypeError for what another version wrote
             TrainState(**saved.state["progressed"])
             saved.state["schedule"], saved.state["optimizer_scalars"]
-            # the first checkpoints had no recipe of their own
-            saved.state.setdefault("recipe", load_recipe(self.run_dir / RECIPE_FILE, of_a_run=True).to_dict())
+            if "recipe" not in saved.state:  # of the first checkpoints
+                saved.state["recipe"] = load_recipe(self.run_dir / RECIPE_FILE, of_a_run=True).to_dict()
 
         def find() -> None:
             newest.append(checkpoint.newest_of_run(self.run_dir, self.recipe, "step", self.warn, check))
