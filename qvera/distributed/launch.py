@@ -1,6 +1,7 @@
 """`qvera launch`: start torchrun or DeepSpeed's launcher, on one machine, from a host file or under a scheduler."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -88,12 +89,19 @@ def launch_command(
 
 
 def _hosts(hostfile: Path) -> dict[str, int]:
-    """Return host → its line in the file, from 1."""
+    """Return host → its line in the file, from 1. InputError: a line that DeepSpeed's launcher would not read."""
     found: dict[str, int] = {}
     for number, line in enumerate(hostfile.read_text(encoding="utf-8").splitlines(), 1):
         words = line.partition("#")[0].split()
-        if words:
-            found.setdefault(words[0], number)
+        if not words:
+            continue
+        if len(words) < 2 or not re.fullmatch(r"slots=[1-9]\d*", words[1]):
+            raise InputError(f"{hostfile}, line {number}: {line.strip()!r}; expected HOST slots=N, with N processes.")
+        if words[0] in found:
+            raise InputError(f"{hostfile}, line {number}: {words[0]} is in line {found[words[0]]} too. Name it once.")
+        found[words[0]] = number
+    if not found:
+        raise InputError(f"{hostfile}: names no machine; expected a line `HOST slots=N` for each.")
     return found
 
 

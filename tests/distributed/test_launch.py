@@ -81,6 +81,24 @@ def test_a_host_file_needs_pdsh_and_ssh_for_several_hosts_alone(tmp_path: Path, 
     assert launch.launch_command(RECIPE, hostfile=hosts, gpus=1) == [*runner, "--num_gpus", "1", *inner]
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("node0 slots=2\nnode1 slot=2\n", "hosts, line 2: 'node1 slot=2'; expected HOST slots=N"),
+        ("localhost slots=two\n", "hosts, line 1: 'localhost slots=two'"),
+        ("node0\n", "hosts, line 1: 'node0'"),
+        ("node0 slots=2\n\nnode0 slots=4\n", "hosts, line 3: node0 is in line 1 too"),
+        ("# none yet\n", "hosts: names no machine"),
+    ],
+)
+def test_a_host_file_that_deepspeed_could_not_read_is_refused_by_its_line(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(InputError, match=words):
+        launch.launch_command(RECIPE, hostfile=tmp_path / "hosts")
+
+
 def test_hosts_are_asked_before_anything_starts(tmp_path: Path, monkeypatch: Any) -> None:
     hosts, ssh, called = tmp_path / "hosts", tmp_path / "ssh", tmp_path / "called"
     hosts.write_text("node0 slots=2\n\nnode1 slots=2\n")
