@@ -76,7 +76,7 @@ def attach(
     Args:
         base_name, base_fingerprint: path or hub id of the base, and `qvera.utils.safetensors_io.base_fingerprint`.
         added_tokens: token → id; the model must have their rows.
-        tokens: has the recipe's padding and end-of-sequence tokens.
+        tokens: has the recipe's padding and end-of-sequence tokens, and the revision of the base.
         changes: fields of the config that override the section (`plugins.Schedule.config`).
         progress: called with the name of each weight that a method decomposes.
 
@@ -120,6 +120,7 @@ def new_config(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base_name is None else portable_name(base_name),
         "base_fingerprint": base_fingerprint,
+        "revision": None if tokens is None else tokens.revision,  # PEFT's field: that of the base
         "added_tokens": dict(added_tokens) if added_tokens else None,
         "pad_token": None if tokens is None else tokens.pad_token,
         "eos_token": None if tokens is None else tokens.eos_token,

@@ -225,8 +225,9 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         gguf=next((file.name for file in sorted(subject.directory.glob("*.gguf"))), "model.gguf"),
         is_lora=is_lora,
         is_ours=kind == "adapter" and facts.get("peft_type") == PEFT_TYPE,
-        # they make the base a classifier with the adapter's head
-        head_options=f", num_labels={len(labels)}, ignore_mismatched_sizes=True" if labels else "",
+        base_options=(f", revision={base.revision!r}" if base.revision else "")
+        # these make the base a classifier with the adapter's head
+        + (f", num_labels={len(labels)}, ignore_mismatched_sizes=True" if labels else ""),
         has_answers=has_answers,
         chat_template_file="" if subject.chat_template is None else CHAT_TEMPLATE,
         rows="pictures/" if model_class.reads_images else "rows.csv",

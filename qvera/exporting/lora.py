@@ -285,6 +285,7 @@ def _write_for_peft(
         "task_type": own.task_type,
         "modules_to_save": sorted(own.modules_to_save) if adapter.head else None,
         "base_model_name_or_path": own.base_model_name_or_path and portable_name(own.base_model_name_or_path),
+        "revision": own.revision,
         "inference_mode": True,
     }
     specs += [TensorSpec(f"{PREFIX}{name}", torch.float32, tuple(t.shape)) for name, t in adapter.head.items()]

@@ -12,9 +12,12 @@ import yaml
 from huggingface_hub import ModelCard
 
 from qvera.cli.main import main
+from qvera.config.schema import load_recipe
+from qvera.evaluation.load import find_target
 from qvera.exporting import card
 from qvera.exporting.card import files_of, find_subject, model_card
 from qvera.serve.store import AdapterStore
+from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
 from tests.many_adapters import write_run
@@ -216,3 +219,17 @@ def test_one_of_many_adapters_has_a_card_of_its_own(make_recipe: Any, tmp_path: 
     assert "rows.csv" not in text and "## Scores" not in text and "## Training" not in text
     with pytest.raises(InputError, match="it was trained, and its directory is no longer there"):
         find_subject(run, entry["name"])
+
+
+def test_a_bases_revision_goes_with_the_adapter_its_exports_and_its_card(run: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    recipe = recipe.replace(
+        model=recipe.model.replace(revision="v2"), training=recipe.training.replace(max_steps=1, sample_count=0)
+    )
+    train(recipe, tmp_path / "of_v2")
+    alone = Path(shutil.copytree(tmp_path / "of_v2" / "adapter", tmp_path / "alone"))
+    assert find_target(alone).section.revision == "v2"
+    for kind in ("lora", "peft"):
+        assert main(["export", str(alone), str(tmp_path / kind), "--to", kind]) == 0
+        assert json.loads((tmp_path / kind / "adapter_config.json").read_text())["revision"] == "v2"
+    assert "AutoModelForCausalLM.from_pretrained('tiny-llama', revision='v2')" in written(tmp_path / "of_v2")[1]
