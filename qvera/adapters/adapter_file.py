@@ -167,7 +167,7 @@ def require_base(config: QveraConfig | VeraConfig, adapter: Path | str, name: st
 # what PEFT's config has no key for: it goes into the header of the weights file
 _LORA_FACTS = (
     "format_version", "projection_seed", "base_fingerprint", "added_tokens", "pad_token", "eos_token", "chat_template",
-    "labels", "problem_type",
+    "labels", "problem_type", "quantization", "double_quant",
 )  # fmt: skip
 # keys that mean the same in PEFT's config and in ours
 _LORA_SAME = (

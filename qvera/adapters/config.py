@@ -99,6 +99,8 @@ class QveraConfig(PeftConfig):
     shared_by: int | None = None
     format_version: int = 1
     base_fingerprint: str | None = None
+    quantization: str | None = None
+    double_quant: bool | None = None
     added_tokens: dict[str, int] | None = None
     pad_token: str | None = None
     eos_token: str | None = None

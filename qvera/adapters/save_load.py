@@ -64,7 +64,7 @@ def attach(
     base_name: str | None = None,
     base_fingerprint: str | None = None,
     added_tokens: dict[str, int] | None = None,
-    tokens: ModelSection | None = None,
+    base_section: ModelSection | None = None,
     changes: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
     model_class: ModelClass = CAUSAL_LM,
@@ -76,14 +76,14 @@ def attach(
     Args:
         base_name, base_fingerprint: path or hub id of the base, and `qvera.utils.safetensors_io.base_fingerprint`.
         added_tokens: token → id; the model must have their rows.
-        tokens: has the recipe's padding and end-of-sequence tokens, and the revision of the base.
+        base_section: how the base was opened (`OF_BASE`).
         changes: fields of the config that override the section (`plugins.Schedule.config`).
         progress: called with the name of each weight that a method decomposes.
 
     Raises:
         InputError: a target matches nothing, or ``init_from`` does not fit.
     """
-    config = new_config(section, base_name, base_fingerprint, added_tokens, tokens, changes)
+    config = new_config(section, base_name, base_fingerprint, added_tokens, base_section, changes)
     if model_class.has_own_head:
         config.labels, config.problem_type = list(model_class.labels), model_class.problem_type
         config.modules_to_save = list(model_class.head_modules(model))  # type: ignore[arg-type]
@@ -104,12 +104,16 @@ def attach(
     return peft_model
 
 
+OF_BASE = ("revision", "quantization", "double_quant", "pad_token", "eos_token")
+"""Keys of the recipe's ``model`` that an adapter keeps: by these its base is opened where there is no recipe."""
+
+
 def new_config(
     section: AdapterSection,
     base_name: str | None = None,
     base_fingerprint: str | None = None,
     added_tokens: dict[str, int] | None = None,
-    tokens: ModelSection | None = None,
+    base_section: ModelSection | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> QveraConfig:
     """The config of a fresh adapter; see `attach`."""
@@ -120,10 +124,8 @@ def new_config(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None if base_name is None else portable_name(base_name),
         "base_fingerprint": base_fingerprint,
-        "revision": None if tokens is None else tokens.revision,  # PEFT's field: that of the base
         "added_tokens": dict(added_tokens) if added_tokens else None,
-        "pad_token": None if tokens is None else tokens.pad_token,
-        "eos_token": None if tokens is None else tokens.eos_token,
+        **({} if base_section is None else {key: getattr(base_section, key) for key in OF_BASE}),
     }
     return QveraConfig(**fields | dict(changes or {}))
 

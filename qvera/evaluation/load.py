@@ -209,13 +209,10 @@ def _adapter_target(adapter: Path, given: Recipe | None, run: Path | None, name:
             f"{adapter / ADAPTER_CONFIG}: names no base model. Write its directory or hub id there, as "
             "base_model_name_or_path."
         )
-    section = ModelSection(
-        path=base,
-        revision=tree.get("revision"),
-        added_tokens=list(tree.get("added_tokens") or ()),
-        pad_token=tree.get("pad_token"),
-        eos_token=tree.get("eos_token"),
-    )
+    kept = {
+        key: value for key in save_load.OF_BASE if (value := tree.get(key)) is not None
+    }  # older adapters keep fewer
+    section = ModelSection(path=base, added_tokens=list(tree.get("added_tokens") or ()), **kept)
     return Artifact(adapter, what, section, adapter, None, run, name)
 
 

@@ -204,7 +204,8 @@ def export_lora(
         patterns = {"rank_pattern": others, "alpha_pattern": others}
         config = LoraConfig(r=rank, lora_alpha=rank, use_dora=adapter.magnitude, **patterns)
     # what only qvera reads: its base, tokens and chat template, and what the outputs of its head mean
-    keys = ("base_fingerprint", "pad_token", "eos_token", *(("labels", "problem_type") if adapter.head else ()))
+    keys = ["base_fingerprint", "quantization", "double_quant", "pad_token", "eos_token"]
+    keys += ["labels", "problem_type"] if adapter.head else []
     facts = {key: value for key in keys if (value := getattr(adapter.config, key, None)) is not None}
     facts |= {} if chat_template is None else {"chat_template": chat_template}
     header = {FACTS: json.dumps(facts)} if facts else {}

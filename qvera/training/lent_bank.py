@@ -49,16 +49,16 @@ class LentBank:
         adapter: str,
         section: AdapterSection,
         seed: int = 0,
-        tokens: ModelSection | None = None,
+        base_section: ModelSection | None = None,
         checkpointing: Mode | Literal["auto"] = "auto",
     ) -> None:
         """Put the adapter on, unless it is on already; this takes as long as the first request for an adapter.
 
-        ``seed`` is that of dropout. ``tokens`` has the recipe's padding and end-of-sequence tokens. ``checkpointing``
+        ``seed`` is that of dropout. ``base_section``: how the base was opened. ``checkpointing``
         is `Mode`, or ``auto``: on where this base can recompute its layers. InputError: a target matches nothing.
         """
         self.adapter, self._base, self._seed = adapter, base, seed
-        config = new_config(section, base.facts.get("path"), base.facts.get("fingerprint"), None, tokens)
+        config = new_config(section, base.facts.get("path"), base.facts.get("fingerprint"), None, base_section)
         model = base.adapted
         if model is None or adapter not in model.peft_config:  # else an attempt before this one failed later
             model = add_adapter(base, adapter, config)

@@ -221,15 +221,18 @@ def test_one_of_many_adapters_has_a_card_of_its_own(make_recipe: Any, tmp_path: 
         find_subject(run, entry["name"])
 
 
-def test_a_bases_revision_goes_with_the_adapter_its_exports_and_its_card(run: Path, tmp_path: Path) -> None:
+def test_how_the_base_was_opened_goes_with_the_adapter_its_exports_and_its_card(run: Path, tmp_path: Path) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     recipe = recipe.replace(
-        model=recipe.model.replace(revision="v2"), training=recipe.training.replace(max_steps=1, sample_count=0)
+        model=recipe.model.replace(revision="v2", quantization="none"),
+        training=recipe.training.replace(max_steps=1, sample_count=0),
     )
     train(recipe, tmp_path / "of_v2")
     alone = Path(shutil.copytree(tmp_path / "of_v2" / "adapter", tmp_path / "alone"))
-    assert find_target(alone).section.revision == "v2"
     for kind in ("lora", "peft"):
         assert main(["export", str(alone), str(tmp_path / kind), "--to", kind]) == 0
-        assert json.loads((tmp_path / kind / "adapter_config.json").read_text())["revision"] == "v2"
+    sections = [find_target(tmp_path / kind).section for kind in ("alone", "lora", "peft")]
+    assert [section.revision for section in sections] == ["v2"] * 3
+    assert [section.quantization for section in sections] == ["none", "none", "nf4"]  # PEFT's VeRA has no place for it
+    assert find_target(Path(shutil.copytree(run / "adapter", tmp_path / "nf4"))).section.quantization == "nf4"
     assert "AutoModelForCausalLM.from_pretrained('tiny-llama', revision='v2')" in written(tmp_path / "of_v2")[1]
