@@ -141,7 +141,7 @@ def test_the_first_ctrl_c_is_answered_and_the_second_one_stops_at_once_and_names
 
     with monkeypatch.context() as patch:
         patch.setattr(AloneLoop, "train_step", step)
-        with pytest.raises(Interrupted, match="Stopped by SIGINT. Step 2 is saved: the same command goes on from it"):
+        with pytest.raises(Interrupted, match="Stopped by SIGINT. Step 3 is saved: the same command goes on from it"):
             train(recipe, tmp_path / "run")
     assert "SIGINT: saving after this step; press Ctrl-C again to stop at once." in capsys.readouterr().err
     train(recipe, tmp_path / "run")
