@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 from qvera.cli.main import main
 from qvera.config.sections import ModelSection
@@ -31,6 +31,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             if isinstance(value, str) and value.startswith(constants.ENDPOINT) and name != "ENDPOINT":
                 monkeypatch.setattr(constants, name, value.replace(constants.ENDPOINT, hub.address))
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.address)  # made when huggingface_hub is imported
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, of huggingface.co alone
@@ -177,10 +178,7 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(
     assert failed[0] == 2 and "Look at the network, HF_ENDPOINT" in failed[2]
 
 
-def test_of_a_base_only_the_weights_beside_its_config_are_fetched_and_one_that_wants_a_token_says_so(
-    hub: Hub, tiny_model_dir: Path, tiny_rows: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One test: transformers keeps the address of the hub that it asked first."""
+def test_of_a_base_only_the_weights_beside_its_config_are_fetched(hub: Hub, tiny_model_dir: Path) -> None:
     files = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
     weights = files["model.safetensors"]
     others = ("checkpoint-500/model.safetensors", "original/model.safetensors", "consolidated.safetensors")
@@ -189,6 +187,12 @@ def test_of_a_base_only_the_weights_beside_its_config_are_fetched_and_one_that_w
     assert base.facts["four_bit_modules"] and base.facts["fingerprint"]
     asked = "\n".join(hub.requests)
     assert "/model.safetensors" in asked and not any(name in asked for name in others)
+
+
+def test_a_base_that_wants_a_token_or_leave_says_so_and_not_that_the_network_is_bad(
+    hub: Hub, tiny_model_dir: Path, tiny_rows: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
     hub.repositories["anna/private"] = hub.repositories["meta/gated"] = files
     hub.private, hub.gated = {"anna/private"}, {"meta/gated"}
     monkeypatch.setenv("HF_TOKEN", "")
