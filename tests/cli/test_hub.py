@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants
 
 from qvera.cli.main import main
 from qvera.config.sections import ModelSection
@@ -31,7 +31,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             if isinstance(value, str) and value.startswith(constants.ENDPOINT) and name != "ENDPOINT":
                 monkeypatch.setattr(constants, name, value.replace(constants.ENDPOINT, hub.address))
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(hf_api.api, "endpoint", hub.address)  # made when huggingface_hub is imported
+        # transformers keeps its client, with the address that it had first
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, of huggingface.co alone
