@@ -127,6 +127,7 @@ def quantize(
         qvera quantize meta-llama/Llama-2-7b-hf
     """
     from qvera.config.sections import ModelSection
+    from qvera.models.hub import base_directory
     from qvera.models.loader import rounded_note
     from qvera.models.quantize_checkpoint import cached_base, quantized_copy
     from qvera.models.quantized_record import read_record
@@ -136,8 +137,6 @@ def quantize(
     section = ModelSection(
         path=model, revision=revision, trust_remote_code=trust_remote_code, quantization=quantization
     )
-    if (note := rounded_note(section)) is not None:
-        print(note)
     began = time.perf_counter()
     with StopRequests() as stop, progress(f"quantizing {model}", text=formatting.size) as show:
 
@@ -153,6 +152,8 @@ def quantize(
             assert record is not None  # cached_base has looked at it
         else:
             target, record = out, quantized_copy(section, out, **options)
+    if (note := rounded_note(base_directory(section), quantization)) is not None:
+        print(note)
     size = sum(file["bytes"] for file in record["files"].values())
     source = sum(file["bytes"] for file in record["source"]["files"].values())
     seconds = time.perf_counter() - began

@@ -22,6 +22,7 @@ from qvera.exporting.deltas import read_deltas
 from qvera.exporting.gguf import export_gguf, export_gguf_lora
 from qvera.exporting.merged import export_merged, export_quantized
 from qvera.models.hub import fingerprint_of
+from qvera.models.loader import rounds_away
 from qvera.models.model_class import CAUSAL_LM, empty_model, load_config
 from qvera.models.tokenizer import load_tokenizer
 from qvera.tasks import task_of
@@ -230,10 +231,7 @@ def _merge(
         )
     if certificate["base"]["stored_in_4_bits"]:
         say(f"merged into the dequantized weights of {target.section.path}, which is stored in 4 bits")
-    if quantize is not None and (certificate["base"]["weights"], certificate["trained_on"]["quantization"]) == (
-        "dequantized",
-        quantize,
-    ):
+    if quantize is not None and rounds_away(certificate, quantize):
         say(f"These were rounded to {quantize} before. Rounded again, they lose nearly all of what was trained.")
     return certificate
 

@@ -143,6 +143,8 @@ def load_base(
         facts["streamed"] = streamed
     if own_labels is not None and own_labels != model_class.labels and sorted(own_labels) == sorted(model_class.labels):
         facts["head_not_kept"] = list(own_labels)
+    if (note := rounded_note(directory, section.quantization)) is not None:
+        facts["rounded_again"] = note
     facts["fingerprint"] = fingerprint_of(section)
     return Base(model, tokenizer, facts)
 
@@ -318,20 +320,28 @@ def notes(facts: dict[str, Any]) -> Iterator[str]:
             "The base has a trained head of these labels in another order, which is drawn anew. To keep it, set "
             f"data.label_names: {json.dumps(labels, ensure_ascii=False)}."
         )
+    if note := facts.get("rounded_again"):
+        yield note
 
 
-def rounded_note(section: ModelSection) -> str | None:
-    """A sentence where the base is a merge into weights of 4 bits, and is rounded to the same 4 bits again."""
-    directory, kind = base_directory(section), section.quantization
-    certificate = try_read_json(directory / CERTIFICATE) or {}
+def rounds_away(certificate: dict[str, Any], quantization: str) -> bool:
+    """Whether weights of a merged export become the base's again, without what was trained, if they are quantized so.
+
+    They do where they lie on the grid of the same 4 bits: of an exact match of 42 %, 0 % was left.
+    """
     merged_into, trained_on = certificate.get("base", {}).get("weights"), certificate.get("trained_on", {})
-    # rounded, most weights become those again that ΔW was added to; of an exact match of 42 %, 0 % was left
-    if merged_into != "dequantized" or "quantized" in certificate or trained_on.get("quantization") != kind:
+    return merged_into == "dequantized" and trained_on.get("quantization") == quantization
+
+
+def rounded_note(directory: Path, quantization: str) -> str | None:
+    """A sentence where a base is a merge into weights of 4 bits, and is rounded to the same 4 bits again."""
+    certificate = try_read_json(directory / CERTIFICATE) or {}
+    if "quantized" in certificate or not rounds_away(certificate, quantization):
         return None
     return (
-        f"{directory} holds what was trained, merged into weights dequantized from {kind}. Rounded to {kind} again, "
-        "they are nearly the base's own, without what was trained. Export the run with --base original, or set "
-        "model.quantization: none."
+        f"{directory} holds what was trained, merged into weights dequantized from {quantization}. Rounded to "
+        f"{quantization} again, they are nearly the base's own, without what was trained. Export the run with --base "
+        "original, or set model.quantization: none."
     )
 
 

@@ -35,7 +35,7 @@ from qvera.models import quantization
 from qvera.models.attention import require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.hub import fingerprint_of
-from qvera.models.loader import Base, load_base, notes, pick_compute_dtype, rounded_note
+from qvera.models.loader import Base, load_base, notes, pick_compute_dtype
 from qvera.models.structure import require_positions
 from qvera.models.tokenizer import load_processor, require_embedded
 from qvera.tasks import task_of
@@ -185,7 +185,7 @@ class TrainingSession:
         if (recipe if self.plan is None else self.plan.recipe).model.resident is True:  # a plan has decided on auto
             quantization.hold_resident(self.base.model)
         facts = self.base.facts
-        for note in filter(None, (*notes(facts), rounded_note(recipe.model))):
+        for note in notes(facts):
             self.warn(note)
         identity = facts.get("fingerprint"), facts.get("added_tokens")
         count = len(self.datasets.train)

@@ -21,7 +21,7 @@ from qvera.config.sections import ExportSection, ModelSection
 from qvera.evaluation.load import open_run
 from qvera.exporting import merged
 from qvera.exporting.merged import export_merged, export_quantized
-from qvera.models.loader import load_base, rounded_note
+from qvera.models.loader import load_base, notes, rounded_note
 from qvera.utils.errors import InputError, Interrupted
 from tests.exporting.helpers import trained_adapter
 
@@ -105,8 +105,11 @@ def test_weights_that_were_in_4_bits_before_lose_what_was_trained_and_it_is_said
 
     assert main(["quantize", whole, str(tmp_path / "again")]) == 0
     assert "Export the run with --base original" in capsys.readouterr().out
-    assert rounded_note(section.replace(path=whole, quantization="none")) is None
-    assert rounded_note(section.replace(path=kept)) is None
+    assert rounded_note(Path(whole), "none") is None
+    assert rounded_note(Path(kept), "nf4") is None
+    for path, is_told in ((whole, True), (kept, False)):  # what a training on it says
+        told = " ".join(notes(load_base(section.replace(path=path)).facts))
+        assert ("Export the run with --base original" in told) == is_told
 
 
 def test_an_interrupted_one_goes_on_from_the_finished_merge_of_the_same_base(
