@@ -58,7 +58,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    image: Annotated[list[Path] | None, option("FILE", "An image in front of each --prompt (repeatable).")] = None,
+    image: Annotated[list[str] | None, option("FILE", "An image in front of each --prompt (repeatable).")] = None,
     system: Annotated[str | None, option("TEXT", "For prompts without a system turn (default: the recipe's).")] = None,
 ) -> None:
     """Answer the prompts of a file in batches.
@@ -183,11 +183,11 @@ def _as_row(row: Conversation) -> dict[str, Any]:
     return {"prompt": prompt, "tools": row.tools} if row.tools else {"prompt": prompt}
 
 
-def _with_images(text: str, files: Sequence[Path]) -> Turn:
+def _with_images(text: str, files: Sequence[str]) -> Turn:
     """A user's turn: images, then a text."""
     from qvera.data.conversations import read_messages
 
-    parts = [{"type": "image", "image": str(file)} for file in files]
+    parts = [{"type": "image", "image": file} for file in files]
     (turn,) = read_messages([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], "--prompt")
     return turn
 

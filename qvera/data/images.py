@@ -391,7 +391,7 @@ def read_image(value: Any, where: str, directory: Path, is_encoded: bool = False
 
     ``is_encoded``: a text is the image in base64, not a path.
 
-    Raises InputError: neither, an address of the web, or no base64.
+    Raises InputError: neither, an address, or no base64.
     """
     if isinstance(value, dict):  # as `datasets.Image` stores it, or OpenAI's {"url": ...}
         is_encoded = bool(value.get("bytes"))
@@ -403,8 +403,10 @@ def read_image(value: Any, where: str, directory: Path, is_encoded: bool = False
             f"{where} must be an image: its bytes, the path of a file, or an object with bytes or path; "
             f"got {describe(value)}. Fix the row, or remove it."
         )
-    if re.match(r"https?://", value):
-        raise InputError(f"{where}: {value[:80]} is an address of the web, from which no image is fetched. Save it.")
+    if re.match(r"\w+://", value):
+        raise InputError(
+            f"{where}: {value[:80]} is an address, from which no image is fetched. Expected the path of a file here."
+        )
     if is_encoded or value.startswith("data:"):
         try:
             return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)

@@ -193,6 +193,11 @@ TABLE: dict[str, tuple[Any, ...]] = {
         "name its base, /bases/llama. To go on from its adapter: adapter.init_from: run/adapter.",
         change(ADAPTER, base_model_name_or_path="/bases/llama"),
     ),
+    "an image on the web": (
+        "generate run --prompt x --image http://pictures.org/a.png",
+        "http://pictures.org/a.png is an address, from which no image is fetched. Expected the path of a file here.",
+    ),
+    "an image as an address": ("generate run --prompt x --image file:///a.png", "file:///a.png is an address"),
     "a prompt for a file": ('generate run "A shawl in DK yarn"', "A prompt itself goes to --prompt."),
     "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),
     "file for a run": ("info rows.jsonl", "rows.jsonl: is a file, not a directory"),
