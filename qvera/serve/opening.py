@@ -62,6 +62,12 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
             adapters = adapters or directory
         else:
             single = require_adapter(target)
+            if own_name == Path(resolve_path(target.section.path)).name:
+                raise InputError(
+                    f"{path}: clients would ask for the adapter by this directory's name, {own_name!r}, which is its "
+                    f"base's too. Rename the directory, or give the adapter another name: `mkdir adapters; cp -r "
+                    f"{single} adapters/NAME; qvera serve {target.section.path} --adapters adapters`."
+                )
             if adapters is None:
                 require_served(read_config(single), single)  # before a big model is loaded
             elif not named_directories(adapters).get(own_name, single).samefile(single):

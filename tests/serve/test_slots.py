@@ -197,6 +197,16 @@ def test_one_adapter_that_cannot_be_served_is_refused_before_its_base_is_loaded(
         open_served(str(root / "dvora"), tmp_path / "others")
 
 
+def test_an_adapter_called_like_its_base_is_refused_with_the_way_to_another_name(
+    tiny_model_dir: Path, adapters_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvera.models.loader.load_base", lambda *_, **__: pytest.fail("a base was loaded"))
+    adapter = shutil.copytree(adapters_dir / "a1", tmp_path / tiny_model_dir.name)
+    advice = rf"cp -r {adapter} adapters/NAME; qvera serve {tiny_model_dir} --adapters adapters"
+    with pytest.raises(InputError, match=advice):
+        open_served(str(adapter))
+
+
 def test_a_merged_export_is_loaded_as_it_is_stored_unless_a_recipe_of_the_adapters_says_otherwise(
     tiny_model_dir: Path, adapters_dir: Path, make_recipe: Any, tmp_path: Path
 ) -> None:
