@@ -23,7 +23,7 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_name
-from qvera.evaluation.report.read import entry_of, get, get_number, is_replaced
+from qvera.evaluation.report.read import entry_of, get, get_number, get_text, is_replaced
 from qvera.evaluation.run_info import directory_facts
 from qvera.exporting.compare import rows_name
 from qvera.exporting.gguf_metadata import FAMILIES
@@ -63,6 +63,7 @@ _KINDS = {
 }
 _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForImageClassification": "image-classification",
 }
@@ -128,7 +129,11 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
         facts, recipe, outcome = directory_facts(weights.parent), target.recipe, _outcome(target)
     if kind in ("lora", "gguf-lora"):
         facts["rank"] = certificate["rank"]
-    model_class = CAUSAL_LM if "gguf" in kind else find_target(path).model_class
+    model_class = CAUSAL_LM
+    if "gguf" not in kind:
+        exported = find_target(path)
+        model_class = exported.model_class
+        base = exported.section if kind == "lora" else base  # how it is quantized too
     return CardSubject(kind, path, facts, base, model_class, recipe, run, *outcome, certificate)
 
 
@@ -176,12 +181,17 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
     result = run.get("result") or {}
     before, after = (result.get(f"eval_{when}") or {} for when in ("before", "after"))
     license_of_base = _license(base, hub_id)
+    config = subject.directory / "config.json"  # of a merged export
+    config = config if config.is_file() else _file_of_base(base, hub_id, "config.json")
+    stored = (try_read_json(config) or {}).get("architectures") or [""]
+    architecture = get_text(run, "model", "architecture") or str(stored[0])
+    auto = model_class.of_published([architecture]).auto
 
     front: dict[str, Any] = {}
     if hub_id is not None:
         front = {"base_model": hub_id, "base_model_relation": _KINDS[kind].relation}
     front["library_name"] = _KINDS[kind].library
-    front["pipeline_tag"] = _PIPELINES[model_class.auto]
+    front["pipeline_tag"] = _PIPELINES[auto]
     front["tags"] = ["qvera", str(facts["method"])]
     front |= license_of_base
     if datasets := [path for path in sources if path and is_hub_id(path)]:
@@ -221,7 +231,10 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         kind=kind,
         repo=place,
         base=base_name,
-        auto=model_class.auto,
+        auto=auto,
+        # nothing is said of how an adapter of other tools wants its base
+        base_quantization=base.quantization if "quantization" in base.model_fields_set else "none",
+        double_quant=base.double_quant,
         gguf=next((file.name for file in sorted(subject.directory.glob("*.gguf"))), "model.gguf"),
         is_lora=is_lora,
         is_ours=kind == "adapter" and facts.get("peft_type") == PEFT_TYPE,
@@ -234,21 +247,27 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         changes_weights=changes_weights,
         served=served,
         vllm_ranks=VLLM_RANKS,
-        has_gguf=has_answers and (run.get("model") or {}).get("architecture") in (None, *FAMILIES),
+        has_gguf=has_answers and architecture in ("", *FAMILIES),
         scores=list(_score_tables(subject, before, after)),
         training={} if recipe is None else _training(subject, recipe, sources),
         license=license_of_base.get("license_name") or license_of_base.get("license"),
     )
 
 
+def _file_of_base(base: ModelSection, hub_id: str | None, name: str) -> Path:
+    """A file of the base, in its directory or the hub's cache, whether it exists or not."""
+    if hub_id is None:
+        return Path(resolve_path(base.path)) / name
+    found = try_to_load_from_cache(hub_id, name, revision=base.revision)
+    return Path(found) if isinstance(found, str) else Path(hub_id, name)
+
+
 def _license(base: ModelSection, hub_id: str | None) -> dict[str, str]:
-    """Read the license from the base's own card, in its directory or the hub's cache; {} if there is none."""
-    found: Any = Path(resolve_path(base.path)) / "README.md"
-    if hub_id is not None:
-        found = try_to_load_from_cache(hub_id, "README.md", revision=base.revision)
-    if not isinstance(found, (str, Path)) or not Path(found).is_file():
+    """Read the license from the base's own card; {} if there is none."""
+    card = _file_of_base(base, hub_id, "README.md")
+    if not card.is_file():
         return {}
-    _, _, rest = Path(found).read_text(encoding="utf-8", errors="replace").partition("---\n")
+    _, _, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:
         tree = yaml.safe_load(rest.partition("\n---")[0])
     except yaml.YAMLError:
@@ -266,7 +285,10 @@ def _training(subject: CardSubject, recipe: Recipe, sources: Sequence[str | None
         "template": None if subject.model_class.has_own_head else data.get("template"),
         "method": facts["method"],
         "rank": facts.get("rank"),
-        "adapted linears": ", ".join(targets) if isinstance(targets, list) else targets,
+        # a model that takes images has the whole name of each linear, for its tower has linears of the same names
+        "adapted linears": ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+        if isinstance(targets, list)
+        else targets,
         "base held in": recipe.model.quantization,
         "learning rate": training.learning_rate,
         "schedule": training.lr_scheduler_type,

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from qvera.cli.main import main
 from qvera.config.schema import load_recipe
-from qvera.evaluation.load import find_target
+from qvera.evaluation.load import find_target, open_run
 from qvera.exporting import card
 from qvera.exporting.card import files_of, find_subject, model_card
 from qvera.serve.store import AdapterStore
 from qvera.training.trainer import train
 from qvera.utils.errors import InputError
 from qvera.utils.files import file_sha256
+from tests.image_text import IMAGE_FAMILIES, image_rows
 from tests.many_adapters import write_run
 
 pytestmark = pytest.mark.process
@@ -93,7 +95,44 @@ def test_what_the_base_and_the_scores_say_is_taken_over(run: Path, monkeypatch: 
     monkeypatch.setattr(card, "try_to_load_from_cache", lambda *_, **__: str(copy / "README.md"))
     front, text = written(run)
     assert (front["base_model"], front["base_model_relation"]) == ("meta/base", "adapter")
-    assert "from_pretrained('meta/base')" in text and front["license_name"] == "small"
+    assert "from_pretrained('meta/base', quantization_config=quantized)" in text and front["license_name"] == "small"
+
+
+def test_what_the_card_tells_peft_to_load_is_the_adapter_on_the_base_of_its_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, text = written(run, "--repo", "anna/orders")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    (run.parent / "tiny-llama").symlink_to(load_recipe(run / "recipe.yaml").model.path)
+    shutil.copytree(run / "adapter", run.parent / "anna" / "orders")
+    monkeypatch.chdir(run.parent)
+    loaded, packed = dict[str, Any](), list[Any]()
+    exec(code, loaded)
+    for model in (loaded["model"], opened := open_run(run).model):
+        weights = [weight for name, weight in model.named_parameters() if "_proj" in name and name.endswith("weight")]
+        packed.append([weight.view(torch.uint8).flatten().tolist() for weight in weights])
+    assert packed[0] == packed[1] and len(packed[0]) == 14
+    assert loaded["model"].peft_config["default"].rank == opened.peft_config["default"].rank
+
+
+def test_a_base_that_takes_images_is_named_by_its_class_and_its_linears_by_short_names(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    base, rows = IMAGE_FAMILIES["gemma3"].write(tmp_path / "base"), image_rows(tmp_path, 6)
+    recipe = make_recipe(
+        model={"path": str(base), "quantization": "none"},
+        data={"path": str(rows), "eval_fraction": 0.0, "max_length": 256},
+        training={"max_steps": 1, "sample_count": 0},
+    )
+    train(recipe, tmp_path / "run")
+    alone = Path(shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "alone"))
+    assert main(["export", str(alone), str(tmp_path / "merged"), "--no-compare"]) == 0
+    for path in (tmp_path / "run", alone, tmp_path / "merged"):
+        front, text = written(path)
+        assert front["pipeline_tag"] == "image-text-to-text" and "AutoModelForImageTextToText.from_pretrained" in text
+        assert "AutoModelForCausalLM" not in text and "BitsAndBytesConfig" not in text
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert section(written(tmp_path / "run")[1], "Training")["adapted linears"] == [names]
 
 
 def test_the_rows_of_exact_match_are_no_score_of_their_own(run: Path) -> None:
