@@ -238,8 +238,8 @@ class ImageTextProcessor:
         token = self.processor.image_token
         if text.count(token) != len(images):
             raise InputError(
-                f"{source}: its text has {text.count(token)} places for images ({token}), and the row has "
-                f"{len(images)} images. Take {token} out of the texts, or name a data.template that writes images."
+                f"{source}: its text has {text.count(token)} places for images ({token}), and {len(images)} images are "
+                f"given. Take {token} out of the texts; if none has it, the chat template writes no images: name another."
             )
         try:
             found = self.processor(text=[text], images=[pictures], return_text_replacement_offsets=True)
@@ -411,5 +411,5 @@ def read_image(value: Any, where: str, directory: Path, is_encoded: bool = False
         try:
             return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
         except binascii.Error as error:
-            raise InputError(f"{where}: the image is no base64 ({error}). Fix the row, or remove it.") from None
+            raise InputError(f"{where}: the image is no base64 ({error}). Replace it, or remove it.") from None
     return str((directory / Path(value).expanduser()).absolute())

@@ -138,9 +138,9 @@ BAD = {
     ),
     "a place in the text": (
         asked({"type": "image", "image": "cat.png"}, {"type": "text", "text": "<|image_pad|>"}), {},
-        r"has 2 places for images \(<\|image_pad\|>\), and the row has 1",
+        r"has 2 places for images \(<\|image_pad\|>\), and 1 images are given",
     ),
-    "a place without an image": (asked({"type": "text", "text": "<|image_pad|>"}), {}, "has 1 places .* the row has 0"),
+    "a place without an image": (asked({"type": "text", "text": "<|image_pad|>"}), {}, "has 1 places .* 0 images are given"),
     "a template of text": (asked({"type": "image", "image": "cat.png"}), {"template": "chatml"}, r"the chat template \(chatml\) refuses the row"),
     "a base of text": (asked({"type": "image", "image": "cat.png"}), {"by": small_tokenizer()}, "this base is taken for text"),
     "too long": (asked({"type": "image", "image": "cat.png"}), {"max_length": 14}, "no training row is left"),

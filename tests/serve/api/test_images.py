@@ -18,7 +18,9 @@ from qvera.evaluation.generate import PromptWriter, end_tokens, generate
 from qvera.models.loader import load_base
 from qvera.serve.api.access import DEFAULTS
 from qvera.serve.api.app import create_app
+from qvera.serve.api.schemas import ChatBody
 from qvera.serve.api.service import Service
+from qvera.utils.errors import InputError
 from tests.image_text import IMAGE_FAMILIES, picture
 from tests.serve.api.conftest import Served
 from tests.serve.command import running
@@ -79,6 +81,24 @@ def test_what_is_no_image_is_a_clear_error(part: Any, message: str, served: Serv
     said = served.post("/v1/chat/completions", {"model": "tiny", "messages": messages})
     assert said.status_code == 400
     assert message in said.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"type": "text", "text": "a <|image_pad|>"}, r"has 2 places for images .*, and 1 images are given"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,%%"}}, "the image is no base64"),
+    ],
+)
+def test_a_fault_among_the_images_of_a_request_is_not_told_as_one_of_a_row(part: Any, why: str, tmp_path: Path) -> None:
+    directory = IMAGE_FAMILIES["qwen3_vl"].write(tmp_path / "base")
+    tokenizer = load_base(ModelSection(path=str(directory), compute_dtype="float32")).tokenizer
+    writer = PromptWriter(resolve_template("auto", tokenizer), Encoder(tokenizer))
+    asked = shown(1)
+    asked[0]["content"].append(part)
+    with pytest.raises(InputError, match=why) as refused:
+        writer.ids(ChatBody(model="base", messages=asked).turns())
+    assert "row" not in str(refused.value)
 
 
 def test_a_body_beyond_the_limit_is_refused(start: Callable[..., Served]) -> None:
