@@ -239,7 +239,7 @@ class ImageTextProcessor:
         if text.count(token) != len(images):
             raise InputError(
                 f"{source}: its text has {text.count(token)} places for images ({token}), and {len(images)} images are "
-                f"given. Take {token} out of the texts; if none has it, the chat template writes no images: name another."
+                f"given. Take {token} out of the texts; if none has it, name a template that writes images."
             )
         try:
             found = self.processor(text=[text], images=[pictures], return_text_replacement_offsets=True)

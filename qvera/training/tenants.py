@@ -41,7 +41,7 @@ from qvera.adapters.methods import Source, method_of
 from qvera.adapters.methods.lora import Lora
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import named_vectors, save_adapter
-from qvera.config.sections import AdapterSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.checkpointing import draws_random_numbers
 from qvera.models.structure import beside_the_layers
 from qvera.training.checkpoint import read_state, write_state
@@ -100,6 +100,7 @@ class TenantSettings:
     """Limits of `Tenants`."""
 
     directory: Path  # for models that are paged out; what an earlier server left there is deleted
+    base_section: ModelSection | None = None  # how the base was opened, which adapters keep
     device_bytes: int = 2 * 2**30  # of all banks; a bank takes half of it at most, but always has a slot
     host_bytes: int = 4 * 2**30  # of models that are in no slot; further ones are in files
     pass_tokens: int = 2048  # padding included; a longer row has a pass of its own
@@ -183,7 +184,8 @@ class _Pool:
         self.bank: AdapterBank = self.lent.make_bank(slots)
         factors = dict.fromkeys(self.bank.layout.columns, 1.0 if self.shape.is_lora else VERA_RATE_FACTOR)
         self.adamw, self.pending = BankAdamW(self.bank, factors), torch.zeros_like(self.bank.gradients)
-        self.trained = {"first": self.adamw.first, "second": self.adamw.second, "pending": self.pending}
+        moments = {"first": self.adamw.first, "second": self.adamw.second}
+        self.rows = {"vectors": self.bank.vectors, **moments, "pending": self.pending}
         self.residents: list[_Model | None] = [None] * slots
 
     def start(self, seed: int) -> Tensor:
@@ -251,8 +253,7 @@ class Tenants:
             if "shape" not in state or state.get("base") != self._base.facts.get("fingerprint"):
                 raise InputError(f"{file}: is no model's state, or one of another base. Give another one.")
             pool = self._pool(ModelShape(*state["shape"]))
-            sizes = {"vectors": pool.bank.numbers} | dict.fromkeys(pool.trained, pool.bank.trained_numbers)
-            if any(tensor.shape != (sizes.get(name),) for name, tensor in tensors.items()):
+            if any(name not in pool.rows or one.shape != pool.rows[name].shape[1:] for name, one in tensors.items()):
                 raise InputError(f"{file}: its tensors are not those of a model of this base. Give another one.")
             self._pack(model, tensors if with_optimizer else {"vectors": tensors["vectors"]})
             model.pool, model.steps = pool, state["steps"] if with_optimizer else 0
@@ -329,11 +330,10 @@ class Tenants:
 
     def _take(self, model_id: str, call: _Call, owner: str | None) -> None:
         """Queue a call of a model. With an owner, the call makes the model."""
-        model = self._models.get(model_id)
-        if model is None and owner is None:
+        if owner is not None:
+            self._models.setdefault(model_id, _Model(model_id, owner))
+        if (model := self._models.get(model_id)) is None:
             return call.done(CallFailed(f"The model {model_id} is not there: it was never made, or removed."))
-        if model is None:
-            model = self._models[model_id] = _Model(model_id, str(owner))
         model.calls.append(call)
         self._busy[model_id] = model
 
@@ -495,7 +495,8 @@ class Tenants:
         if shape not in self._pools:
             about = {"method": shape.method, "rank": shape.rank, "targets": self._targets(shape.targets)}
             section = AdapterSection.model_validate(about | ({"alpha": LORA_ALPHA} if shape.is_lora else {}))
-            self._pools[shape] = _Pool(shape, LentBank(self._base, f"__{'-'.join(map(str, shape))}__", section))
+            name, opened = f"__{'-'.join(map(str, shape))}__", self._settings.base_section
+            self._pools[shape] = _Pool(shape, LentBank(self._base, name, section, base_section=opened))
         return self._pools[shape]
 
     def _targets(self, targets: str) -> str | list[str]:
@@ -549,8 +550,8 @@ class Tenants:
             # rather a model without calls, and of these the one that was used longest ago
             self._page_out(min(idle, key=lambda one: (bool(one.calls), one.used)))
         tensors, slot = self._tensors(model), pool.residents.index(None)
-        pool.bank.put(slot, tensors["vectors"])
-        for name, rows in pool.trained.items():
+        pool.bank.gradients[slot].zero_()  # a model that was removed in the middle of a call leaves some
+        for name, rows in pool.rows.items():
             rows[slot].copy_(tensors[name] if name in tensors else torch.zeros(()))  # zeros were not kept
         pool.adamw.steps[slot] = model.steps
         pool.residents[slot], model.slot = model, slot
@@ -595,6 +596,5 @@ class Tenants:
             return model.packed
         if model.file is not None:
             return load_file(model.file)
-        slot, rows = model.slot, {"vectors": model.pool.bank.vectors} | model.pool.trained
-        held = {name: each[slot].detach() for name, each in rows.items()}  # what is zero needs no room
+        held = {name: rows[model.slot].detach() for name, rows in model.pool.rows.items()}  # zeros need no room
         return {name: row.to("cpu", copy=True) for name, row in held.items() if name == "vectors" or row.any()}

@@ -111,7 +111,8 @@ def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) 
     Calls that a server before this one has promised are done. The caller makes ``tenants`` the engine's background
     work, and ends the engine first.
     """
-    base, path = served.opened.base, Path(resolve_path(served.opened.target.section.path))
+    base, section = served.opened.base, served.opened.target.section
+    path = Path(resolve_path(section.path))
     tokenizer, model = str(path.resolve() if path.is_dir() else path), base.model
     sizes = model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features
     facts = BaseFacts(
@@ -124,10 +125,10 @@ def open_tinker(directory: Path, served: Served, engine: Engine, max_rank: int) 
     )
     with disk_errors(str(directory), "Choose another --training-dir."):
         directory.mkdir(exist_ok=True)
-    tenants, settings = Tenants(base, TenantSettings(directory / "paged"), engine.wake), TinkerSettings(max_rank)
+    tenants = Tenants(base, TenantSettings(directory / "paged", section), engine.wake)
     with (
         contextlib.closing(Database(directory / "tinker.sqlite")) as database,
-        Tinker(directory, database, tenants, facts, settings) as tinker,
+        Tinker(directory, database, tenants, facts, TinkerSettings(max_rank)) as tinker,
     ):
         yield tinker
 

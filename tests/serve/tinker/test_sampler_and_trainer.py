@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qvera.adapters.adapter_file import read_config
 from qvera.serve.engine import Engine
+from qvera.serve.opening import open_served
 from qvera.serve.requests import EngineSettings, GenerationRequest, PromptScoring, Sampling
 from qvera.serve.store import AdapterStore
+from qvera.serve.tinker.tenancy import open_tinker
 from qvera.training.optim import AdamSettings
 from qvera.training.tenants import ModelShape, Tenants, TenantSettings
 from qvera.training.token_rows import TokenRow
@@ -94,3 +97,16 @@ def test_what_the_sampler_says_of_its_tokens_is_what_training_says_of_them(
     assert len(said) == 1000
     for apart in (np.array(said) - np.array(true), np.concatenate(prompts_apart)):
         assert abs(apart.mean()) < most and np.abs(apart).max() < 100 * most
+
+
+def test_an_adapter_keeps_how_its_base_was_opened(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Without that, one of a base in 16 bits would be opened in 4 bits elsewhere."""
+    served, results = open_served(str(tiny_model_dir)), list[Any]()
+    engine = Engine(served.opened.base, EngineSettings(cache_tokens=64))
+    with open_tinker(tmp_path / "tinker", served, engine, max_rank=8) as tinker:
+        tinker.tenants.create("one", "anna", SHAPES["lora-1"], 0, results.append)
+        tinker.tenants.save_adapter("one", tmp_path / "saved", results.append)
+        while tinker.tenants.has_work():
+            tinker.tenants.run_slice()
+    assert results == [None, None]
+    assert read_config(tmp_path / "saved").quantization == served.opened.target.section.quantization
