@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 
+from qvera.adapters.save_load import attach
 from qvera.cli.main import main
-from qvera.config.sections import ModelSection
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.models.hub import is_hub_id
 from qvera.models.loader import load_base
@@ -188,6 +190,20 @@ def test_of_a_base_only_the_weights_beside_its_config_are_fetched(hub: Hub, tiny
     assert base.facts["four_bit_modules"] and base.facts["fingerprint"]
     asked = "\n".join(hub.requests)
     assert "/model.safetensors" in asked and not any(name in asked for name in others)
+
+
+def test_an_adapter_of_a_revision_does_not_warn_of_the_main_branch(hub: Hub, tiny_model_dir: Path) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_model_dir.iterdir()}
+    hub.repositories["anna/base"] = dict(files)
+    section = ModelSection(path="anna/base", revision="v1")
+    base = load_base(section, torch.device("cpu"))
+    weights = bytearray(files["model.safetensors"])
+    weights[-1] ^= 1
+    hub.repositories["anna/base"]["model.safetensors"] = bytes(weights)
+    snapshot_download("anna/base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attach(base.model, AdapterSection(rank=4), "anna/base", base.facts["fingerprint"], base_section=section)
 
 
 def test_a_base_that_wants_a_token_or_leave_says_so_and_not_that_the_network_is_bad(
