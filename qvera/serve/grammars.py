@@ -9,12 +9,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvera.utils.errors import InputError, first_line
+from qvera.utils.errors import InputError, first_line, require_packages
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -134,8 +133,7 @@ class Grammars:
 
     @functools.cached_property
     def _llguidance(self) -> Any:
-        if find_spec("llguidance") is None:
-            raise InputError("The server needs the package llguidance for this: pip install 'qvera[serve]'.")
+        require_packages("serve", "llguidance", what="a JSON schema, or a call of a tool that must be made, ")
         import llguidance
 
         return llguidance

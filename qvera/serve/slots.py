@@ -243,7 +243,6 @@ class ServingBank:
         self._drop_empty()
 
     def _drop_empty(self) -> None:
-        """Free the memory of banks that have no adapter."""
         for shape in [shape for shape, slots in self._slots.items() if not slots.slots]:
             self._mixed.use([], [])  # the last pass may have used it
             del self._slots[shape]

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -61,14 +63,8 @@ class TokenTexts:
         return name if isinstance(name, str) else ""  # a row of the head that the tokenizer has no token for
 
 
-def _bytes_of_characters() -> dict[str, int]:
-    """Characters of byte-level BPE (GPT-2) → bytes: visible ones stand for themselves, others are above 255."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    unseen = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(unseen)}
-
-
-_BYTE_OF = _bytes_of_characters()
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+"""Characters of byte-level BPE (GPT-2) → bytes."""
 
 
 class TextStream:

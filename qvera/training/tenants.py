@@ -346,7 +346,6 @@ class Tenants:
         model.calls.clear()
 
     def _end(self, model: _Model, result: Any) -> None:
-        """End the oldest call of a model."""
         call = model.calls.popleft()
         if not model.calls:
             del self._busy[model.id]
@@ -384,7 +383,6 @@ class Tenants:
             return CallFailed(first_line(error), "server")
 
     def _step(self, pool: _Pool, models: Sequence[_Model]) -> None:
-        """Take the optimizer steps of models that are in slots."""
         slots = [model.slot for model in models]
         settings = [model.calls[0].settings for model in models if isinstance(model.calls[0], _OptimizerStep)]
 

@@ -134,7 +134,6 @@ class ResponsesBody(Body):
 
 
 def _content(value: str | list[ItemPart] | None) -> str | list[dict[str, Any]] | None:
-    """Return a message's content as /v1/chat/completions takes it."""
     return [_part(part) for part in value] if isinstance(value, list) else value
 
 

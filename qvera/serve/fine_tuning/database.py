@@ -131,7 +131,6 @@ class Database(SqliteFile):
         super().__init__(path, _SCHEMA, VERSION, "fine-tuning jobs", ("files", "states"))
 
     def _records(self, kind: type[R], rest: str, values: Iterable[object]) -> list[R]:
-        """Return the records that ``SELECT * FROM`` their table and ``rest`` finds."""
         return [_made(kind, row) for row in self.rows(f"SELECT * FROM {_TABLES[kind]} {rest}", values)]
 
     def _page(

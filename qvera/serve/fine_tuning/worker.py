@@ -175,7 +175,6 @@ class Worker:
         self._events.append(Event(job.id, f"{text}: {run.steps:,} steps over {len(run.rows.train):,} rows"))
 
     def _train(self) -> None:
-        """Train all jobs with a slot for one slice."""
         # jobs that have ended are still here while a full disk keeps their adapters from being written
         began, training = self._clock(), [one for one in self._trained.values() if not one.run.has_ended]
         try:
@@ -278,7 +277,6 @@ class Worker:
         self._let_go(trained)
 
     def _let_go(self, trained: Trained) -> None:
-        """Free a job's slot."""
         self._trainer.end(trained.run)
         self._trained.pop(trained.job.id, None)
 

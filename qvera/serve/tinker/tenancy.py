@@ -209,7 +209,6 @@ class Tinker:
         self.tenants.remove(models, lambda _: self.put(partial(remove_remains, directories)))
 
     def _write_end(self, session_id: str, models: list[str]) -> None:
-        """Write down that a session has ended with its models."""
         for model in models:
             self._end_model(model, "The session has ended.")
         # the session last: after a kill before that it is still live, and ends once more
