@@ -33,7 +33,7 @@ from qvera.adapters.projection import require_same_pairs
 from qvera.config import plugins
 from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
-from qvera.models.hub import fingerprint_of
+from qvera.models.hub import fingerprint_of, local_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS, put_token_rows, save_token_rows
 from qvera.utils.errors import InputError, first_line
@@ -90,7 +90,7 @@ def attach(
         config.task_type = None if model_class.reads_images else "SEQ_CLS"  # type: ignore[assignment]
         config.format_version = max(config.format_version, LABELS_VERSION)
     if section.init_from is not None:
-        theirs = read_config(Path(resolve_path(section.init_from)))
+        theirs = read_config(local_directory(Path(resolve_path(section.init_from))))
         # tensor shapes and scales depend on these, a recipe has no key for them, and PEFT's LoRAs may have them
         for field in ("rank_pattern", "alpha_pattern"):
             setattr(config, field, getattr(theirs, field, {}))
@@ -144,11 +144,11 @@ def check_start(section: AdapterSection, base: ModelSection) -> None:
 
 
 def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:
-    """Copy the vectors of the adapter directory ``init_from`` into a fresh adapter of that config.
+    """Copy the vectors of ``init_from``, a directory or hub id of an adapter, into a fresh adapter of that config.
 
     InputError: settings, projections, tokens or the base differ, or it is an adapter of PEFT's own VeRA.
     """
-    directory, (theirs, vectors) = Path(resolve_path(init_from)), _read_start(config, init_from)
+    theirs, vectors = _read_start(config, init_from)
     seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
     of_model = {"labels": "labels", "problem_type": "problem_type"}
     _require_equal(theirs, config, init_from, of_model | (_PROJECTIONS if seeded else {}))
@@ -159,6 +159,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
         raise InputError(f"adapter.init_from: {init_from}: {error}") from None
     require_tokens(theirs, init_from, config.added_tokens)
     if config.added_tokens:
+        directory = local_directory(Path(resolve_path(init_from)))
         put_token_rows(peft_model.get_base_model(), config.added_tokens, directory)
     load_vectors(peft_model, vectors, init_from, adapter)
 
@@ -167,7 +168,7 @@ def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[
     """Read the adapter that a run starts from, and compare it as far as the recipe alone decides."""
     directory = Path(resolve_path(init_from))
     try:
-        theirs, vectors = read_adapter(directory)
+        theirs, vectors = read_adapter(local_directory(directory))
     except InputError as error:
         moved = " A run that goes on needs it too: where it has moved, write that into the run's recipe.yaml."
         recipe = directory.parent / RECIPE_FILE

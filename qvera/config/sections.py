@@ -76,9 +76,9 @@ class AdapterSection(Section):
     """LoRA+ (arXiv 2402.12354): the learning rate of B as a multiple of ``training.learning_rate``, which is that of A.
     The paper uses 16."""
     init_from: str | None = None
-    """An adapter directory whose tensors to start from. It must have the same base model, method, rank and targets, and
-    the same other keys of its method (such as b_groups, magnitude or alpha). Where A and B are drawn from the
-    seed, that must be the same too."""
+    """The directory or hub id (``user/name``) of an adapter whose tensors to start from. It must have the same base
+    model, method, rank and targets, and the same other keys of its method (such as b_groups, magnitude or alpha). Where
+    A and B are drawn from the seed, that must be the same too."""
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield keys that contradict each other."""

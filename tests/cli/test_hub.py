@@ -12,14 +12,17 @@ import pytest
 import torch
 from huggingface_hub import constants, snapshot_download
 
-from qvera.adapters.save_load import attach
+from qvera.adapters.adapter_file import read_adapter
+from qvera.adapters.save_load import attach, check_start, named_vectors
 from qvera.cli.main import main
+from qvera.config.schema import load_recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.evaluation.run_info import directory_facts
 from qvera.models.hub import is_hub_id
 from qvera.models.loader import load_base
 from qvera.serve import opening
 from qvera.training.trainer import train
+from qvera.utils.errors import InputError
 from tests.hub_server import Hub, hub_server
 
 pytestmark = pytest.mark.process
@@ -204,6 +207,18 @@ def test_an_adapter_of_a_revision_does_not_warn_of_the_main_branch(hub: Hub, tin
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach(base.model, AdapterSection(rank=4), "anna/base", base.facts["fingerprint"], base_section=section)
+
+
+def test_a_training_begins_with_an_adapter_of_the_hub(hub: Hub, trained_run: Path) -> None:
+    hub.repositories["anna/orders"] = {path.name: path.read_bytes() for path in (trained_run / "adapter").iterdir()}
+    recipe = load_recipe(trained_run / "recipe.yaml", of_a_run=True)
+    model, start = load_base(recipe.model).model, recipe.adapter.replace(init_from="anna/orders")
+    vectors = read_adapter(trained_run / "adapter")[1]
+    begun = named_vectors(attach(model, start, recipe.model.path, base_section=recipe.model))
+    assert begun.keys() == vectors.keys() and all(torch.equal(begun[name], vectors[name]) for name in vectors)
+    check_start(start, recipe.model)
+    with pytest.raises(InputError, match=r"adapter\.init_from: anna/none: no such directory here.* Nor has the hub"):
+        check_start(recipe.adapter.replace(init_from="anna/none"), recipe.model)
 
 
 def test_a_base_that_wants_a_token_or_leave_says_so_and_not_that_the_network_is_bad(
