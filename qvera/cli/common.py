@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperOption
 
 from qvera.config.sections import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError, near_path
-from qvera.utils.files import NO_SPACE, no_directory, plain_json, refuse_runs, runs_in
+from qvera.utils.files import NO_SPACE, plain_json, refuse_runs, runs_in
 from qvera.utils.progress import Phase
 
 
@@ -138,7 +138,7 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
 
     ``target``: a run, an adapter directory or its hub id, an export, or with ``takes_bases`` a base too.
     """
-    from qvera.evaluation.named_adapters import adapters_root, require_all_named
+    from qvera.evaluation.named_adapters import adapters_root, kind_of, require_all_named
 
     run = Path(target)
     if re.match(r"\w+:/|[\w.-]+:\d+(/|$)", str(target)) and not run.exists():
@@ -150,9 +150,10 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
     is_nowhere = not run.exists() and run.parent.exists()  # so it is no id of the hub
     if takes_bases and is_nowhere:  # whose loader says more, unless a run is meant
         is_nowhere = Path("runs", run.name).is_dir() or near_path(run, runs_in(run.parent)) is not None
-    if run.is_file() or is_nowhere:
-        raise InputError(f"{no_directory(run)} Expected a run, an adapter directory or an exported checkpoint.")
-    refuse_runs(run)
+    if takes_bases and run.is_dir():  # a base may be anything else
+        refuse_runs(run)
+    elif run.exists() or is_nowhere:
+        kind_of(run)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)
 

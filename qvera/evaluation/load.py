@@ -23,6 +23,7 @@ from qvera.config.sections import ModelSection
 from qvera.data import NAMED_TEMPLATES, Datasets, Labels, data_sha256
 from qvera.evaluation.named_adapters import (
     adapters_root,
+    kind_of,
     name_of,
     named_directories,
     refuse_name,
@@ -30,7 +31,7 @@ from qvera.evaluation.named_adapters import (
     require_named,
     run_of,
 )
-from qvera.evaluation.run_info import GGUF_KINDS, load_run_recipe, read_certificate
+from qvera.evaluation.run_info import load_run_recipe, read_certificate
 from qvera.models import loader
 from qvera.models.hub import base_directory, local_directory
 from qvera.models.model_class import CAUSAL_LM, REGRESSION, ModelClass, stored_class
@@ -45,9 +46,7 @@ from qvera.utils.files import (
     CHAT_TEMPLATE,
     RECIPE_FILE,
     file_sha256,
-    no_directory,
     read_json,
-    refuse_runs,
     resolve_path,
     try_read_json,
 )
@@ -144,8 +143,7 @@ def find_target(
     InputError: it is none of these, it has no adapter of this name, or the recipe can't be read.
     """
     path = local_directory(path)
-    if not path.is_dir():
-        raise InputError(f"{no_directory(path)} Expected a run, an adapter directory or an exported checkpoint.")
+    kind = kind_of(path)
     given, run = None, None
     if recipe is not None:
         run = recipe if recipe.is_dir() else None
@@ -154,33 +152,26 @@ def find_target(
             raise InputError(f"--recipe {recipe}: expected a recipe file, or a run directory with {RECIPE_FILE} in it.")
         given = load_recipe(file, of_a_run=run is not None)
         given = given if run is None else with_base_found(given, run / "adapter")
-    # A directory is tried as: several adapters, a run, an adapter, an export, any other checkpoint.
-    if (root := adapters_root(path)) is not None:
-        if name is None and not needs_name and (found := next(iter(named_directories(root).values()), None)):
+    if kind == "many":
+        directories = named_directories(adapters_root(path) or path)
+        if name is None and not needs_name and (found := next(iter(directories.values()), None)):
             return dataclasses.replace(_adapter_target(found, given, run), path=path, name=None)
         return dataclasses.replace(_adapter_target(require_named(path, name), given, run, name), path=path)
     refuse_name(path, name)
-    if (path / RECIPE_FILE).is_file():
+    if kind == "run":
         own = with_base_found(load_run_recipe(path), path / "adapter")
         return Artifact(path, "a run", own.model, path / "adapter", given or own, run if given else path)
-    if (path / ADAPTER_CONFIG).is_file():
+    if kind in ("adapter", "lora"):
         return _adapter_target(path, given, run)
-    if not (path / "config.json").is_file():
-        refuse_runs(path)
-        if (kind := str((try_read_json(path / CERTIFICATE) or {}).get("kind"))) in GGUF_KINDS:
-            certificate = read_certificate(path)
-            raise InputError(
-                f"{path}: is an export to {kind}, which llama.cpp and Ollama open. For qvera name what "
-                f"it was exported from, {certificate['adapter']['path']}."
-            )
-        raise InputError(
-            f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor an "
-            "exported checkpoint (no config.json)."
-        )
     section = ModelSection(path=str(path), quantization="none")
-    if not (path / CERTIFICATE).is_file():
+    if kind == "checkpoint":
         return Artifact(path, "a checkpoint", section, None, given, run)
     certificate = read_certificate(path)
+    if kind != "merged":
+        raise InputError(
+            f"{path}: is an export to {kind}, which llama.cpp and Ollama open. For qvera name what "
+            f"it was exported from, {certificate['adapter']['path']}."
+        )
     exported, name = Path(certificate["adapter"]["path"]), None
     if given is None and (beside := run_of(exported)) is not None:  # it is still there, with the same adapter
         weights = exported / ADAPTER_WEIGHTS

@@ -1,4 +1,4 @@
-"""Find adapters by name, in a run that trained several or in a directory of adapters, without reading them.
+"""What a directory is, and adapters by name in a run that trained several or in a directory of adapters.
 
 Names are those of the data; directory names are escaped (`qvera.utils.adapter_names`). Imports neither torch nor PEFT.
 """
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from qvera.evaluation.report.read import entry_of
 from qvera.utils.adapter_names import shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
-from qvera.utils.files import ADAPTER_CONFIG, ADAPTERS, RECIPE_FILE, try_read_json
+from qvera.utils.files import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
+    CERTIFICATE,
+    RECIPE_FILE,
+    no_directory,
+    refuse_runs,
+    try_read_json,
+)
 
 if TYPE_CHECKING:
     from qvera.data import Datasets
@@ -29,6 +37,47 @@ _NOT_SAVED = {
     "no_rows": "it had no rows left to train on",
 }
 """Statuses of run.json whose adapters have no directory."""
+
+
+def kind_of(path: Path) -> str:
+    """What a directory is: the one decision that all commands share.
+
+    ``many`` (a run that trained several adapters, or a directory of adapters), ``run``, ``adapter``, ``checkpoint`` (a
+    base), or the kind of an export, as its certificate names it: ``lora``, ``merged``, ``gguf``, ``gguf-lora``.
+
+    InputError: it is none of these.
+    """
+    if not path.is_dir():
+        raise InputError(f"{no_directory(path)} Expected a run, an adapter directory or an exported checkpoint.")
+    if adapters_root(path) is not None:
+        return "many"
+    if (path / RECIPE_FILE).is_file():
+        return "run"
+    is_export, certificate = (path / CERTIFICATE).is_file(), try_read_json(path / CERTIFICATE) or {}
+    exported, format_number = str(certificate.get("kind", "merged")), certificate.get("format", 1)
+    if (path / ADAPTER_CONFIG).is_file():
+        return "lora" if exported == "lora" else "adapter"
+    if format_number != 1 or exported not in ("merged", "gguf", "gguf-lora"):
+        raise InputError(
+            f"{path / CERTIFICATE}: has kind {exported!r} in format {format_number!r}, which this qvera does not know. "
+            "A newer one may have written it: update qvera."
+        )
+    if exported != "merged":
+        return exported
+    if (path / "config.json").is_file():
+        return "merged" if is_export else "checkpoint"
+    refuse_runs(path)
+    raise InputError(
+        f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor an "
+        "exported checkpoint (no config.json)."
+    )
+
+
+def no_adapter_in(path: Path) -> InputError:
+    """The error about a base where an adapter is needed."""
+    return InputError(
+        f"{path}: is a checkpoint that no adapter was merged into. Expected a run, an adapter directory or an export."
+    )
 
 
 def adapters_root(path: Path) -> Path | None:

@@ -6,10 +6,18 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from qvera import __version__
 from qvera.config import plugins
 from qvera.config.schema import Recipe, load_recipe
-from qvera.evaluation.named_adapters import adapters_root, named_directories, refuse_name, require_named
-from qvera.evaluation.report.read import REPLACED, entry_of, get, is_replaced, status_of
+from qvera.evaluation.named_adapters import (
+    adapters_root,
+    kind_of,
+    named_directories,
+    no_adapter_in,
+    refuse_name,
+    require_named,
+)
+from qvera.evaluation.report.read import REPLACED, entry_of, get, get_text, is_replaced, status_of
 from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
 from qvera.utils.files import (
@@ -20,9 +28,7 @@ from qvera.utils.files import (
     RECIPE_FILE,
     RUN_OWNER,
     file_sha256,
-    no_directory,
     read_json,
-    refuse_runs,
     try_read_json,
 )
 from qvera.utils.safetensors_io import own_facts, unreadable_error
@@ -31,7 +37,7 @@ _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", 
 """Last parts of the names of tensors that are not trained."""
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
-_LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}  # the same for a LoRA in a GGUF file
+_LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}  # the same for a LoRA
 GGUF_KINDS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
 """Kind in the certificate → what people call it; any other kind is a merged checkpoint."""
 
@@ -47,21 +53,15 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
     InputError: it is none of these, it has no adapter of this name, or a file is damaged.
     """
     path = local_directory(Path(path))
-    if not path.is_dir():
-        raise InputError(f"{no_directory(path)} Expected a run, an adapter directory or a merged export of qvera.")
-    root, is_run = adapters_root(path), (path / RECIPE_FILE).is_file()
+    kind, root = kind_of(path), adapters_root(path)
     if root is None:
         refuse_name(path, name)
-    if root is None and not is_run:
-        if (path / ADAPTER_CONFIG).is_file():
-            return {"kind": "adapter", "path": str(path), **_adapter(path)}
-        if (path / CERTIFICATE).is_file():
-            return _export(path)
-        refuse_runs(path)
-        raise InputError(
-            f"{path}: is neither a run (it has no {RECIPE_FILE}) nor an adapter directory (no {ADAPTER_CONFIG}) nor a "
-            f"merged export (no {CERTIFICATE})."
-        )
+    if kind == "checkpoint":
+        raise no_adapter_in(path)
+    if kind in ("adapter", "lora"):
+        return {"kind": "adapter", "path": str(path), **_adapter(path)}
+    if kind not in ("run", "many"):
+        return _export(path)
     summary = path / "run.json"
     run = read_json(summary, "the summary of a run") if summary.is_file() else {}
     listed = run["adapters"] if isinstance(run.get("adapters"), list) else []
@@ -73,7 +73,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
             return {**facts, "replaced": REPLACED}
         return facts | {key: value for key, value in own.items() if key not in ("name", "directory", "sha256")}
     facts = {"kind": "run" if root is None else "directory of adapters", "path": str(path)}
-    if is_run:
+    if (path / RECIPE_FILE).is_file():
         recipe = load_run_recipe(path)
         about = {"base": recipe.model.path, "base_revision": recipe.model.revision}
         facts["quantization"] = recipe.model.quantization
@@ -99,9 +99,17 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
 
 def load_run_recipe(path: Path) -> Recipe:
     """The recipe of a run that has an adapter. InputError: it can't be read, or has no adapter yet."""
-    recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
+    run = try_read_json(path / "run.json") or {}
+    try:
+        recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
+    except InputError as error:
+        if (writer := get_text(run, "versions", "qvera")) in ("", __version__):
+            raise
+        raise InputError(
+            f"{error}\nqvera {writer} wrote this run, and this is {__version__}. If that is newer, update qvera."
+        ) from None
     if not (path / "adapter").is_dir() and not (path / ADAPTERS).is_dir():
-        finish, run = "Finish", try_read_json(path / "run.json") or {}
+        finish = "Finish"
         if status_of(run) == "running" and (holder := try_read_json(path / RUN_OWNER)):
             who = f"Process {holder.get('pid')} on {holder.get('host')}"
             finish = f"{who} trains it: wait for it. If that is gone, finish"
@@ -162,10 +170,10 @@ def _adapter(directory: Path) -> dict[str, Any]:
 
 
 def read_certificate(directory: Path) -> dict[str, Any]:
-    """The certificate of a merged export, or of a LoRA in a GGUF file. InputError: it is damaged."""
+    """The certificate of a merged export, or of a LoRA. InputError: it is damaged."""
     file, what = directory / CERTIFICATE, "the certificate of a merged export"
     fix = "Export again, or remove it to have the directory taken for a plain checkpoint."
-    is_lora = (try_read_json(file) or {}).get("kind") == "gguf-lora"
+    is_lora = (try_read_json(file) or {}).get("kind") in ("lora", "gguf-lora")
     texts: dict[str, tuple[str, ...]] = _LORA_TEXTS if is_lora else _CERTIFICATE_TEXTS
     certificate = read_json(file, what, tuple(texts), fix)
     for section, keys in texts.items():

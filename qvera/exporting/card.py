@@ -23,20 +23,19 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.data import NAMED_TEMPLATES
 from qvera.evaluation.load import Artifact, adapter_sha256, find_target, template_beside, template_name
+from qvera.evaluation.named_adapters import kind_of, no_adapter_in
 from qvera.evaluation.report.read import entry_of, get, get_number, get_text, is_replaced
-from qvera.evaluation.run_info import directory_facts
+from qvera.evaluation.run_info import directory_facts, read_certificate
 from qvera.exporting.compare import rows_name
 from qvera.exporting.gguf_metadata import FAMILIES
 from qvera.exporting.lora import VLLM_RANKS
-from qvera.models.hub import is_hub_id
+from qvera.models.hub import is_hub_id, local_directory
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.tokenizer import ADDED_ROWS
 from qvera.utils import formatting
-from qvera.utils.errors import InputError
 from qvera.utils.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CERTIFICATE,
     CHAT_TEMPLATE,
     file_sha256,
     read_json,
@@ -109,16 +108,15 @@ class CardSubject(NamedTuple):
 
 def find_subject(path: Path, name: str | None = None) -> CardSubject:
     """Find out what a directory to share is: a run, an adapter, or an export. InputError: it is none of these."""
-    certificate = try_read_json(path / CERTIFICATE) or {}
-    kind = certificate.get("kind", "adapter")
-    if kind not in _KINDS or not isinstance(certificate.get("adapter"), dict):
-        kind = "adapter"
-    if kind == "adapter":
+    path = local_directory(path)
+    kind = kind_of(path)
+    if kind in ("many", "run", "adapter", "checkpoint"):
         target, run = _find(path, name)
         if target.adapter is None:
-            raise InputError(f"{path}: is a checkpoint that no adapter was merged into. Expected a run, or an export.")
+            raise no_adapter_in(path)
         about = directory_facts(target.adapter), target.section, target.model_class, target.recipe, run
-        return CardSubject(kind, target.adapter, *about, *_outcome(target), {})
+        return CardSubject("adapter", target.adapter, *about, *_outcome(target), {})
+    certificate = read_certificate(path)
     weights = Path(certificate["adapter"]["path"]) / ADAPTER_WEIGHTS
     base = ModelSection(path=certificate["base"]["path"], revision=certificate["base"].get("revision"))
     facts, recipe, run = dict(certificate["adapter"]), None, dict[str, Any]()

@@ -201,7 +201,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "a prompt for a file": ('generate run "A shawl in DK yarn"', "A prompt itself goes to --prompt."),
     "unknown kind of model": (TRAIN, "a transformers that knows this", change("model/config.json", model_type="new")),
     "file for a run": ("info rows.jsonl", "rows.jsonl: is a file, not a directory"),
-    "neither run nor adapter": ("info model", "is neither a run"),
+    "a base for a run": ("info model", "model: is a checkpoint that no adapter was merged into. Expected a run,"),
     "a GGUF to generate with": (
         "generate out --prompt x",
         "is an export to gguf, which llama.cpp and Ollama open. For qvera name what it was exported from, runs/my",

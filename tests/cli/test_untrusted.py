@@ -63,7 +63,7 @@ def test_values_of_other_types_are_shown_or_refused(tmp_path: Path, capsys: pyte
     export.mkdir()
     (export / "qvera_export.json").write_text('{"kind": ["gguf"]}')
     assert main(["eval", str(export)]) == 2
-    assert "is neither a run" in capsys.readouterr().err
+    assert "has kind \"['gguf']\" in format 1, which this qvera does not know." in capsys.readouterr().err
 
 
 BESIDE_A_BASE = ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "adapter_model.bin", "tokenizer.pkl")
