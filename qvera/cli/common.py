@@ -217,7 +217,7 @@ def report(command: str, error: QveraError | KeyboardInterrupt | OSError) -> int
     """Print an error; return the exit code."""
     name = f"qvera {command}".strip()
     if isinstance(error, QveraError):
-        if not error.shared or os.environ.get("RANK", "0") == "0":
+        if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":  # once on each node
             print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):

@@ -197,13 +197,23 @@ def run(command: list[str]) -> int:
 
 
 def _torchrun() -> None:
-    """torchrun, which would end in a traceback where a signal stops it."""
+    """torchrun, which would end in a traceback of its own where a signal stops it or a worker fails."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         run.main()
     except SignalException:
+        sys.exit(EXIT_FAILED)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # the others say themselves why they end
+            print(
+                f"rank {rank} was ended by {failure.signal_name()} (where RAM runs out, the system ends a process by "
+                "SIGKILL). The same command begins again, or goes on with --resume where steps were saved.",
+                file=sys.stderr,
+            )
         sys.exit(EXIT_FAILED)
 
 

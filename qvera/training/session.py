@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import heapq
 import os
 import shutil
@@ -319,9 +318,15 @@ def check_same_setup(recipe: Recipe, group: Processes, console: Console) -> None
         versions = memory.versions()
         if recipe.deepspeed is not None:
             versions["deepspeed"] = metadata.version("deepspeed")
+        of_recipe = dict[str, str]()
+        for section, value in recipe.to_dict().items():
+            keys = (
+                {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
+            )
+            of_recipe |= {key: str(one) for key, one in keys.items()}
         return {
             **{f"the version of {name}": version for name, version in versions.items()},
-            "the recipe's SHA-256": hashlib.sha256(recipe.to_yaml().encode()).hexdigest(),
+            **of_recipe,
             "the base's fingerprint (model.path)": str(fingerprint_of(recipe.model)),
         }
 

@@ -183,6 +183,20 @@ def test_a_launched_run_saves_on_sigterm_and_ends_with_75(write_recipe: Any, tmp
     assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{run['result']['steps']:08d}"]
 
 
+def test_of_a_worker_that_is_killed_one_line_is_said_and_of_one_that_failed_its_own_words_alone(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, sys\nif 'kill' in sys.argv: os.kill(os.getpid(), signal.SIGKILL)\nsys.exit('no rows')"
+    )
+    for word in ("kill", "fail"):
+        command = [sys.executable, "-m", "qvera.distributed.launch", "--standalone", "--nproc-per-node", "1"]
+        done = subprocess.run([*command, str(worker), word], env=clean_environment(), capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert ("rank 0 was ended by SIGKILL" in done.stderr and "--resume" in done.stderr) == (word == "kill")
+        assert ("no rows" in done.stderr) == (word == "fail")
+
+
 def test_a_launch_under_nohup_outlives_its_terminal() -> None:
     child = "import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(1)"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

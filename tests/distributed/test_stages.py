@@ -202,6 +202,6 @@ def test_the_adapter_of_every_stage_is_an_ordinary_one(place: TinyRuns) -> None:
 def test_processes_that_are_not_alike_are_refused_by_name(place: TinyRuns) -> None:
     for found in (rank["unlike"] for rank in place.found):
         assert found["error"] == "InputError"
-        assert "the recipe's SHA-256 is" in found["text"] and "on rank 1 (" in found["text"]
+        assert "training.learning_rate is 0.001 on rank 1 (" in found["text"]
         assert "version" not in found["text"]
     assert not (place.root / "unlike").exists()
