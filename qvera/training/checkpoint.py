@@ -211,11 +211,17 @@ _PLACES = {"model.path": "base", "model.tokenizer": "rows", "data.path": "rows",
 """Key of a recipe that names a place → which of a checkpoint's ``inputs`` is there."""
 
 
-def _without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return values that have places in them without these: rewards by name and weight, and the parts of a mixture."""
+def _without_places(recipe: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return what must stay the same of keys that name places, since what is there may have moved.
+
+    `require_same_inputs` knows base and rows by what is in them. The vectors of a start are in the checkpoint. Rewards
+    are known by name and weight.
+    """
     rewards, mixture = recipe.get("training", {}).get("reward") or {}, recipe.get("data", {}).get("mixture", [])
     weights = {rewards: 1.0} if isinstance(rewards, str) else rewards
     return {
+        **{key: None for key, what in _PLACES.items() if inputs.get(what) is not None},
+        "adapter.init_from": recipe.get("adapter", {}).get("init_from") is not None,
         "training.reward": [(text.rpartition(":")[2], weight) for text, weight in weights.items()],
         "data.mixture": [{**part, "path": None} for part in mixture],
     }
@@ -238,13 +244,9 @@ def newest_of_run(
 
     def use(saved: Checkpoint) -> None:
         inputs = saved.state.get("inputs") or {}
-        # base and rows may have moved: `require_same_inputs` knows them by what is in them
-        places = [key for key, what in _PLACES.items() if inputs.get(what) is not None]
-        if recipe.adapter.init_from is not None:  # so may the adapter that it began with: vectors are the checkpoint's
-            places.append("adapter.init_from")
         begun = saved.state.get("recipe") or {}
-        theirs, ours = _without_places(begun), _without_places(plain_json(recipe.to_dict()))
-        places += [key for key, value in theirs.items() if value == ours[key]]
+        theirs, ours = (_without_places(of, inputs) for of in (begun, plain_json(recipe.to_dict())))
+        places = [key for key, value in theirs.items() if value == ours[key]]
         if changed := changed_keys(begun, recipe, (*LENGTH, *places)):
             raise InputError(f"{saved.path}: is of another run; {', '.join(changed)} differ from this recipe.")
         try:
