@@ -318,12 +318,10 @@ def check_same_setup(recipe: Recipe, group: Processes, console: Console) -> None
         versions = memory.versions()
         if recipe.deepspeed is not None:
             versions["deepspeed"] = metadata.version("deepspeed")
-        of_recipe = dict[str, str]()
-        for section, value in recipe.to_dict().items():
-            keys = (
-                {f"{section}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {section: value}
-            )
-            of_recipe |= {key: str(one) for key, one in keys.items()}
+        sections = {name: value if isinstance(value, dict) else {"": value} for name, value in recipe.to_dict().items()}
+        of_recipe = {
+            f"{name}.{key}".rstrip("."): str(one) for name, keys in sections.items() for key, one in keys.items()
+        }
         return {
             **{f"the version of {name}": version for name, version in versions.items()},
             **of_recipe,
