@@ -139,7 +139,7 @@ _PROJECTIONS = {
 def check_start(section: AdapterSection, base: ModelSection) -> None:
     """Check ``section.init_from`` as far as possible without a model; InputError if it does not fit."""
     if section.init_from is not None:
-        theirs, _ = _read_start(new_config(section), section.init_from)
+        theirs, *_ = _read_start(new_config(section), section.init_from)
         require_base(theirs, section.init_from, base.path, fingerprint_of(base))
 
 
@@ -148,7 +148,7 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
 
     InputError: settings, projections, tokens or the base differ, or it is an adapter of PEFT's own VeRA.
     """
-    theirs, vectors = _read_start(config, init_from)
+    theirs, vectors, directory = _read_start(config, init_from)
     seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
     of_model = {"labels": "labels", "problem_type": "problem_type"}
     _require_equal(theirs, config, init_from, of_model | (_PROJECTIONS if seeded else {}))
@@ -159,16 +159,19 @@ def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapt
         raise InputError(f"adapter.init_from: {init_from}: {error}") from None
     require_tokens(theirs, init_from, config.added_tokens)
     if config.added_tokens:
-        directory = local_directory(Path(resolve_path(init_from)))
         put_token_rows(peft_model.get_base_model(), config.added_tokens, directory)
     load_vectors(peft_model, vectors, init_from, adapter)
 
 
-def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, Tensor]]:
-    """Read the adapter that a run starts from, and compare it as far as the recipe alone decides."""
+def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, Tensor], Path]:
+    """Read the adapter that a run starts from, and compare it as far as the recipe alone decides.
+
+    Returns its config, its vectors and its directory, which may be a snapshot of the hub.
+    """
     directory = Path(resolve_path(init_from))
     try:
-        theirs, vectors = read_adapter(local_directory(directory))
+        snapshot = local_directory(directory)
+        theirs, vectors = read_adapter(snapshot)
     except InputError as error:
         moved = " A run that goes on needs it too: where it has moved, write that into the run's recipe.yaml."
         recipe = directory.parent / RECIPE_FILE
@@ -184,7 +187,7 @@ def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[
     seeds = {"seeds": "seed"} if method.source in (Source.SEEDED, Source.OWN) else {}
     own = {key: key for key, is_fixed in method.keys.items() if is_fixed}
     _require_equal(theirs, config, init_from, {"method": "method", "rank": "rank"} | seeds | own)
-    return theirs, vectors
+    return theirs, vectors, snapshot
 
 
 def _require_equal(theirs: QveraConfig, config: QveraConfig, init_from: str, fields: dict[str, str]) -> None:
