@@ -57,12 +57,12 @@ def kind_of(path: Path) -> str:
     exported, format_number = str(certificate.get("kind", "merged")), certificate.get("format", 1)
     if (path / ADAPTER_CONFIG).is_file():
         return "lora" if exported == "lora" else "adapter"
-    if format_number != 1 or exported not in ("merged", "gguf", "gguf-lora"):
+    if format_number != 1 or exported not in ("lora", "peft", "merged", "gguf", "gguf-lora"):
         raise InputError(
             f"{path / CERTIFICATE}: has kind {exported!r} in format {format_number!r}, which this qvera does not know. "
             "A newer one may have written it: update qvera."
         )
-    if exported != "merged":
+    if exported in ("gguf", "gguf-lora"):
         return exported
     if (path / "config.json").is_file():
         return "merged" if is_export else "checkpoint"

@@ -38,8 +38,8 @@ _UNTRAINED = frozenset({"vera_A", "vera_B", "qvera_frozen_A", "qvera_frozen_B", 
 _CERTIFICATE_TEXTS = {"base": ("path", "weights"), "adapter": ("path", "sha256"), "files": (), "delta": ()}
 """Sections of a merged export's certificate, and the texts that each must have."""
 _LORA_TEXTS = {"base": ("path",), "adapter": ("path", "sha256"), "files": ()}  # the same for a LoRA
-GGUF_KINDS = {"gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
-"""Kind in the certificate → what people call it; any other kind is a merged checkpoint."""
+_EXPORTS = {"merged": "merged export", "gguf": "merged export (GGUF)", "gguf-lora": "LoRA (GGUF)"}
+"""`kind_of` an export → what people call it."""
 
 
 def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
     if kind in ("adapter", "lora"):
         return {"kind": "adapter", "path": str(path), **_adapter(path)}
     if kind not in ("run", "many"):
-        return _export(path)
+        return _export(path, kind)
     summary = path / "run.json"
     run = read_json(summary, "the summary of a run") if summary.is_file() else {}
     listed = run["adapters"] if isinstance(run.get("adapters"), list) else []
@@ -183,11 +183,11 @@ def read_certificate(directory: Path) -> dict[str, Any]:
     return certificate
 
 
-def _export(path: Path) -> dict[str, Any]:
+def _export(path: Path, kind: str) -> dict[str, Any]:
     certificate = read_certificate(path)
     base, adapter = certificate["base"], certificate["adapter"]
     return {
-        "kind": GGUF_KINDS.get(str(certificate.get("kind")), "merged export"),
+        "kind": _EXPORTS[kind],
         "path": str(path),
         "base": base["path"],
         "base_revision": base.get("revision"),

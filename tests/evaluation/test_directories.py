@@ -47,6 +47,7 @@ _REFUSED = {
     "run/checkpoints": _NEITHER,
     "runs": "is a directory of runs. Name one of them: runs/one.",
     "merged without its config": _NEITHER,
+    "lora without its config": _NEITHER,
     "empty": _NEITHER,
     "rows.jsonl": "is a file, not a directory. Expected a run, an adapter directory or an exported checkpoint.",
     "my.yaml": "is a recipe. Name the directory of its run (runs/my, or its training.output_dir). Expected a run,",
@@ -90,6 +91,7 @@ def place(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     exported("of an older qvera")
     for name in ("merged", "quantized", "merged without its config"):
         exported(name, kind="merged")
+    exported("lora without its config", kind="lora")
     exported("a later export", kind="onnx")
     exported("a later format", kind="merged", format=2)
     write("begun/.qvera_run.owner", "{}")
