@@ -486,11 +486,12 @@ def generate(
     prompts: str | Sequence[Prompt],
     *,
     adapter: str | Sequence[str | None] | None = None,
+    console: Console | None = None,
     **settings: Any,
 ) -> list[str]:
     """`load` a model and answer prompts. ``settings`` are those of `Model.generate`."""
     names = adapter if adapter is None or isinstance(adapter, str) else [name for name in adapter if name is not None]
-    return load(path, names).generate(prompts, adapter=adapter, **settings)
+    return load(path, names, console=console).generate(prompts, adapter=adapter, **settings)
 
 
 @_checked
@@ -499,13 +500,21 @@ def evaluate(
     rows: str | Path | Sequence[Mapping[str, Any]] | None = None,
     *,
     adapter: str | None = None,
+    console: Console | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """`load` a model and score it on rows. ``settings`` are those of `Model.evaluate`."""
-    return load(path, adapter).evaluate(rows, **settings)
+    return load(path, adapter, console=console).evaluate(rows, **settings)
 
 
 @_checked
-def export(path: str | Path, out: str | Path, *, adapter: str | None = None, **settings: Any) -> dict[str, Any]:
+def export(
+    path: str | Path,
+    out: str | Path,
+    *,
+    adapter: str | None = None,
+    console: Console | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """`load` a model and export its adapter. ``settings`` are those of `Model.export`."""
-    return load(path, adapter).export(out, **settings)
+    return load(path, adapter, console=console).export(out, **settings)

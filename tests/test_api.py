@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from rich.console import Console
 
 import qvera
 from qvera.cli.main import main
@@ -34,6 +35,8 @@ def test_a_recipe_is_as_short_as_in_yaml_and_checked_the_same_way() -> None:
     short = qvera.Recipe(model="some/model", data="rows.jsonl", training={"max_steps": 4})
     assert (short.model.path, short.data.path, short.training.max_steps) == ("some/model", "rows.jsonl", 4)
     assert qvera.Recipe(model=Path("some/model"), data=Path("rows.jsonl"), training={"max_steps": 4}) == short
+    assert short.replace(data={"path": Path("rows.jsonl")}) == short
+    assert qvera.Recipe(model={"path": Path("some/model")}, data="rows.jsonl", training={"max_steps": 4}) == short
     with pytest.raises(qvera.InputError, match=r"data: .* Write rows in memory into a \.jsonl file, and name that\."):
         qvera.Recipe(model="m", data=[{"text": "x"}])
     config: Any = LoraConfig(r=8)
@@ -155,7 +158,10 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     certificate = run.export("~/lora", to="lora", dtype="float32")
     assert certificate is not None
     assert certificate == json.loads((tmp_path / "lora" / "qvera_export.json").read_text(encoding="utf-8"))
-    merged = qvera.export(trained_run, tmp_path / "merged", compare=False)
+    with (console := Console()).capture() as shown:
+        qvera.evaluate(trained_run, rows, max_new_tokens=1, console=console)
+        merged = qvera.export(trained_run, tmp_path / "merged", compare=False, console=console)
+    assert "2 of 2 references are longer" in shown.get()
     assert merged is not None
     exported = qvera.load(tmp_path / "merged")
     assert exported.evaluate(rows, with_base=True, answers=False)["base_scores"] is not None

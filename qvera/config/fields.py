@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -86,6 +86,14 @@ class Section(BaseModel):
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield (key, problem) for keys that are valid alone but not together."""
         return iter(())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _write_paths(cls, tree: object) -> object:
+        """Take a path of pathlib's as its text."""
+        if not isinstance(tree, dict):
+            return tree
+        return {key: str(value) if isinstance(value, PurePath) else value for key, value in tree.items()}
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> Self:

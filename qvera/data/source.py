@@ -377,19 +377,11 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, show: Phase)
     if len(rows):
         return rows
     limit, dropped = section.max_length, source.counts.dropped
-    if section.format in PREFERENCES:
-        reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
-        why = f"all {count} are left out: {reasons}. Fix the rows, or raise data.max_length ({limit})."
-    elif section.too_long == "drop":  # which leaves out no row for anything else
-        why = (
-            f"all {count} are {', '.join(dropped)}, and data.too_long is drop. Raise data.max_length, or set "
-            "data.too_long to cut-end."
-        )
-    else:
-        why = (
-            f"none of all {count} has a trained token within data.max_length ({limit}). Raise it, or let "
-            "prompts be cut and not answers (data.max_source_length below it), or change data.too_long."
-        )
+    reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
+    why = (
+        f"all {count} are left out: {reasons}. Fix the rows, raise data.max_length ({limit}), or let other tokens be "
+        "cut: data.too_long, data.max_source_length."
+    )
     raise InputError(f"{path}: no {'held-out' if part.name == EVAL else 'training'} row is left: {why}")
 
 

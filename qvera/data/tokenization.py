@@ -475,7 +475,8 @@ class RowTokenizer:
         elif is_long and too_long == "cut-end":
             keep[kept[limit:]] = False
         if whole.images and (is_long or not keep.all()):
-            self._drop(whole, f"longer than data.max_length ({limit}), and images are not cut")
+            over = f"data.max_length ({limit})" if is_long else "data.max_source_length or data.max_target_length"
+            self._drop(whole, f"longer than {over}, and images are not cut")
             return []
         if not keep.all():  # a row that is split or dropped below has lost these too
             self._count("truncated_rows", whole.source)

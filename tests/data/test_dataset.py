@@ -71,7 +71,9 @@ def test_long_rows_are_cut_and_those_without_a_trained_token_left_are_dropped_an
         f"Cut to length: 2 rows lost {sum(lost)} tokens, {targets} of them trained ones. Raise data.max_length" in said
     )
     assert cut.stats.tokens == 20 + len(whole.train[2].input_ids)
-    with pytest.raises(InputError, match=r"no training row is left: .* within data\.max_length \(8\)"):
+    with pytest.raises(
+        InputError, match=r"no training row is left: .* without a trained token \(1\)\. .*raise data\.max_length \(8\)"
+    ):
         read([{"prompt": "x " * 99, "completion": "y"}], max_length=8)
 
 

@@ -173,6 +173,8 @@ def test_an_image_is_never_cut_and_a_row_that_is_too_long_is_counted(read: Calla
     assert found.stats.dropped == {
         "longer than data.max_length (64), and images are not cut": [f"{found.stats.sources[0].path}:1"]
     }
+    with pytest.raises(InputError, match=r"longer than data\.max_source_length or .*, and images are not cut \(1\)"):
+        read(long, max_source_length=8)
 
 
 def test_the_preview_says_how_large_the_images_are(

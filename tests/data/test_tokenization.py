@@ -162,9 +162,10 @@ def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokeniz
     with pytest.raises(InputError) as failure:
         build_datasets(section, tokenizer)
     said = str(failure.value)
-    assert said.startswith(f"{section.path}: no training row is left: all 2 are longer than data.max_length (8)")
-    assert "data.too_long is drop" in said and "Raise data.max_length" in said
-    assert "trained token" not in said and "data.max_source_length below" not in said
+    assert said.startswith(
+        f"{section.path}: no training row is left: all 2 are left out: longer than data.max_length (8) (2)."
+    )
+    assert "raise data.max_length" in said and "data.too_long" in said and "trained token" not in said
     assert build_datasets(section.replace(too_long="cut-end"), tokenizer).train  # one of the ways out that it names
 
 
