@@ -18,7 +18,7 @@ from qvera.config.fields import NonEmpty, OnlyWith, Section, key_problems, take_
 from qvera.config.plugins import extensible
 from qvera.config.sections import AdapterSection, DataSection, DataSource, ExportSection, ModelSection, TrainingSection
 from qvera.utils.errors import InputError, did_you_mean_path
-from qvera.utils.files import RECIPE_FILE, not_utf8
+from qvera.utils.files import RECIPE_FILE, not_utf8, other_writer
 from qvera.utils.formatting import counted, describe
 
 
@@ -481,7 +481,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, of_a_run: 
     for part, _, key in (name.partition(".") for name in replaced if name not in given):
         if isinstance(tree, dict) and isinstance(section := tree.get(part), dict):
             section.pop(key, None)
-    return parse_recipe(tree, str(path), lines, drop_idle_keys=of_a_run)
+    try:
+        return parse_recipe(tree, str(path), lines, drop_idle_keys=of_a_run)
+    except InputError as error:
+        raise InputError(f"{error}{other_writer(path.parent) if of_a_run else ''}") from None
 
 
 def _method_in(tree: object) -> object:

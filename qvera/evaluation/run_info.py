@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from qvera import __version__
 from qvera.config import plugins
 from qvera.config.schema import Recipe, load_recipe
 from qvera.evaluation.named_adapters import (
@@ -17,7 +16,7 @@ from qvera.evaluation.named_adapters import (
     refuse_name,
     require_named,
 )
-from qvera.evaluation.report.read import REPLACED, entry_of, get, get_text, is_replaced, status_of
+from qvera.evaluation.report.read import REPLACED, entry_of, get, is_replaced, status_of
 from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
 from qvera.utils.files import (
@@ -100,14 +99,7 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
 def load_run_recipe(path: Path) -> Recipe:
     """The recipe of a run that has an adapter. InputError: it can't be read, or has no adapter yet."""
     run = try_read_json(path / "run.json") or {}
-    try:
-        recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
-    except InputError as error:
-        if (writer := get_text(run, "versions", "qvera")) in ("", __version__):
-            raise
-        raise InputError(
-            f"{error}\nqvera {writer} wrote this run, and this is {__version__}. If that is newer, update qvera."
-        ) from None
+    recipe = load_recipe(path / RECIPE_FILE, of_a_run=True)
     if not (path / "adapter").is_dir() and not (path / ADAPTERS).is_dir():
         finish = "Finish"
         if status_of(run) == "running" and (holder := try_read_json(path / RUN_OWNER)):

@@ -43,7 +43,7 @@ from qvera.distributed.group import Group
 from qvera.training.run_dir import LENGTH, changed_keys, metrics_path, read_records
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, first_line
-from qvera.utils.files import disk_errors, file_sha256, flush, plain_json, replacing, take_place
+from qvera.utils.files import disk_errors, file_sha256, flush, other_writer, plain_json, replacing, take_place
 from qvera.utils.safetensors_io import save_tensors
 
 FORMAT = 1
@@ -51,6 +51,10 @@ FORMAT = 1
 _FILES, _OPTIONAL = ("vectors", "optimizer", "random"), ("hooks", "best")
 _STATE = "state.json"
 _NAME = re.compile(r"(step|round)-\d{8}")
+
+
+class OtherVersion(InputError):
+    """Another version of qvera wrote a checkpoint. A run that went on without it would delete it."""
 
 
 @dataclasses.dataclass
@@ -196,12 +200,15 @@ def newest(
     """Return the newest checkpoint in ``directory`` that can be used, or None.
 
     ``warn`` gets a sentence about each one passed over: damaged ones, and those that ``check`` raises InputError for.
+    OtherVersion is raised.
     """
     for path in reversed(directories(directory)):
         try:
             saved = load(path)
             check(saved)
             return saved
+        except OtherVersion:
+            raise
         except InputError as error:
             warn(f"{error} It is passed over.")
     return None
@@ -252,10 +259,15 @@ def newest_of_run(
         try:
             check(saved)
         except (KeyError, TypeError) as error:
-            raise InputError(f"{saved.path}: was written by another version of qvera ({error}).") from None
+            raise OtherVersion(f"{saved.path}: was written by another version of qvera ({error}).") from None
 
     directory = of_rank(run_dir, rank)
-    if (saved := newest(directory, warn, use)) is not None:
+    try:
+        saved = newest(directory, warn, use)
+    except OtherVersion as error:
+        advice = "Go on with that version, or delete this checkpoint and go on from an earlier one."
+        raise InputError(f"{error} {advice}{other_writer(run_dir)}") from None
+    if saved is not None:
         return saved
     taken = max((record[unit] for record in read_records(metrics_path(run_dir, rank), unit)), default=0)
     # the step that is saved is recorded first, so a run killed in its first save has recorded that many steps
@@ -307,7 +319,8 @@ def load(path: Path) -> Checkpoint:
             f"{path}: has no complete manifest.json ({type(error).__name__}), so it was not finished or is damaged."
         ) from None
     if version != FORMAT:
-        raise InputError(f"{path}: has checkpoint format {version}; this qvera reads format {FORMAT}.")
+        kind = OtherVersion if isinstance(version, int) and version > FORMAT else InputError
+        raise kind(f"{path}: has checkpoint format {version}; this qvera reads format {FORMAT}.")
     for name, (size_bytes, digest) in expected.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size_bytes or file_sha256(file) != digest:

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -113,6 +114,22 @@ def try_read_json(path: Path) -> dict[str, Any] | None:
         return read_json(path, "a JSON object")
     except InputError:
         return None
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package, or that it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def other_writer(run_dir: Path) -> str:
+    """Return a line for the end of an error, where run.json says that another version of qvera wrote the run; or ""."""
+    versions, own = (try_read_json(run_dir / "run.json") or {}).get("versions"), version_of("qvera")
+    writer = versions.get("qvera", own) if isinstance(versions, dict) else own
+    line = f"\nqvera {writer} wrote this run, and this is {own}. If that is newer, update qvera."
+    return "" if writer == own else line.encode(errors="replace").decode()  # JSON can hold half a character
 
 
 def not_utf8(file: Path) -> InputError:

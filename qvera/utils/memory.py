@@ -25,6 +25,7 @@ import psutil
 from qvera.utils import accelerator
 from qvera.utils.cores import cgroups
 from qvera.utils.errors import OutOfMemory
+from qvera.utils.files import version_of
 from qvera.utils.formatting import counted, size
 
 if TYPE_CHECKING:
@@ -164,12 +165,8 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of each package that a result can depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "peft", "bitsandbytes", "qvera"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "qvera")
+    found = {"python": platform.python_version(), **{package: version_of(package) for package in packages}}
     with contextlib.suppress(metadata.PackageNotFoundError):  # an extra's: objectives on preferences
         found["trl"] = metadata.version("trl")
     return found

@@ -190,7 +190,7 @@ OTHER_FORMAT = "has checkpoint format {}; this qvera reads format 1"
         (lambda m: m["files"]["state.json"].pop("sha256"), ""),
         (lambda m: m.pop("files"), ""),
         (lambda m: m.pop("format"), ""),
-        (lambda m: m.update(format=2), OTHER_FORMAT.format(2)),
+        (lambda m: m.update(format=0), OTHER_FORMAT.format(0)),
         (lambda m: m.update(format="1"), OTHER_FORMAT.format(1)),
     ],
 )

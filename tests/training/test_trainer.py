@@ -229,6 +229,31 @@ def test_a_damaged_checkpoint_and_one_of_another_run_are_passed_over(
     assert_same_run(tmp_path / "cut", whole)
 
 
+def test_what_a_newer_qvera_wrote_ends_the_run_and_is_kept(six_steps: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """A run that went on from the checkpoint before it would delete it."""
+    recipe, whole = six_steps
+    run = cut_off(whole, tmp_path / "cut", after=6)
+    (run / "run.json").write_text(json.dumps({"versions": {"qvera": "9.0.0"}}))
+    newest = checkpoint.directories(run / "checkpoints")[-1]
+    state, manifest = (json.loads((newest / name).read_text()) for name in ("state.json", "manifest.json"))
+    writer = r"(.|\n)*qvera 9.0.0 wrote this run, and this is .* update qvera"
+    for file, content, said in (
+        ("manifest.json", {**manifest, "format": 2}, "has checkpoint format 2; this qvera reads format 1"),
+        ("state.json", {**state, "progressed": {"later": 1}}, "was written by another version of qvera .*later"),
+    ):
+        (newest / file).write_text(json.dumps(content))
+        if file == "state.json":
+            vouch_for(newest)
+        before = files_of(run)
+        with pytest.raises(InputError, match=f"{newest}: {said}.*delete this checkpoint{writer}"):
+            train(recipe, run, resume=True)
+        assert files_of(run) == before
+    with (run / "recipe.yaml").open("a") as handle:
+        handle.write("later: 1\n")
+    with pytest.raises(InputError, match=f"later: unknown key{writer}"):
+        train(recipe, run, resume=True)
+
+
 @pytest.mark.parametrize("has_recipe", [True, False], ids=["experts was a number", "no recipe in checkpoints"])
 def test_a_run_of_an_earlier_version_goes_on(six_steps: tuple[Recipe, Path], tmp_path: Path, has_recipe: bool) -> None:
     recipe, whole = six_steps
