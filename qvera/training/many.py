@@ -137,23 +137,22 @@ class ManyTrainer(Run):
         """Find the newest checkpoint of this process. InputError where the data or the number of processes differ."""
 
         def check(saved: Checkpoint) -> None:
-            state, processes = saved.state, saved.state["processes"]
-            names = [entry["name"] for entry in state["adapters"]]
-            # these lines only raise KeyError or TypeError for what another version wrote
+            # only to raise KeyError or TypeError for what another version wrote
+            state = saved.state
             for entry in state["adapters"]:
                 TrainState(**entry["state"])
-            state["slots"], state["round"], state["totals"], state["builds_per_pass"]
-            if processes != self.group.world_size:
-                raise InputError(
-                    f"{saved.path}: was written by one of {processes} processes, which share out the adapters among "
-                    f"them, and now there are {self.group.world_size}. Go on with as many."
-                )
-            if names != [run.name for run in self.runs]:
-                path = self.recipe.data.path
-                raise InputError(f"{saved.path}: has other adapters than {path} names now. Put the rows back.")
-            checkpoint.require_same_inputs(saved.path, saved.state.get("inputs"), self.session.inputs)
+            state["processes"], state["slots"], state["round"], state["totals"], state["builds_per_pass"]
 
-        return checkpoint.newest_of_run(self.run_dir, self.recipe, "round", self.warn, check, self.group.rank)
+        saved = checkpoint.newest_of_run(self.run_dir, self.recipe, "round", self.warn, check, self.group.rank)
+        if saved is None:
+            return None
+        checkpoint.require_same_inputs(saved.path, saved.state.get("inputs"), self.session.inputs)
+        if (processes := saved.state["processes"]) != self.group.world_size:
+            raise InputError(
+                f"{saved.path}: was written by one of {processes} processes, which share out the adapters among "
+                f"them, and now there are {self.group.world_size}. Go on with as many."
+            )
+        return saved
 
     def _restore_runs(self, saved: Checkpoint) -> None:
         best = saved.files.get("best", {})

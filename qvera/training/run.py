@@ -82,7 +82,9 @@ class Run(ABC):
                 "so no best step is chosen, and the run does not stop early."
             )
         if self.resume:
-            if checkpoint.directories(self.run_dir / "checkpoints"):  # before the base is loaded, and in a dry run
+            ended = (self.run_dir / ADAPTERS).glob("[!.]*")  # of many adapters; maybe before the first checkpoint
+            # before the base is loaded, and in a dry run
+            if checkpoint.directories(self.run_dir / "checkpoints") or any(ended):
                 rows = {"rows": (self.before.get("data") or {}).get("sha256")}
                 checkpoint.require_same_inputs(self.run_dir, rows, {"rows": data_sha256(self.session.datasets)})
             self.group.on_first(self.check_length)

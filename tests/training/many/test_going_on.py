@@ -34,6 +34,7 @@ from tests.training.runs import (
     records,
     run_json,
     train_many,
+    vouch_for,
     write_rows,
 )
 
@@ -175,7 +176,7 @@ def test_a_process_whose_round_does_not_fit_tells_the_others(
     assert isinstance(error, OutOfMemory) and not error.shared
 
 
-def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path], tmp_path: Path, capsys: Any) -> None:
+def test_other_rows_or_processes_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, run_dir = whole
     cut = cut_off(run_dir, tmp_path / "cut", after=3)
     write_rows(tmp_path / "other.jsonl", COUNTS | {"zoe": 5})
@@ -186,13 +187,23 @@ def test_other_rows_or_damaged_checkpoints_are_refused(whole: tuple[Recipe, Path
     text = rows.read_text()
     rows.write_text(text.replace("1", "2", 1))
     try:
-        with pytest.raises(InputError, match="no checkpoint that can be used"):
-            train(recipe, cut, resume=True)
-        assert "was saved with other rows (data.path or data.eval_path) than are there now" in " ".join(
-            capsys.readouterr().err.split()
-        )
+        for run_json in (None, run_dir / "run.json"):
+            if run_json is not None:  # killed before its first checkpoint, but after some adapters had ended
+                shutil.copy(run_json, cut)
+                (cut / "checkpoints").rename(tmp_path / "checkpoints")
+            before = all_files(cut)
+            with pytest.raises(InputError, match=r"saved with other rows \(data\.path or data\.eval_path\) than are"):
+                train(recipe, cut, resume=True)
+            assert all_files(cut) == before
     finally:
         rows.write_text(text)
+    (tmp_path / "checkpoints").rename(cut / "checkpoints")
+    for path in checkpoint.directories(cut / "checkpoints"):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps({**state, "processes": 2}))
+        vouch_for(path)
+    with pytest.raises(InputError, match=r"was written by one of 2 processes, .* now there are 1\. Go on with as many"):
+        train(recipe, cut, resume=True)
     for path in checkpoint.directories(cut / "checkpoints"):
         (path / "vectors.safetensors").write_bytes(b"")
     with pytest.raises(InputError, match=r"no checkpoint that can be used, and the run has taken \d+ rounds"):
