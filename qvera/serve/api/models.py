@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError, bad_request
@@ -18,6 +19,14 @@ from qvera.serve.fine_tuning.database import not_made
 from qvera.utils.adapter_names import unescape_name
 from qvera.utils.errors import InputError
 
+
+class _Name(PathConvertor):
+    """A name in a path. A path of Starlette's own ends at a line break, which a name may hold."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("model", _Name())
 router = APIRouter()
 Loader = Annotated[Sender, sent_by(Sender, "load")]
 
@@ -29,7 +38,7 @@ def list_models(sender: User) -> JSONResponse:
     return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.names(sender.access)]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:model}")
 def describe_model(sender: User, name: str) -> dict[str, Any]:
     """Describe one model. An adapter has its rows, scores, size and base, too."""
     service = sender.service
@@ -42,7 +51,7 @@ def describe_model(sender: User, name: str) -> dict[str, Any]:
     return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": facts}
 
 
-@router.delete("/v1/models/{name:path}")
+@router.delete("/v1/models/{name:model}")
 def delete_model(training: Trainer, name: str) -> dict[str, Any]:
     """Delete a model that a fine-tuning job of the sender has made; answers that are running finish on it."""
     service = training.service

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -100,6 +101,15 @@ def test_a_job_becomes_a_model_and_tells_its_steps(training: Served) -> None:
     metrics = httpx.get(f"{training.url}/metrics").text
     assert 'qvera_fine_tuning_jobs{status="succeeded"} 1.0' in metrics
     assert "qvera_training_tokens_total 60.0" in metrics
+
+
+def test_a_model_with_a_line_break_in_its_name_is_found_and_deleted_and_no_other_one_instead(training: Served) -> None:
+    for name in ("two", "two\n", "two\nlines"):
+        wait_for(training, create(training, suffix=name).json(), "succeeded")
+    for name in ("two\n", "two\nlines"):
+        assert ask(training, f"models/{quote(name)}").json()["id"] == name
+        assert ask(training, f"models/{quote(name)}", method="DELETE").json()["id"] == name
+    assert [model["id"] for model in ask(training, "models").json()["data"]].count("two") == 1
 
 
 def test_columns_that_nothing_reads_are_told(training: Served) -> None:
