@@ -103,7 +103,10 @@ def generate(
     if (url := server_url(run)) is not None:
         questions = _questions(None, prompts, asked, adapters, system, many=not base)
         client = ServerClient.at(url)
-        models = client.pick_models(dict.fromkeys(name for _, name in questions), base)
+        named: dict[str | None, str] = {}
+        for row, name in questions:
+            named.setdefault(name, "--adapter" if adapters else row.source)
+        models = client.pick_models(named, base)
         asked_of = [(row, models[name]) for row, name in questions]
         questions = [(row, None if base else model) for row, model in asked_of]
     else:
@@ -419,7 +422,7 @@ def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[st
     from qvera.serve.client import ServerClient
 
     client = ServerClient.at(url)
-    model = client.pick_models([adapter], base)[adapter]
+    model = client.pick_models({adapter: "--adapter"}, base)[adapter]
 
     def answer(turns: list[Turn], seed: int) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]

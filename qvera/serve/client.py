@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qvera.serve.api.access import is_loopback
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, RunFailed, did_you_mean
 
 KEY_VARIABLE = "QVERA_API_KEY"
@@ -48,10 +49,11 @@ class ServerClient:
         """A client with the key of `KEY_VARIABLE`."""
         return cls(url, os.environ.get(KEY_VARIABLE))
 
-    def pick_models(self, names: Collection[str | None], base: bool) -> dict[str | None, str]:
+    def pick_models(self, names: Mapping[str | None, str], base: bool) -> dict[str | None, str]:
         """Name → the server's model: the same, the base, or for None the server's only adapter.
 
-        Raises InputError if the server has no such model, or has several and none is named.
+        ``names``: each with where it stands. Raises InputError, which says where, if the server has no such model, or
+        has several and none is named.
         """
         models = self._models()
         adapters = [model for model, parent in models.items() if parent is not None]
@@ -60,31 +62,31 @@ class ServerClient:
             if not bases:
                 raise InputError(f"--base: this key may not use the base of {self.url}.")
             return dict.fromkeys(names, bases[0])
-        for name in names:
+        for name, place in names.items():
             if name is None and len(adapters) > 1:
                 some = _some_of(adapters)
                 raise InputError(
-                    f"{self.url}: has several adapters. Name one with --adapter NAME: {some}. The rows of a file may "
-                    "name theirs in a column called adapter."
+                    f"{place}: names no adapter, and {self.url} has several. Name one with --adapter NAME: {some}. The "
+                    "rows of a file may name theirs in a column called adapter."
                 )
             if name is not None and name not in models and "*" not in name:  # a blend is not listed
-                raise self._unknown(f"--adapter {name}", name, models)
+                raise self._unknown(place, name, models)
         return {name: (adapters or bases)[0] if name is None else name for name in names}
 
     def pick_judge(self, name: str | None) -> str:
         """The model that judges: this one, or the server's only one. Raises InputError as `pick_models`."""
         models = self._models()
         if name is not None and name not in models:
-            raise self._unknown(f"--judge-model {name}", name, models)
+            raise self._unknown("--judge-model", name, models)
         if name is None and len(models) != 1:
             raise InputError(
                 f"{self.url}: has {len(models):,} models. Name one with --judge-model: {_some_of(list(models))}."
             )
         return name or next(iter(models))
 
-    def _unknown(self, option: str, name: str, models: Collection[str]) -> InputError:
+    def _unknown(self, place: str, name: str, models: Collection[str]) -> InputError:
         hint = f"{did_you_mean(name, models)} There are {_some_of(list(models))}."
-        return InputError(f"{option}: {self.url} has no model of this name{hint}")
+        return InputError(f"{place}: {self.url} has no model {shown_name(name)}{hint}")
 
     def _models(self) -> dict[str, str | None]:
         """Return each model with its base, or with None where it is a base itself. InputError: there is none."""
@@ -182,7 +184,7 @@ class ServerClient:
 
 
 def _some_of(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
+    return ", ".join(map(shown_name, names[:8])) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
 
 
 def _wait_seconds(error: urllib.error.HTTPError) -> float:

@@ -178,7 +178,7 @@ def test_wrong_options_are_said_before_anything_is_loaded(tmp_path: Path, capsys
             (["--judge", server.url], "has 2 models. Name one with --judge-model: one, two"),
             (
                 ["--judge", server.url, "--judge-model", "onr"],
-                "has no model of this name; did you mean 'one'? There are",
+                "has no model onr; did you mean 'one'? There are",
             ),
             (["--judge", server.url, "--no-generation"], "--judge: compares answers"),
             (["--judge", server.url, "--judge-against", str(tmp_path / "no.jsonl")], "there is no such file"),

@@ -88,15 +88,23 @@ def test_what_a_server_refuses_is_said(start: Start, monkeypatch: pytest.MonkeyP
 
     assert f"Set {KEY_VARIABLE} to a key of this server" in refused("", "--adapter", "anna")
     assert "Name one with --adapter NAME: anna, ben" in refused("all")
-    assert "has no model of this name; did you mean 'anna'? There are tiny, anna, ben." in refused(
-        "all", "--adapter", "ana"
-    )
+    assert "has no model ana; did you mean 'anna'? There are tiny, anna, ben." in refused("all", "--adapter", "ana")
     assert "--base: this key may not use the base" in refused("anna", "--base")
     assert "has no model that this key may use" in refused("later")
     with pytest.raises(InputError, match="has no model that this key may use"):
         ServerClient.at(served.url).pick_judge(None)
     served.engine.fails = "the engine broke"
     assert "the engine broke" in refused("all", "--adapter", "anna", code=1)
+
+
+def test_a_row_whose_adapter_a_server_does_not_have_is_named(served: Served, tmp_path: Path, capsys: Any) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for second, said in (({"adapter": "ana"}, "has no model ana; did you mean 'anna'?"), ({}, "names no adapter")):
+        lines = [{"prompt": "say", "adapter": "anna"}, {"prompt": "say", **second}]
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main(["generate", served.url, str(rows)]) == 2
+        found = capsys.readouterr().err
+        assert "rows.jsonl:2: " in found and said in found
 
 
 def test_answers_of_a_server_are_kept_too(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
