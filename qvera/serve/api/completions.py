@@ -150,7 +150,7 @@ def _sampling(
             # LiteLLM knows the error by OpenAI's first words
             f"This model's maximum context length is {context:,} tokens. The prompt has {longest:,}, and "
             f"{wanted or 1:,} new ones are asked for. A prompt may have {min(limits.prompt_tokens, context - 1):,}, an "
-            f"answer {limits.new_tokens:,}. Shorten it or ask for fewer.",
+            f"answer {min(limits.new_tokens, context - 1):,}. Shorten it or ask for fewer.",
             code="context_length_exceeded",
         )
     if wanted is not None and wanted > limits.new_tokens:

@@ -106,7 +106,7 @@ def too_many(text: str) -> ApiError:
 def require_room(what: str, count: int, most: int, more: int = 1) -> None:
     """Raise ApiError 429, to be tried again soon, if ``more`` are too many for a key that has ``count``."""
     if count + more > most:
-        text = f"This key has {count:,} {what} open, and may have {most:,}."
+        text = f"This key has {count:,} {what} open, asks for {more:,} more, and may have {most:,}."
         raise ApiError(429, text, code="too_many_open", retry_seconds=1)
 
 

@@ -87,7 +87,10 @@ class ResponsesBody(Body):
         "prompt": (), "reasoning": ({}, {"effort": "none"}), "stop": (), "top_logprobs": (0,),
         "truncation": ("disabled",),
     }  # fmt: skip
-    elsewhere = {"messages": "'input'", "response_format": "'text.format'", "max_tokens": "'max_output_tokens'"}
+    elsewhere = {
+        "messages": "'input'", "response_format": "'text.format'", "max_tokens": "'max_output_tokens'",
+        **dict.fromkeys(("previous_response_id", "conversation"), "the earlier items, sent again in 'input'"),
+    }  # fmt: skip
     model: Text
     input: Text | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
     instructions: Text | None = None
@@ -124,7 +127,7 @@ class ResponsesBody(Body):
             asked["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         if self.text is not None and (form := self.text.format) is not None:
             asked["response_format"] = {"type": form.type}
-            if form.json_schema is not None:
+            if form.type == "json_schema":
                 asked["response_format"]["json_schema"] = {"name": form.name, "schema": form.json_schema}
         try:
             return ChatBody.model_validate(asked)

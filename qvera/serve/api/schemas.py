@@ -81,8 +81,9 @@ class Body(BaseModel):
                     hint = f"; here it is {self.elsewhere[key]}."
                 raise bad_request(f"Unknown key {where!r}{hint}", where, "unknown_parameter")
             if value not in self.neutral[key]:
+                instead = f"Here it is {self.elsewhere[key]}." if key in self.elsewhere else "Leave it out."
                 raise bad_request(
-                    f"{where}: is not supported here, and would change the {self.outcome}. Leave it out.",
+                    f"{where}: is not supported here, and would change the {self.outcome}. {instead}",
                     where,
                     "unsupported_parameter",
                 )

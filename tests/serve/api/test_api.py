@@ -197,7 +197,7 @@ CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"tool_choice": {"type": "any"}}, 400, "tool_choice", "tool_choice.type: Input should be 'function'."),
     ({"adapter": "anna"}, 400, "adapter", "here it is 'model'."),
     ({"extra_body": {"top_k": 1}}, 400, "extra_body", "here it is the keys in it, beside 'model'."),
-    ({"messages": [{"role": "user", "content": "x " * 2000}]}, 400, None, "A prompt may have"),
+    ({"messages": [{"role": "user", "content": "x " * 2000}]}, 400, None, "A prompt may have 999, an answer 999."),
     ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages", "role"),
     ({"messages": [{"role": "user"}]}, 400, "messages", "has content"),
     ({"messages": [{"role": "user", "tool_calls": [CALL]}]}, 400, "messages", "tool_calls are an assistant's"),

@@ -132,7 +132,7 @@ def test_a_loop_of_function_calls_by_responses(start: Start) -> None:
             in shown.replace("I look.\n", "I look.")
         )
         refused: list[tuple[dict[str, Any], str, str]] = [
-            ({"previous_response_id": found.id}, "previous_response_id", "not supported"),
+            ({"previous_response_id": found.id}, "previous_response_id", "Here it is the earlier items, sent again"),
             ({"tools": [{"type": "web_search", "name": "x"}]}, "tools", "should be .function"),
             ({"extra_body": {"messages": []}}, "messages", "Unknown key 'messages'; here it is 'input'"),
             ({"tools": [{"type": "web_search"}]}, "tools", "tools.0.type: Input should be .function"),
@@ -145,6 +145,7 @@ def test_a_loop_of_function_calls_by_responses(start: Start) -> None:
             ({"input": [{"role": "user", "content": [{"type": "text"}]}]}, "input", "input.0.content.0.type: .*input_text"),
             ({"max_output_tokens": 999}, "", "999 new ones are asked for"),
             ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "thing"}}}}, "text", "text.format.schema"),
+            ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text", "text.format.schema: Input should be"),
         ]  # fmt: skip
         for keys, param, message in refused:
             with pytest.raises(openai.BadRequestError, match=message) as error:

@@ -214,7 +214,8 @@ def test_one_key_does_not_fill_the_queue_for_others(start: Start) -> None:
     ):
         refused = served.post("/v1/completions", body, headers=headers["all"])
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
-        assert refused.json()["error"]["code"] == "too_many_open"
+        said = "This key has 4 answers open, asks for 1 more, and may have 4."
+        assert (refused.json()["error"]["code"], refused.json()["error"]["message"]) == ("too_many_open", said)
         with client.stream("POST", "/v1/completions", json=body, headers=headers["anna"]) as taken:
             assert taken.status_code == 200
             served.engine.hold.clear()
