@@ -130,12 +130,12 @@ class Trainer(Run):
         """Evaluate and save where the recipe or a callback asks for it. A new best step is saved in any case.
 
         A signal in the evaluation saves at once: Slurm waits for 30 seconds. The run then goes on with the evaluation.
-        Several ranks see the signal at its end only, so what they are to save is saved before, too.
+        Several ranks see the signal at its end only, so they save before it, too.
         """
         state, best_step = self.state, self.state.best_step
         state.evaluation_due = self._wants("should_evaluate")
         if state.evaluation_due:
-            if self.group.world_size > 1 and self._wants("should_save"):
+            if self.group.world_size > 1:
                 self._write_checkpoint()
             try:
                 self.evaluate()

@@ -100,11 +100,12 @@ def test_a_signal_in_an_evaluation_saves_before_its_end_and_the_run_goes_on_with
     assert run_json(run_dir)["result"]["best_step"] == run_json(whole[1])["result"]["best_step"]
 
 
+@pytest.mark.parametrize("save_steps", [2, 1000])
 def test_several_ranks_save_before_an_evaluation_and_after_a_kill_in_it_the_run_goes_on_with_it(
-    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
 ) -> None:
     """Here one process that takes itself for one of two."""
-    recipe = make_recipe(training={"max_steps": 3, "save_steps": 2, "eval_steps": 2})
+    recipe = make_recipe(training={"max_steps": 3, "save_steps": save_steps, "eval_steps": 2})
     setup, evaluate = Trainer.setup, Trainer.evaluate
 
     def setup_of_two(run: Trainer) -> None:
