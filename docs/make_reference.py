@@ -33,7 +33,7 @@ all at once, each with its line.
 
 **System prompt.** `data.system` is used for training, and by `qvera eval`, `qvera generate` and `qvera chat` on the trained run.
 
-**Learning rate.** The default is the paper's, for 7B models. A model of 135M parameters wants about 3e-2. `qvera train RECIPE
+**Learning rate.** The default is the paper's, for 7B models. A model of 135M parameters needs 0.03 to 0.1. `qvera train RECIPE
 --find-lr` tries a range of rates and suggests one.
 
 **YAML.** The file is UTF-8, with or without a byte order mark, with Unix or Windows line ends. Anchors, aliases and merge keys
