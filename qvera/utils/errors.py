@@ -117,5 +117,6 @@ def near_path(path: Path, others: Iterable[Path]) -> Path | None:
 
 
 def _nearest(typed: str, names: list[str]) -> str | None:
-    near = difflib.get_close_matches(typed, names, n=1) or [one for one in names if typed and one.startswith(typed)]
+    near = [one for one in names if one.casefold() == typed.casefold()] or difflib.get_close_matches(typed, names, n=1)
+    near = near or [one for one in names if typed and one.startswith(typed)]
     return near[0] if near else None

@@ -183,7 +183,7 @@ class Service:
         """404 with the nearest name that the sender may use. It reveals nothing of other keys' models."""
         shown, known = shortened_name(model), self.names(access)
         hint = did_you_mean(shown, known[:_COMPARED_NAMES])
-        if blended := set(known).intersection(map(str.strip, model.split("+"))):
+        if "+" in model and (blended := set(known).intersection(map(str.strip, model.split("+")))):
             hint = f". In a blend each adapter has a weight, such as {min(blended)}*0.5."
         denied = "" if self.keys is None else ", or this key may not use it"
         message = f"The model {shown!r} does not exist{denied}{hint} GET /v1/models lists what there is."

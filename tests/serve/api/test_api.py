@@ -171,7 +171,7 @@ TOOL = {"type": "function", "function": {"name": "stock", "parameters": {"type":
 NAMED = {"type": "function", "function": {"name": "stick"}}
 CALL = {"id": "call_1", "type": "function", "function": {"name": "stock", "arguments": "{}"}}
 CASES: list[tuple[dict[str, Any], int, str | None, str]] = [
-    ({"model": "ana"}, 404, "model", "did you mean 'anna'?"),
+    *[({"model": near}, 404, "model", "does not exist; did you mean 'anna'?") for near in ("ana", "ANNA", " anna")],
     ({"temperature": 3}, 400, "temperature", "less than or equal to 2"),
     ({"system": "knit"}, 400, "system", "Unknown key 'system'; here it is a message of the role 'system'."),
     ({"temperature": float("nan")}, 400, "temperature", "finite"),
