@@ -70,6 +70,9 @@ def test_the_new_recipe_knows_the_rows_and_passes_preview(
     stats = build_datasets(recipe.data, load_tokenizer(recipe.model)).stats
     large = recipe_text(recipe, dataclasses.replace(stats, train_rows=20_000), 576, 2048)
     assert f"\n  rank: {AdapterSection().rank}\n" in large and "\n  # save_steps: 100\n" in large
+    instructions = dataclasses.replace(stats, trained_tokens=100 * stats.train_rows)
+    assert "\n  b_groups: 2\n  input_scale: true\n" in recipe_text(recipe, instructions, 576, 2048)
+    assert "b_groups" not in large + recipe_text(recipe, instructions, 4096, 2048)  # where it was not measured
     assert main(["preview", str(out)]) == 0
     text = out.read_text()
     assert text.startswith("# yaml-language-server: $schema=")
