@@ -19,8 +19,8 @@ from typer.core import TyperCommand, TyperOption
 
 from qvera.config.sections import LrRange
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, InputError, QveraError, near_path
-from qvera.utils.files import NO_SPACE, plain_json, refuse_runs, runs_in
-from qvera.utils.progress import Phase
+from qvera.utils.files import NO_SPACE, RECIPE_FILE, plain_json, refuse_runs, runs_in, try_read_json
+from qvera.utils.progress import Phase, warn
 
 
 def option(metavar: str, help: str, *names: str) -> Any:
@@ -136,9 +136,12 @@ def print_json(value: Any) -> None:
 def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = False) -> None:
     """Raise InputError for what is found before torch is imported, as for an adapter that a run of many has not.
 
+    Warns where the adapter is of a run that has not ended.
+
     ``target``: a run, an adapter directory or its hub id, an export, or with ``takes_bases`` a base too.
     """
     from qvera.evaluation.named_adapters import adapters_root, kind_of, require_all_named
+    from qvera.evaluation.report.read import status_of
 
     run = Path(target)
     if re.match(r"\w+:/|[\w.-]+:\d+(/|$)", str(target)) and not run.exists():
@@ -156,6 +159,13 @@ def check_target(target: str | Path, *adapters: str | None, takes_bases: bool = 
         kind_of(run)
     if (asked := [name for name in adapters if name is not None]) and adapters_root(run) is not None:
         require_all_named(run, asked)
+    status = status_of(try_read_json(run / "run.json") or {})
+    if status in ("running", "interrupted", "failed") and (run / "adapter").is_dir():  # as where it was made longer
+        warn(
+            console,
+            f"{run}: this run has not ended ({status}), so its adapter may be of fewer steps than planned. Wait for "
+            f"its end, or go on with it: `qvera train {run / RECIPE_FILE} --resume`.",
+        )
 
 
 def require_new_file(path: Path | None, ending: str = "") -> None:

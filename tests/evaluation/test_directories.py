@@ -127,6 +127,15 @@ def test_what_is_no_run_and_no_adapter_is_refused_by_each_command_in_the_same_wo
             assert f"{name}{'/' if expected.startswith('qvera_') else ': '}{expected}" in str(caught.value), ask
 
 
+def test_the_adapter_of_a_run_that_was_made_longer_and_killed_is_told_as_that(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for status, said in (("done", ""), ("running", "run: this run has not ended (interrupted), so its adapter may be")):
+        (place / "run" / "run.json").write_text(json.dumps({"status": status}))
+        check_target("run")
+        assert capsys.readouterr().err[: len(said) or None] == said
+
+
 def test_the_recipe_of_a_newer_qvera_is_told_as_that(place: Path) -> None:
     with (place / "run" / "recipe.yaml").open("a") as file:
         file.write("later: 1\n")
