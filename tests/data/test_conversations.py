@@ -246,7 +246,7 @@ def test_a_call_that_is_none_is_named() -> None:
         ({"text": "x"}, {"format": "alpaca"}, r"or set another data\.format: auto reads it as text\.$"),
         ({"text": "x"}, {"format": "preference"}, r"\(\{chosen: YOUR_COLUMN\}\)\.$"),
         ({"q": "x"}, {"format": "alpaca"}, "format alpaca needs the columns instruction, output"),
-        ({"q": "x"}, {"columns": {"text": "Q"}}, r"'Q' .data\.columns\.text.. Columns found: q\. Rename the one"),
+        ({"q": "x"}, {"columns": {"text": "Q"}}, r"did you mean 'q'\? Columns found: q\. Rename the one"),
         ({"question": "x"}, {"columns": {"text": "questoin"}}, "did you mean 'question'"),
         ({"q": "x"}, {"columns": {"promt": "q"}}, "'promt' is not a field that rows have; did you mean 'prompt'"),
         ({"q": "x"}, {"columns": {"q": "prompt"}}, "'q' is not a field that rows have. Turn it around: .prompt: q."),
