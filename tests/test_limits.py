@@ -17,6 +17,16 @@ if os.fork() == 0:  # what subprocess does before exec, only slower
     os.execvp("sleep", ["sleep", "0.1"])
 os.wait()
 """
+_TWO = f"""
+import subprocess, sys, time
+hold = "held = bytearray(b'x' * 1000) * {_HELD // 1000}"
+command = [sys.executable, "-c", hold + "; print(); input()"]
+other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+exec(hold)
+other.stdout.readline()  # both hold theirs from here until the line below, however slow the machine is
+time.sleep(0.3)
+other.communicate("\\n")
+"""
 
 
 def test_what_a_command_held_is_counted_once() -> None:
@@ -28,6 +38,6 @@ def test_what_a_command_held_is_counted_once() -> None:
     forked = measured([sys.executable, "-c", _FORKS])
     assert forked.returncode == 0
     assert _HELD < forked.peak_bytes < 1.3 * _HELD
-    one = f"held = bytearray(b'x' * 1000) * {_HELD // 1000}; import time; time.sleep(0.3)"
-    two = f"import subprocess, sys; other = subprocess.Popen([sys.executable, '-c', {one!r}]); {one}; other.wait()"
-    assert 2 * _HELD < measured([sys.executable, "-c", two]).peak_bytes < 2.6 * _HELD
+    two = measured([sys.executable, "-c", _TWO])
+    assert two.returncode == 0
+    assert 2 * _HELD < two.peak_bytes < 2.6 * _HELD
