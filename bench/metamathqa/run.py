@@ -30,6 +30,7 @@ from bench.common import RESULTS, do_missing, markdown, read_lines, write_rows
 from bench.metamathqa import rows
 from bench.metamathqa.answers import accuracy
 from bench.metamathqa.published import PUBLISHED
+from bench.trials import MORE
 from qvera.adapters import methods
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.config.sections import ModelSection
@@ -46,7 +47,9 @@ RATES = tuple(10**power for power in (-0.75, -0.25, 0.25, 0.75))
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "vera r=256": ({"rank": 256}, 1e-2),
     "lora r=1": ({"method": "lora", "rank": 1}, 1e-3),
+    "two b and an a": (MORE, 1e-2),
     "vera r=1024": ({"rank": 1024}, 1e-2),
+    "eight b and an a": ({**MORE, "b_groups": 8}, 1e-2),
     "lora-xs r=64": ({"method": "lora-xs", "rank": 64}, 4e-3),
     "shared-core r=64": ({"method": "shared-core", "rank": 64}, 4e-3),
     "lora r=32": ({"method": "lora", "rank": 32}, 2e-4),
@@ -58,7 +61,8 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "lorta r=64": ({"method": "lorta", "rank": 64}, 1e-2),
 }
 """Label → adapter section, and the learning rate in the middle of those that are tried. Most telling first. On
-Llama-3.2-3B vera r=256 trains 824,320 numbers, a core of rank 64 802,816, lora r=1 1,519,616."""
+Llama-3.2-3B vera r=256 trains 824,320 numbers, a core of rank 64 802,816, lora r=1 1,519,616, two b and an a 2,312,576,
+eight 6,957,440, lora r=16 24,313,856."""
 
 
 @dataclasses.dataclass(frozen=True)
