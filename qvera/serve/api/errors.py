@@ -104,7 +104,10 @@ def too_many(text: str) -> ApiError:
 
 
 def require_room(what: str, count: int, most: int, more: int = 1) -> None:
-    """Raise ApiError 429, to be tried again soon, if ``more`` are too many for a key that has ``count``."""
+    """Raise ApiError if a key with ``count`` may not have ``more``: 429, to be tried again soon, or 400 if never."""
+    if more > most:
+        text = f"This call asks for {more:,} {what}, and a key may have {most:,} open. Ask for fewer at once."
+        raise bad_request(text)
     if count + more > most:
         text = f"This key has {count:,} {what} open, asks for {more:,} more, and may have {most:,}."
         raise ApiError(429, text, code="too_many_open", retry_seconds=1)

@@ -26,7 +26,7 @@ class _Name(PathConvertor):
     regex = "(?s:.*)"
 
 
-register_url_convertor("model", _Name())
+register_url_convertor("qvera_model", _Name())  # Starlette has one table for all applications of a process
 router = APIRouter()
 Loader = Annotated[Sender, sent_by(Sender, "load")]
 
@@ -38,7 +38,7 @@ def list_models(sender: User) -> JSONResponse:
     return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.names(sender.access)]})
 
 
-@router.get("/v1/models/{name:model}")
+@router.get("/v1/models/{name:qvera_model}")
 def describe_model(sender: User, name: str) -> dict[str, Any]:
     """Describe one model. An adapter has its rows, scores, size and base, too."""
     service = sender.service
@@ -51,7 +51,7 @@ def describe_model(sender: User, name: str) -> dict[str, Any]:
     return {**_card(service, name), "created": int(facts.pop("changed")), "qvera": facts}
 
 
-@router.delete("/v1/models/{name:model}")
+@router.delete("/v1/models/{name:qvera_model}")
 def delete_model(training: Trainer, name: str) -> dict[str, Any]:
     """Delete a model that a fine-tuning job of the sender has made; answers that are running finish on it."""
     service = training.service

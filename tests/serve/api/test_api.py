@@ -10,6 +10,7 @@ from unittest import mock
 
 import httpx
 import pytest
+from starlette.convertors import CONVERTOR_TYPES
 
 from qvera.data import Turn
 from qvera.serve.requests import EngineDead
@@ -81,6 +82,10 @@ def test_an_adapter_is_a_model_and_so_is_a_blend_that_is_exact(served: Served) -
     refused = served.chat(model="anna*0.5+ben*0.5")
     assert refused.status_code == 400
     assert "different d" in refused.json()["error"]["message"]
+
+
+def test_a_host_application_may_call_a_path_convertor_of_its_own_model(served: Served) -> None:
+    assert "model" not in CONVERTOR_TYPES and "qvera_model" in CONVERTOR_TYPES  # one table for the whole process
 
 
 def test_a_stream_is_the_answer_in_pieces(served: Served) -> None:

@@ -224,6 +224,15 @@ def test_one_key_does_not_fill_the_queue_for_others(start: Start) -> None:
     assert served.post("/v1/completions", body, headers=headers["all"]).status_code == 200
 
 
+def test_a_call_for_more_answers_than_a_key_may_ever_have_open_is_told_so_and_not_to_come_back(start: Start) -> None:
+    served = start(keys=KEYS, open_answers=4)
+    refused = served.chat(model="anna", n=5, headers=served.headers["anna"])
+    assert (refused.status_code, "Retry-After" in refused.headers) == (400, False)
+    said = "This call asks for 5 answers, and a key may have 4 open. Ask for fewer at once."
+    assert refused.json()["error"]["message"] == said
+    assert served.chat(model="anna", n=4, headers=served.headers["anna"]).status_code == 200
+
+
 def test_long_prompts_of_one_key_hold_up_no_other(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     served = start(keys=KEYS, open_answers=6)
     headers = served.headers

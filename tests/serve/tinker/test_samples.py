@@ -117,6 +117,15 @@ def test_beyond_its_quota_a_key_is_told_to_wait_and_another_is_not(server: Serve
     server.wait("anna", server.ask("anna"))
 
 
+def test_a_call_for_more_samples_than_a_key_may_ever_have_open_is_told_so(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.tinker, "settings", TinkerSettings(open_samples=8))
+    with pytest.raises(ApiError, match="asks for 9 samples, and a key may have 8 open") as refused:
+        server.ask("anna", 9)
+    assert (refused.value.status, refused.value.headers) == (400, {})
+
+
 def test_long_bodies_count_as_more_samples(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.tinker, "settings", TinkerSettings(open_samples=8))
     server.engine.hold.set()
