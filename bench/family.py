@@ -4,11 +4,10 @@
     python bench/family.py table                    # what is there, as Markdown
 
 `run` takes the trials in the order of `plan`: for each method four learning rates around its own (`RATES`), 50 steps of 8
-rows on E2E NLG and TREC, chosen by the loss on held-out rows of the training part; then 150 steps with three seeds on
-the same two, scored on the test sets; then RTE and Alpaca for both LoRAs and the four best others, with one seed of
-the methods in `FIRST` before anything else. Each trial is
-`qvera train` itself with a recipe; a line in results/family.jsonl has the recipe's parts, the scores and the header.
-A trial that stands there is not repeated. Losses and scores do not depend on what else the machine does; seconds do.
+rows on E2E NLG and TREC, chosen by the loss on held-out rows of the training part; then 150 steps with three seeds,
+scored on the test sets. Each trial is `qvera train` itself with a recipe; a line in results/family.jsonl has the
+recipe's parts, the scores and the header. A trial that stands there is not repeated. Losses and scores do not depend on
+what else the machine does; seconds do.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import argparse
 import csv
 import dataclasses
 import functools
-import json
 import random
 import statistics
 import tempfile
@@ -55,24 +53,8 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 """Label → adapter section with about 0.2 million trained numbers (the recommended preset: 0.48; LoRA r=16: 4.9), and a
 learning rate to search around. Most telling first."""
 
-FIRST = ("lora r=16", "vera", "vera, two b and an a", "lora r=1")
-"""They have a line on all four tasks before any other method: the yardsticks, VeRA, and the preset that is in question."""
-TASKS = ("e2e", "trec", "rte", "alpaca")
-COLUMNS = {
-    "e2e": ("bleu-lowercase", "E2E, BLEU", 1),
-    "trec": ("accuracy", "TREC, %", 1),
-    "rte": ("accuracy", "RTE, %", 1),
-    "alpaca": ("loss", "Alpaca, loss (less is better)", 3),
-}
-"""Task → its score in a line, its title, and the digits that are shown."""
-
-E2E_SCORES = {
-    "bleu-lowercase": ("BLEU", 1),
-    "rougeL": ("ROUGE-L", 100),
-    "chrf": ("chrF", 1),
-    "ter": ("TER (less is better)", 1),
-}
-"""Score of a line on E2E → its title, and what it is multiplied with."""
+TASKS = {"e2e": ("bleu-lowercase", "E2E, BLEU"), "trec": ("accuracy", "TREC, %")}
+"""Task → its score in a line, and its title."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +69,6 @@ class Trial:
     final: bool = False
 
 
-def _labelled(file: Path, *columns: str) -> list[dict[str, str]]:
-    """Rows of a classification as a prompt of these columns and the label as its completion."""
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-    def prompt(row: dict[str, str]) -> str:
-        return row[columns[0]] if len(columns) == 1 else "\n".join(f"{c}: {row[c]}" for c in columns)
-
-    return [{"prompt": prompt(row), "completion": row["label"]} for row in found]
-
-
 def _flat(inputs: Iterable[tuple[str, list[str]]]) -> list[dict[str, str]]:
     """A row for each reference of an input."""
     return [{"prompt": mr, "completion": ref} for mr, refs in inputs for ref in refs]
@@ -105,7 +77,7 @@ def _flat(inputs: Iterable[tuple[str, list[str]]]) -> list[dict[str, str]]:
 def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
     """Write a task's rows to ``to``: the data section of a recipe, and ``test``, the rows that score.
 
-    A tenth of the training rows (of E2E: of its inputs, two texts each; of Alpaca: 100 rows) is held out to choose with.
+    A tenth of the training rows (of E2E: of its inputs, two texts each) is held out to choose with.
     """
     shuffle = random.Random(f"qvera family {task}")
     if task == "e2e":
@@ -124,24 +96,14 @@ def prepare(task: str, data: Path, to: Path) -> dict[str, Any]:
             "system": "Say what the list says in one or two sentences.",
             "max_length": 256,
         }
-    if task == "alpaca":
-        dealt = json.loads((data / "alpaca_en_demo.json").read_text())
-        shuffle.shuffle(dealt)
-        parts = {"held": dealt[:100], "test": dealt[100:200], "train": dealt[200:]}
-        files = {name: to / f"{name}.json" for name in parts}
-        for name, part in parts.items():
-            files[name].write_text(json.dumps(part))
-        return {
-            "path": str(files["train"]),
-            "eval_path": str(files["held"]),
-            "test": str(files["test"]),
-            "max_length": 512,
-            "group_by_length": True,  # else half of all tokens would be padding
-        }
-    columns = ("question",) if task == "trec" else ("premise", "hypothesis")
     directory = data / "text_classification"
-    rows = _labelled(directory / f"{task}_train.jsonl", *columns)
-    test_rows = _labelled(directory / ("trec_test.jsonl" if task == "trec" else "rte_dev.jsonl"), *columns)
+    rows, test_rows = (
+        [
+            {"prompt": row["question"], "completion": row["label"]}
+            for row in read_lines(directory / f"trec_{part}.jsonl")
+        ]
+        for part in ("train", "test")
+    )
     shuffle.shuffle(rows)
     cut = min(250, len(rows) // 10)
     return {
@@ -170,9 +132,6 @@ def scores(trial: Trial, recipe: Recipe, data: dict[str, Any]) -> dict[str, floa
     """What the trained adapter scores on the test rows."""
     base, model = load_trained(recipe)
     rows = build_datasets(recipe.data.replace(eval_path=data["test"]), base.tokenizer)
-    if trial.task == "alpaca":
-        found = held_out.held_out_loss(model, rows.eval, pad_id=rows.pad_id, batch_size=4, chunk_tokens=512)
-        return {"loss": found["loss"]}
     tokens = 80 if trial.task == "e2e" else 8
     answers = held_out.answer_rows(model, base.tokenizer, rows.eval, max_new_tokens=tokens, batch_size=42)
     if trial.task != "e2e":
@@ -186,50 +145,28 @@ def lines() -> list[dict[str, Any]]:
 
 
 def best_rate(method: str, task: str) -> float | None:
-    """The rate with the lowest held-out loss, where all four were tried. RTE takes TREC's, Alpaca that of E2E."""
-    task = {"rte": "trec", "alpaca": "e2e"}.get(task, task)
+    """The rate with the lowest held-out loss, where all four were tried."""
     tried = (x for x in lines() if (x["method"], x["task"], x["final"]) == (method, task, False))
     return common.best_rate(tried, len(RATES))
 
 
 def plan() -> Iterator[Trial]:
-    """All trials, the most telling first. A final one follows from the rates tried before it."""
+    """All trials. A final one follows from the rates tried before it; further seeds come after all methods had one."""
     known = [name for name, (adapter, _) in METHODS.items() if adapter.get("method", "vera") in methods.names()]
-    others = [name for name in known if name not in FIRST]
-    for chosen in (FIRST, others):
-        for task in TASKS[:2]:
-            for method in chosen:
-                for factor in RATES:
-                    yield Trial(method, task, float(f"{METHODS[method][1] * factor:.2g}"), 50)
-                yield from _finals([method], task, SEEDS[0])
-        if chosen == FIRST:
-            for task in TASKS[2:]:
-                yield from _finals(FIRST, task, SEEDS[0])
+    each = [(task, method) for task in TASKS for method in known]
+    for task, method in each:
+        for factor in RATES:
+            yield Trial(method, task, float(f"{METHODS[method][1] * factor:.2g}"), 50)
+        yield from _finals(method, task, SEEDS[0])
     for seed in SEEDS[1:]:
-        for task in TASKS[:2]:
-            yield from _finals([*FIRST, *others], task, seed)
-    for seed in SEEDS:
-        for task in TASKS[2:]:
-            yield from _finals([m for m in known if m.startswith("lora r=")] + best_four(known), task, seed)
+        for task, method in each:
+            yield from _finals(method, task, seed)
 
 
-def _finals(chosen: Iterable[str], task: str, seed: int) -> Iterator[Trial]:
-    """A final trial for each of these methods whose rates were tried."""
-    for method in chosen:
-        if (rate := best_rate(method, task)) is not None:
-            yield Trial(method, task, rate, 150, seed, True)
-
-
-def best_four(known: list[str]) -> list[str]:
-    """Those with the lowest mean of their ranks on E2E and TREC, the LoRAs apart."""
-    ranks: dict[str, list[int]] = {}
-    for task, score in (("e2e", "bleu-lowercase"), ("trec", "accuracy")):
-        found = final_scores(task, score)
-        ordered = sorted((m for m in found if not m.startswith("lora r=")), key=lambda m: -statistics.mean(found[m]))
-        for place, method in enumerate(ordered):
-            ranks.setdefault(method, []).append(place)
-    whole = {m: statistics.mean(r) for m, r in ranks.items() if len(r) == 2 and m in known}
-    return sorted(whole, key=lambda m: whole[m])[:4]
+def _finals(method: str, task: str, seed: int) -> Iterator[Trial]:
+    """The final trial of a method whose rates were tried."""
+    if (rate := best_rate(method, task)) is not None:
+        yield Trial(method, task, rate, 150, seed, True)
 
 
 def final_scores(task: str, score: str) -> dict[str, list[float]]:
@@ -264,13 +201,13 @@ def table() -> str:
 
     CPU seconds are those of the fastest seed, since other work on the machine adds to them.
     """
-    found = {task: final_scores(task, score) for task, (score, _, _) in COLUMNS.items()}
+    found = {task: final_scores(task, score) for task, (score, _) in TASKS.items()}
     rows = []
     for method, line in sorted(finals().items(), key=lambda item: int(item[1]["trained"])):
         cells = [method, f"{line['trained']:,}", f"{line['file_bytes'] / 1000:,.0f}" if line["file_bytes"] else ""]
-        for task, (_, _, digits) in COLUMNS.items():
+        for task in TASKS:
             ended = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, task, True)]
-            cells.append(common.mean_and_range(found[task].get(method, []), digits, sum(map(common.diverged, ended))))
+            cells.append(common.mean_and_range(found[task].get(method, []), 1, sum(map(common.diverged, ended))))
         costs = [x for x in lines() if (x["method"], x["task"], x["final"]) == (method, "e2e", True)]
         losses = [x["held_out_loss"] for x in costs if not common.diverged(x)]
         cells.append(common.mean_and_range(losses, 3, len(costs) - len(losses)))
@@ -278,30 +215,16 @@ def table() -> str:
         cells.append(f"{min(seconds):.0f}" if seconds else "")
         cells.append(f"{statistics.median(peaks) / 10**9:.2f}" if peaks else "")
         rows.append(cells)
-    labels = [label for _, label, _ in COLUMNS.values()]
+    labels = [label for _, label in TASKS.values()]
     return markdown(
         ["method", "trained", "file, kB", *labels, "E2E, held-out loss", "E2E run, CPU s", "memory, GB"], rows
     )
 
 
-def e2e_table() -> str:
-    """Every score of the texts of E2E as Markdown: mean over the seeds, lowest and highest."""
-    rows = []
-    for method, line in sorted(finals().items(), key=lambda item: int(item[1]["trained"])):
-        cells = [method, f"{line['trained']:,}"]
-        for score, (_, factor) in E2E_SCORES.items():
-            found = final_scores("e2e", score).get(method, [])
-            cells.append(common.mean_and_range([factor * value for value in found], 1))
-        rows.append(cells)
-    return markdown(["method", "trained", *(title for title, _ in E2E_SCORES.values())], rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["run", "table"])
-    parser.add_argument(
-        "data", type=Path, nargs="?", help="directory with e2e, text_classification and alpaca_en_demo.json"
-    )
+    parser.add_argument("data", type=Path, nargs="?", help="directory with e2e and text_classification")
     parser.add_argument("--only", nargs="*", default=[], help="tasks, methods, or both: these methods on these tasks")
     parser.add_argument("--trials", type=int, help="stop after as many")
     args = parser.parse_args()

@@ -343,8 +343,7 @@ class Result:
     Attributes:
         chosen: the line of seed 0 that the search ends at.
         final: the lines of these settings, one a seed.
-        trials: how many lines the search has.
-        open_ends: axes on which the best trial has a neighbour that was not tried.
+        open_ends: axes on which a neighbour of the best value was never tried.
         minus_reference: ``loss`` and for heads ``right`` → `paired_difference` from `REFERENCE`; empty for itself, or
             where no seed is of both.
     """
@@ -353,7 +352,6 @@ class Result:
     method: str
     chosen: dict[str, Any]
     final: list[dict[str, Any]]
-    trials: int
     open_ends: list[str]
     minus_reference: dict[str, tuple[float, float, float]]
 
@@ -381,8 +379,14 @@ def results(lines: list[dict[str, Any]]) -> Iterator[Result]:
             if method != REFERENCE and scored.get(REFERENCE, {}).keys() & scored[method].keys():
                 for what in ("loss", "right") if task in HEADS else ("loss",):
                     differences[what] = paired_difference(scored[method], scored[REFERENCE], what)
-            open_ends = [axis for axis in axes if not set(best.next_to(axis)) <= tried]
-            yield Result((base, task, steps), method, chosen, final, len(mine), open_ends, differences)
+            values = {axis: {getattr(one, axis) for one in tried} for axis in axes}
+            open_ends = [axis for axis in axes if any(getattr(n, axis) not in values[axis] for n in best.next_to(axis))]
+            yield Result((base, task, steps), method, chosen, final, open_ends, differences)
+
+
+def searched(lines: list[dict[str, Any]]) -> list[Result]:
+    """Those whose best rate has a worse one on both sides: what docs/methods/table.md shows."""
+    return [result for result in results(lines) if "rate" not in result.open_ends]
 
 
 def table(of: Iterable[Result]) -> str:
@@ -394,8 +398,7 @@ def table(of: Iterable[Result]) -> str:
         shown = f"{rates['b']:g}" + (f", others {rates['others']:g}" if rates["b"] != rates["others"] else "")
         shown += f", head {rates['head']:g}" if rates["head"] else ""
         cells = [f"{base} {task}, {steps}", result.method, f"{result.chosen['trained']:,}", shown]
-        cells += [", ".join(result.open_ends) or "none", str(result.trials), str(len(result.final))]
-        cells.append(f"{result.chosen['held_out_loss']:.4f}")
+        cells += [", ".join(result.open_ends), str(len(result.final))]
         for what, key, factor, digits in (("loss", "loss", 1, 4), ("right", "accuracy", 100, 1)):
             is_scored, found = what == "loss" or task in HEADS, result.minus_reference.get(what)
             cells.append(f"{factor * result.mean(key):.{digits}f}" if is_scored else "")
@@ -403,7 +406,7 @@ def table(of: Iterable[Result]) -> str:
             cells.append(f"{mean} ({low} to {high})" if found else "")
         seconds = statistics.median(line["cpu_seconds"] for line in result.final)
         rows.append([*cells, f"{seconds / 60:.1f}"])
-    titles = ["task, steps", "method", "trained", "best rate", "no neighbour yet", "trials", "seeds", "held-out loss"]
+    titles = ["task, steps", "method", "trained", "best rate", "not searched", "seeds"]
     titles += ["test loss", f"minus {REFERENCE}", "accuracy, %", f"minus {REFERENCE}", "CPU min"]
     return markdown(titles, rows)
 

@@ -3,8 +3,7 @@
     python -m bench.quality_picture docs/methods
 
 A dot is the mean difference of the test loss from LoRA r=16's, over the same rows and seeds, and its line the 95 %
-bootstrap interval. Below zero a method is ahead. It reads results/quality.jsonl. A method whose search has not
-ended is in the table alone.
+bootstrap interval. Below zero a method is ahead. It reads results/quality.jsonl.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from html import escape
 from pathlib import Path
 
 from bench.common import RESULTS, read_lines, with_table
-from bench.quality import REFERENCE, Result, results, table
+from bench.quality import REFERENCE, Result, searched, table
 from qvera.evaluation.report.charts import nice_ticks
 
 _LEFT, _TOP, _WIDTH, _HEIGHT, _BETWEEN = 64, 60, 380, 230, 110
@@ -34,8 +33,7 @@ _STYLE = (
 
 def picture(found: list[Result]) -> str:
     """A standalone SVG for light and dark pages, of the tasks where a method has a difference."""
-    searched = [result for result in found if len(result.final) > 1]  # seeds come last: the search before has ended
-    groups = [list(of) for _, of in itertools.groupby(searched, lambda result: result.group)]
+    groups = [list(of) for _, of in itertools.groupby(found, lambda result: result.group)]
     groups = [of for of in groups if any(result.minus_reference for result in of)]
     width = _COLUMNS * (_LEFT + _WIDTH + 30)
     height = -(-len(groups) // _COLUMNS) * (_HEIGHT + _BETWEEN) + 30
@@ -105,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="of table.md")
     directory: Path = parser.parse_args().directory
-    found = list(results(read_lines(RESULTS / "quality.jsonl")))
+    found = searched(read_lines(RESULTS / "quality.jsonl"))
     (directory / "quality.svg").write_text(picture(found), encoding="utf-8")
     page = directory / "table.md"
     page.write_text(with_table(page.read_text(encoding="utf-8"), "quality", table(found)), encoding="utf-8")
