@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qvera.adapters.methods import measured_rate
 from qvera.config.schema import Recipe
 from qvera.config.sections import LrRange
 from qvera.evaluation.report.charts import Chart, Line, line_chart, smooth
@@ -56,6 +57,7 @@ class RangeTestResult:
     steepest: float | None  # where the loss fell fastest, below which a run wastes steps; None without a suggestion
     diverged: float | None  # the rate at which the test was stopped; None where it ran to its end
     reason: str | None = None  # why there is no suggestion; None where there is one
+    measured: float | None = None  # the rate known for the method at the base's hidden size (`measured_rate`)
 
 
 def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult | None:
@@ -69,7 +71,9 @@ def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult 
     points, diverged = _take_steps(loop, ramp)
     if not session.group.first:
         return None
-    result, out = read_curve(points, diverged), session.run_dir
+    hidden_size = getattr(loop.model.config.get_text_config(), "hidden_size", None)
+    measured = measured_rate(session.recipe.adapter.method, hidden_size) if hidden_size else None
+    result, out = replace(read_curve(points, diverged), measured=measured), session.run_dir
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))
