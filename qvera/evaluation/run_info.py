@@ -16,7 +16,7 @@ from qvera.evaluation.named_adapters import (
     refuse_name,
     require_named,
 )
-from qvera.evaluation.report.read import REPLACED, entry_of, get, is_replaced, status_of
+from qvera.evaluation.report.read import REPLACED, entry_of, get, is_replaced, read_run, status_of
 from qvera.models.hub import local_directory
 from qvera.utils.errors import InputError
 from qvera.utils.files import (
@@ -84,6 +84,8 @@ def directory_facts(path: str | Path, name: str | None = None) -> dict[str, Any]
         if run:
             facts |= {"status": status_of(run), "versions": run.get("versions")}
             result = run.get("result") or {}
+            if root is None and "steps" not in result:  # of a killed run: it writes that when it ends
+                result = {"planned_steps": run.get("planned_steps"), **read_run(path).totals}
             if is_replaced(get(run, "adapter", "sha256"), path / "adapter" / ADAPTER_WEIGHTS):
                 facts["replaced"] = REPLACED
             facts["result"] = {key: value for key, value in result.items() if not isinstance(value, dict)}

@@ -52,8 +52,8 @@ def directory_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def shown_name(name: str) -> str:
-    """Write a name for a line of a terminal: in quotes where it has line breaks or the like."""
-    return name if name.isprintable() else repr(name)
+    """Write a name for a line of a terminal: in quotes where it has line breaks or the like, or spaces at its ends."""
+    return name if name.isprintable() and name == name.strip() else repr(name)
 
 
 def similar_names(names: Iterable[str]) -> list[list[str]]:

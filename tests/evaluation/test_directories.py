@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,23 @@ def test_the_adapter_of_a_run_that_was_made_longer_and_killed_is_told_as_that(
         (place / "run" / "run.json").write_text(json.dumps({"status": status}))
         check_target("run")
         assert capsys.readouterr().err[: len(said) or None] == said
+
+
+def test_what_a_killed_run_came_to_is_told_from_its_metrics(place: Path) -> None:
+    summary = {"status": "running", "planned_steps": 9, "result": {"eval_before": {"loss": 2.0}}}
+    (place / "run" / "run.json").write_text(json.dumps(summary))
+    rows = [{"kind": "train", "step": step, "step_seconds": 0.5, "input_tokens": 10} for step in (1, 2)]
+    (place / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    came_to = {"planned_steps": 9, "steps": 2, "seconds": 1.0, "tokens_per_second": 20.0, "peak_bytes": None}
+    assert directory_facts(place / "run")["result"] == came_to
+
+
+def test_names_with_spaces_at_their_ends_are_in_quotes_where_adapters_are_listed(place: Path) -> None:
+    adapters = place / "many" / "adapters"
+    shutil.copytree(adapters / "anna", adapters / "my=20own")
+    (adapters / "anna").rename(adapters / "=20anna")
+    with pytest.raises(InputError, match=r"There are: ' anna', my own\."):
+        directory_facts(place / "many", "anna")
 
 
 def test_the_recipe_of_a_newer_qvera_is_told_as_that(place: Path) -> None:

@@ -151,7 +151,7 @@ class RunFiles:
         """
         seconds, tokens = sum(self.values("step_seconds")), sum(self.values("input_tokens"))
         measured = self.recorded or {
-            "steps": float(self.train[-1]["step"]) if self.train else None,
+            "steps": int(self.train[-1]["step"]) if self.train else None,
             "seconds": seconds or None,
             "tokens_per_second": tokens / seconds if tokens and seconds else None,
             "peak_bytes": max(self.values("peak_bytes"), default=None),
