@@ -307,12 +307,17 @@ def warn_of_other_base(model: nn.Module, configs: Mapping[str, QveraConfig]) -> 
     if not saved:  # for fresh ones no file is read
         return
     about = getattr(model, "config", None)  # PEFT takes any module
-    loaded_from, here = getattr(about, "_name_or_path", ""), None
+    loaded_from, at = getattr(about, "_name_or_path", ""), getattr(about, "_commit_hash", None)
     export = try_read_json(Path(loaded_from) / CERTIFICATE) or {}
-    with contextlib.suppress(InputError):  # its files are not here, or can't be read
-        if loaded_from:
-            here = fingerprint_of(ModelSection(path=loaded_from, revision=getattr(about, "_commit_hash", None)))
+    found: dict[str | None, str | None] = {}  # revision → fingerprint
     for name, config in saved.items():
+        # recent transformers keeps no revision: then the same name means the adapter's
+        revision = at or (config.revision if config.base_model_name_or_path == loaded_from else None)
+        if loaded_from and revision not in found:
+            found[revision] = None
+            with contextlib.suppress(InputError):  # its files are not here, or can't be read
+                found[revision] = fingerprint_of(ModelSection(path=loaded_from, revision=revision))
+        here = found.get(revision)
         if export.get("base", {}).get("fingerprint") == config.base_fingerprint:
             warnings.warn(
                 f"{loaded_from} is an export that an adapter of the same base was merged into, and {name!r} is added "

@@ -124,7 +124,7 @@ def load_base(
             "directory with config.json and safetensors weights."
         ) from None
     model.name_or_path = model.config._name_or_path = name  # not the cached copy's: PEFT writes it into adapters
-    model.config._commit_hash = section.revision  # by which an adapter's base is compared with this one
+    model.config._commit_hash = section.revision or "main"  # by which an adapter's base is compared with this one
     model.requires_grad_(False).eval()
     if model_class.has_own_head and not model_class.reads_images:
         # a decoder's head reads the last token that is no padding

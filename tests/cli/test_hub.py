@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants, snapshot_download
+from transformers import AutoModelForCausalLM
 
 from qvera.adapters.adapter_file import read_adapter
 from qvera.adapters.save_load import attach, check_start, named_vectors
@@ -200,13 +201,18 @@ def test_an_adapter_of_a_revision_does_not_warn_of_the_main_branch(hub: Hub, tin
     hub.repositories["anna/base"] = dict(files)
     section = ModelSection(path="anna/base", revision="v1")
     base = load_base(section, torch.device("cpu"))
+    plain = AutoModelForCausalLM.from_pretrained("anna/base", revision="v1")
     weights = bytearray(files["model.safetensors"])
     weights[-1] ^= 1
     hub.repositories["anna/base"]["model.safetensors"] = bytes(weights)
     snapshot_download("anna/base")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attach(base.model, AdapterSection(rank=4), "anna/base", base.facts["fingerprint"], base_section=section)
+        for model in (base.model, plain):
+            attach(model, AdapterSection(rank=4), "anna/base", base.facts["fingerprint"], base_section=section)
+    with pytest.warns(UserWarning, match="trained on other weights than those of anna/base"):
+        main_branch = load_base(ModelSection(path="anna/base"), torch.device("cpu")).model
+        attach(main_branch, AdapterSection(rank=4), "anna/base", base.facts["fingerprint"], base_section=section)
 
 
 def test_a_training_begins_with_an_adapter_of_the_hub(hub: Hub, trained_run: Path) -> None:
