@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from qvera.adapters.adapter_file import (
     read_adapter,
-    read_config,
     require_base,
     require_places,
     require_tokens,
@@ -89,18 +88,17 @@ def attach(
         config.modules_to_save = list(model_class.head_modules(model))  # type: ignore[arg-type]
         config.task_type = None if model_class.reads_images else "SEQ_CLS"  # type: ignore[assignment]
         config.format_version = max(config.format_version, LABELS_VERSION)
-    if section.init_from is not None:
-        theirs = read_config(local_directory(Path(resolve_path(section.init_from))))
+    start = None if section.init_from is None else _read_start(config, section.init_from)
+    if start is not None:
         # tensor shapes and scales depend on these, a recipe has no key for them, and PEFT's LoRAs may have them
-        for field in ("rank_pattern", "alpha_pattern"):
-            setattr(config, field, getattr(theirs, field, {}))
+        config.rank_pattern, config.alpha_pattern = start[0].rank_pattern, start[0].alpha_pattern
     config.progress = progress
     try:
         peft_model = put_on(model, config)
     finally:
         config.progress = None  # it may hold a terminal's progress bar, which can't be copied or pickled
     if section.init_from is not None:
-        start_from(peft_model, config, section.init_from)
+        start_from(peft_model, config, section.init_from, start=start)
     return peft_model
 
 
@@ -143,12 +141,19 @@ def check_start(section: AdapterSection, base: ModelSection) -> None:
         require_base(theirs, section.init_from, base.path, fingerprint_of(base))
 
 
-def start_from(peft_model: PeftModel, config: QveraConfig, init_from: str, adapter: str = "default") -> None:
+def start_from(
+    peft_model: PeftModel,
+    config: QveraConfig,
+    init_from: str,
+    adapter: str = "default",
+    start: tuple[QveraConfig, dict[str, Tensor], Path] | None = None,
+) -> None:
     """Copy the vectors of ``init_from``, a directory or hub id of an adapter, into a fresh adapter of that config.
 
-    InputError: settings, projections, tokens or the base differ, or it is an adapter of PEFT's own VeRA.
+    ``start`` is what was read of it already. InputError: settings, projections, tokens or the base differ, or it is an
+    adapter of PEFT's own VeRA.
     """
-    theirs, vectors, directory = _read_start(config, init_from)
+    theirs, vectors, directory = start or _read_start(config, init_from)
     seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
     of_model = {"labels": "labels", "problem_type": "problem_type"}
     _require_equal(theirs, config, init_from, of_model | (_PROJECTIONS if seeded else {}))

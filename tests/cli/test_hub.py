@@ -220,7 +220,9 @@ def test_a_training_begins_with_an_adapter_of_the_hub(hub: Hub, trained_run: Pat
     recipe = load_recipe(trained_run / "recipe.yaml", of_a_run=True)
     model, start = load_base(recipe.model).model, recipe.adapter.replace(init_from="anna/orders")
     vectors = read_adapter(trained_run / "adapter")[1]
+    hub.requests.clear()
     begun = named_vectors(attach(model, start, recipe.model.path, base_section=recipe.model))
+    assert hub.requests.count("GET /api/models/anna/orders/revision/main") == 1, hub.requests
     assert begun.keys() == vectors.keys() and all(torch.equal(begun[name], vectors[name]) for name in vectors)
     check_start(start, recipe.model)
     with pytest.raises(InputError, match=r"adapter\.init_from: anna/none: no such directory here.* Nor has the hub"):
