@@ -210,8 +210,8 @@ def test_an_adapter_of_a_revision_does_not_warn_of_the_main_branch(hub: Hub, tin
         warnings.simplefilter("error")
         for model in (base.model, plain):
             attach(model, AdapterSection(rank=4), "anna/base", base.facts["fingerprint"], base_section=section)
+    main_branch = load_base(ModelSection(path="anna/base"), torch.device("cpu")).model
     with pytest.warns(UserWarning, match="trained on other weights than those of anna/base"):
-        main_branch = load_base(ModelSection(path="anna/base"), torch.device("cpu")).model
         attach(main_branch, AdapterSection(rank=4), "anna/base", base.facts["fingerprint"], base_section=section)
 
 
