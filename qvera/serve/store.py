@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qvera.evaluation.named_adapters import listed_directories, name_of, run_of
-from qvera.evaluation.report.read import is_replaced
+from qvera.evaluation.report.read import get, get_number, get_text, is_replaced
 from qvera.serve.requests import AdapterPart, ResolvedAdapter, UnknownAdapter
 from qvera.utils.adapter_names import directory_names, shown_name, unescape_name
 from qvera.utils.errors import InputError, did_you_mean
@@ -170,17 +170,17 @@ class AdapterStore:
             entry = self._run_entry(directory)
             if is_replaced(entry.get("sha256"), directory / ADAPTER_WEIGHTS):
                 entry = {}
-        base, rank, rows = config.get("base_model_name_or_path"), config.get("rank"), _number(entry.get("rows"))
+        rank, rows = config.get("rank"), get_number(entry, "rows")
         return {
             "name": name,
             "directory": directory,
             "size_bytes": sum(size.st_size for size in sizes),
-            "base": base if isinstance(base, str) else None,
+            "base": get_text(config, "base_model_name_or_path") or None,
             "rank": rank if isinstance(rank, int) else None,
             "changed": sizes[1].st_mtime,
             "rows": None if rows is None else int(rows),
-            "loss_before": _number(_mapping(entry, "eval_before").get("loss")),
-            "loss": _number(_mapping(entry, "eval_after").get("loss")),
+            "loss_before": get_number(entry, "eval_before", "loss"),
+            "loss": get_number(entry, "eval_after", "loss"),
         }
 
     def _require_not_base(self, name: str) -> None:
@@ -270,26 +270,15 @@ class AdapterStore:
                 if isinstance(listed, list):
                     entries = {str(entry.get("name")): entry for entry in listed if isinstance(entry, dict)}
                 else:
-                    facts = {
-                        "rows": _mapping(document, "data").get("train_rows"),
-                        "sha256": _mapping(document, "adapter").get("sha256"),
-                    }
-                    entries = {_ONLY: _mapping(document, "result") | facts}
+                    scores = {key: get(document, "result", key) for key in ("eval_before", "eval_after")}
+                    facts = {"rows": get(document, "data", "train_rows"), "sha256": get(document, "adapter", "sha256")}
+                    entries = {_ONLY: scores | facts}
                 self._run = run, stamp, entries
             return self._run[2].get(name_of(directory) or _ONLY, {})
 
 
-def _mapping(document: dict[str, Any], key: str) -> dict[str, Any]:
-    found = document.get(key)
-    return found if isinstance(found, dict) else {}
-
-
 def _settled(stamp: list[int], read_ns: int) -> bool:
     return read_ns - stamp[1] > _SETTLED_NS
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 class Content(NamedTuple):
