@@ -94,9 +94,14 @@ def generate(
         raise InputError("--image: goes with --prompt; a file of prompts has images in its rows.")
     for text in prompt or ():
         refuse_file_name(text, "--prompt")
-    asked = [_with_images(text, image or []) for text in prompt or ()]
 
+    from qvera.data.conversations import read_messages
     from qvera.serve.client import ServerClient, server_url
+
+    asked: list[Turn] = []
+    images = [{"type": "image", "image": file} for file in image or ()]
+    for text in prompt or ():
+        asked += read_messages([{"role": "user", "content": [*images, {"type": "text", "text": text}]}], "--prompt")
 
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     weights: list[list[int]] = []
@@ -184,15 +189,6 @@ def _as_row(row: Conversation) -> dict[str, Any]:
     messages = [{"role": turn.role, "content": _content(turn, _in_row), **turn.extra} for turn in row.turns]
     prompt = messages if more or first.images else first.text
     return {"prompt": prompt, "tools": row.tools} if row.tools else {"prompt": prompt}
-
-
-def _with_images(text: str, files: Sequence[str]) -> Turn:
-    """A user's turn: images, then a text."""
-    from qvera.data.conversations import read_messages
-
-    parts = [{"type": "image", "image": file} for file in files]
-    (turn,) = read_messages([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}], "--prompt")
-    return turn
 
 
 def _content(turn: Turn, part_of: Callable[[str | bytes], dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -385,12 +381,21 @@ def chat(
         qvera chat runs/quickstart --temperature 0.7
     """
     from qvera.data import Turn
-    from qvera.serve.client import server_url
+    from qvera.serve.client import ServerClient, server_url
 
-    sampling = {"temperature": temperature, "top_p": top_p}
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     if (url := server_url(run)) is not None:
-        answer = _server_answers(url, adapter, base, {**sampling, "max_tokens": max_new_tokens})
-        _talk([Turn("system", system)] if system else [], seed, answer)
+        client = ServerClient.at(url)
+        model = client.pick_models({adapter: "--adapter"}, base)[adapter]
+
+        def answer_there(turns: list[Turn], seed: int) -> str:
+            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+            settings = {**sampling, "max_tokens": max_new_tokens, "seed": seed}
+            text = client.chat(model, messages, lambda piece: print(piece, end="", flush=True), **settings)
+            print()
+            return text
+
+        _talk([Turn("system", system)] if system else [], seed, answer_there)
         return
     check_target(run, adapter)
 
@@ -416,21 +421,6 @@ def chat(
     system = prompts.system if system is None else system
     with generating(opened.model):  # once for all messages
         _talk([Turn("system", system)] if system else [], seed, answer_here)
-
-
-def _server_answers(url: str, adapter: str | None, base: bool, settings: dict[str, Any]) -> Answer:
-    from qvera.serve.client import ServerClient
-
-    client = ServerClient.at(url)
-    model = client.pick_models({adapter: "--adapter"}, base)[adapter]
-
-    def answer(turns: list[Turn], seed: int) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        text = client.chat(model, messages, lambda piece: print(piece, end="", flush=True), seed=seed, **settings)
-        print()
-        return text
-
-    return answer
 
 
 def _talk(first: list[Turn], seed: int, answer: Answer) -> None:

@@ -26,9 +26,10 @@ from qvera.cli.common import (
     progress,
     require_new_file,
 )
+from qvera.utils.adapter_names import similar_names
 from qvera.utils.errors import InputError
 from qvera.utils.files import cache_root, replace_text, resolve_path
-from qvera.utils.formatting import shortened
+from qvera.utils.formatting import counted, shortened
 
 if TYPE_CHECKING:
     from qvera.config.schema import Recipe
@@ -236,7 +237,9 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     found = rows_by_label(datasets.train, most) if datasets.stats.format == "prompt-completion" else {}
     if not 2 <= len(found) <= most or not all(name and len(name) <= LONGEST_LABEL for name in found):
         return recipe, datasets
-    _print_similar_labels(found)
+    for alike in similar_names(sorted(found)):
+        counts = " and ".join(f"{name!r} ({counted(found[name], 'row')})" for name in alike)
+        print(f"labels alike      {counts} differ only by case or spaces; is that meant?")
     prompt = f"Answer with one of these: {', '.join(sorted(found))}."
     named = recipe.replace(data=recipe.data.replace(system=prompt))
     try:
@@ -246,15 +249,6 @@ def _with_labels_named(recipe: Recipe, datasets: Datasets, processor: Processor)
     if list(shown.train[0].input_ids) == list(datasets.train[0].input_ids):  # the rows have their own
         return recipe, datasets
     return named, shown
-
-
-def _print_similar_labels(labels: dict[str, int]) -> None:
-    from qvera.utils.adapter_names import similar_names
-    from qvera.utils.formatting import counted
-
-    for alike in similar_names(sorted(labels)):
-        counts = " and ".join(f"{name!r} ({counted(labels[name], 'row')})" for name in alike)
-        print(f"labels alike      {counts} differ only by case or spaces; is that meant?")
 
 
 def recipe_text(recipe: Recipe, stats: DataStats, hidden_size: int | None, context: int) -> str:
