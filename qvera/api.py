@@ -379,13 +379,15 @@ class Model:
         """
         self._require_one()
         with self._lock, contextlib.ExitStack() as until_scored:
+            called = None
             if rows is not None and not isinstance(rows, str | Path):
-                rows = until_scored.enter_context(_file_of(rows))
+                rows, called = until_scored.enter_context(_file_of(rows)), "the given rows"
             if with_base and self.target.adapter is None:  # an export's weights make room for those of its base
                 until_scored.callback(setattr, self, "_opened", None)
-            return evaluations.evaluate(
+            document = evaluations.evaluate(
                 self.target,
                 None if rows is None else str(rows),
+                called=called,
                 limit=limit,
                 base_alone=self.base_alone,
                 with_base=with_base,
@@ -396,6 +398,9 @@ class Model:
                 opened=lambda: self.opened,
                 console=self.console,
             )
+            for row in document["answers"] if called else ():
+                row["source"] = row["source"].replace(str(rows), "rows")
+            return document
 
     @_checked
     def export(

@@ -106,7 +106,11 @@ def test_an_error_of_the_callback_leaves_a_run_that_is_whole(
 
 
 def test_load_answers_scores_and_exports_as_the_commands_do(
-    trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    trained_run: Path,
+    tiny_rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     run = qvera.load(trained_run)
@@ -146,6 +150,8 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     scored = run.evaluate(rows, with_base=True, max_new_tokens=4)
     assert scored["scores"]["rows"] == 2
     assert scored["base_scores"]["loss"] != scored["scores"]["loss"]
+    assert scored["subject"]["data"] == "the given rows"
+    assert [row["source"] for row in scored["answers"]] == ["rows:1", "rows:2"]  # and no file of ours
     assert run.opened is opened  # loaded once
     with pytest.raises(qvera.InputError, match="'anna' is not loaded; .* has one adapter"):
         run.generate("say red 1", adapter="anna")
@@ -158,10 +164,14 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
     certificate = run.export("~/lora", to="lora", dtype="float32")
     assert certificate is not None
     assert certificate == json.loads((tmp_path / "lora" / "qvera_export.json").read_text(encoding="utf-8"))
-    with (console := Console()).capture() as shown:
+    trained = [json.loads(line) for line in tiny_rows.read_text(encoding="utf-8").splitlines()]
+    with (console := Console(width=200)).capture() as shown:
         qvera.evaluate(trained_run, rows, max_new_tokens=1, console=console)
+        qvera.evaluate(trained_run, trained, answers=False, console=console)
         merged = qvera.export(trained_run, tmp_path / "merged", compare=False, console=console)
     assert "2 of 2 references are longer" in shown.get()
+    assert "the given rows: the run was trained on" in shown.get()
+    assert "qvera-rows-" not in shown.get()
     assert merged is not None
     exported = qvera.load(tmp_path / "merged")
     assert exported.evaluate(rows, with_base=True, answers=False)["base_scores"] is not None

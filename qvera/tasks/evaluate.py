@@ -64,6 +64,7 @@ def evaluate(
     target: Artifact,
     rows: str | None = None,
     *,
+    called: str | None = None,
     limit: int | None = None,
     base_alone: bool = False,
     with_base: bool = False,
@@ -79,6 +80,7 @@ def evaluate(
 
     Args:
         rows: a file of rows, read as the recipe's are. None: the held-out rows of its recipe.
+        called: what messages and the document call it; None: by its name.
         base_alone: evaluate the base without the adapter.
         with_base: evaluate the base too.
         metrics: compare answers with references (`qvera.evaluation.metrics`).
@@ -92,7 +94,7 @@ def evaluate(
     Raises:
         InputError: there are no rows, there is no base to compare with, or a package that a metric needs is missing.
     """
-    console = console or Console(stderr=True)
+    console, called = console or Console(stderr=True), called or rows
     is_classifier = target.model_class.has_own_head
     if target.recipe is not None and is_classifier == (target.recipe.task == CausalLM.name):
         what = "a classifier" if is_classifier else "a model that writes text"
@@ -106,7 +108,7 @@ def evaluate(
                     f"{option}: {target.path} is a classifier, and its base has no head that was trained for these "
                     "labels. Leave it out; run.json has the scores from before training."
                 )
-        return _evaluate_labels(target, rows, limit, opened, console)
+        return _evaluate_labels(target, rows, called, limit, opened, console)
     chosen = text_metrics(metrics) if answers else []
     if base_alone or with_base:
         require_comparable(target)
@@ -121,7 +123,7 @@ def evaluate(
     sha256 = None if base_alone else adapter_sha256(target)  # now: the run may go on while we score
     model = _open(target, opened, console, adapter=not base_alone)
     datasets = build_datasets(section, model.base.tokenizer, console)
-    examples = _rows_to_score(target, rows, datasets, model, console)[:limit]
+    examples = _rows_to_score(target, called, datasets, model, console)[:limit]
     prompts = prompts_of(examples, group_prompts) if answers else []
     require_positions(model.model, lengths_of(examples))
     others = None if judge is None else judge.others(prompts)
@@ -171,7 +173,7 @@ def evaluate(
             row | {"base_answer": of_base["answer"], "base_scores": of_base["scores"]}
             for row, of_base in zip(answered, base_rows, strict=True)
         ]
-    about = _subject(target, section, base_alone, rows)
+    about = _subject(target, section, base_alone, called)
     about |= {"inputs_sha256": inputs_sha256(answered), "max_new_tokens": answer_tokens, "adapter_sha256": sha256}
     document: dict[str, Any] = {
         "subject": about,
@@ -233,19 +235,24 @@ def _rows_to_score(target: Artifact, rows: str | None, datasets: Datasets, model
 
 
 def _evaluate_labels(
-    target: Artifact, rows: str | None, limit: int | None, opened: Callable[[], OpenRun] | None, console: Console
+    target: Artifact,
+    rows: str | None,
+    called: str | None,
+    limit: int | None,
+    opened: Callable[[], OpenRun] | None,
+    console: Console,
 ) -> dict[str, Any]:
     """Score a classifier. The document's ``answers`` are its predictions."""
     task = classification_of(target.model_class, target.recipe)
     require_scorers(task.name)
     section = _data_section(target, rows, limit, {"format": task.row_format})
     has_labels = section.columns.get("label") != ""
-    about = _subject(target, section, False, rows)
+    about = _subject(target, section, False, called)
     sha256 = adapter_sha256(target)
     model = _open(target, opened, console)
     labels = model.labels
     datasets = build_datasets(section, model.base.tokenizer, console, labels=labels)
-    examples = _rows_to_score(target, rows, datasets, model, console)[:limit]
+    examples = _rows_to_score(target, called, datasets, model, console)[:limit]
     require_positions(model.model, lengths_of(examples))
     task.prepare(model.model, model.base.tokenizer, datasets)
     with Phase(console, "scoring", len(examples)) as show, scoring(model.model):
@@ -255,7 +262,9 @@ def _evaluate_labels(
         scores = {**label_scores(logits, examples, labels), "scored_rows": len(examples)}
         del scores["trained_tokens"]
     else:
-        text = f"{rows}: has no labels, so its rows are labelled, and not scored. --predictions FILE writes the labels."
+        text = (
+            f"{called}: has no labels, so its rows are labelled, and not scored. --predictions FILE writes the labels."
+        )
         warn(console, text)
     package = "scipy" if labels.is_regression else "scikit-learn"
     signature = f"{package} {metadata.version(package)}"
