@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qvera.evaluation.report.read import RunFiles, get, get_number, read_adapter_of_run, read_run, trained_many
+from qvera.evaluation.report.read import (
+    RunFiles,
+    get,
+    get_number,
+    read_adapter_of_run,
+    read_run,
+    status_of,
+    trained_many,
+)
 from qvera.utils.errors import InputError
 from qvera.utils.formatting import count, duration, percent, significant, size, text_or_dash
 
@@ -77,7 +85,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         runs = [
-            {"run": label, "status": run.text("status") or None, **self.figures[label]}
+            {"run": label, "status": status_of(run.info) or None, **self.figures[label]}
             | {"evaluation": asdict(run.evaluation) if run.evaluation else None}
             for label, run in self.runs.items()
         ]
@@ -151,7 +159,7 @@ def compare(runs: dict[str, RunFiles]) -> Comparison:
     shown = {key for each in figures.values() for key, value in each.items() if value is not None}
     gaps = []
     for label, run in runs.items():
-        if (status := run.text("status")) != "done":
+        if (status := status_of(run.info)) != "done":
             state = f"its status is {status}" if status else "has not finished"
             gaps.append(f"{label}: {state}; its figures are those so far.")
         gaps += [f"{label}: {note}" for note in run.notes]
@@ -228,6 +236,9 @@ def _last_evaluation(run: RunFiles, key: str) -> str:
 
 
 _QUESTIONS: dict[str, Callable[[RunFiles], str]] = {
+    "The runs are of different tasks ({}): their losses are not of one kind.": (
+        lambda run: str(run.settings.get("task", ""))
+    ),
     "The runs are not on the same base model ({}): their losses are not of one model.": _base,
     "The runs are not scored on the same held-out rows ({}): their scores are not of one set.": (
         lambda run: _last_evaluation(run, "rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import platform
 import re
 import statistics
 from html import unescape
@@ -112,6 +113,16 @@ def test_what_cannot_be_compared_is_reported(build_run: Build, change: dict[str,
     gaps = compare_runs([build_run(name="one", info=one), build_run(name="two", info=two)]).gaps
     assert len(gaps) == (sentence is not None)
     assert sentence is None or sentence in gaps[0]
+
+
+def test_a_killed_run_is_not_called_running_and_runs_of_two_tasks_are_named(build_run: Build) -> None:
+    killed = info(status="running", processes={"pid": 2**22 + 1, "host": platform.node()})
+    classes = {**RECIPE, "task": "sequence-classification"}
+    found = compare_runs([build_run(name="one", info=killed), build_run(name="two", recipe=classes)])
+    assert "one: its status is interrupted; its figures are those so far." in found.gaps
+    assert found.to_dict()["runs"][0]["status"] == "interrupted"
+    tasks = "The runs are of different tasks (one: causal-lm; two: sequence-classification)"
+    assert [gap for gap in found.gaps if tasks in gap]
 
 
 def test_runs_of_the_same_name_are_told_apart(build_run: Build, tmp_path: Path) -> None:
