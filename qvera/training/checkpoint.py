@@ -292,11 +292,15 @@ def require_same_inputs(place: Path, theirs: dict[str, Any] | None, inputs: dict
 
     ``inputs``: some of `TrainingSession.inputs`. A run of an earlier version has none to compare.
     """
-    what = {"rows": "rows (data.path or data.eval_path)", "base": "weights of the base (model.path)", "loss": "loss"}
+    what = {
+        "rows": "other rows (data.path or data.eval_path)",
+        "base": "other weights of the base (model.path)",
+        "loss": "another loss",
+    }
     known = {key: value for key, value in (theirs or {}).items() if value is not None and inputs.get(key) is not None}
     if changed := [name for key, name in what.items() if key in known and known[key] != inputs[key]]:
         raise InputError(
-            f"{place}: was saved with other {' and other '.join(changed)} than are there now, so the run would "
+            f"{place}: was saved with {' and '.join(changed)} than it has now, so the run would "
             "not become what it would have. Put them back, or start a new run in another training.output_dir."
         )
 

@@ -109,7 +109,9 @@ def check_run_dir(run_dir: Path, recipe: Recipe, resume: bool) -> bool:
         )
     # before --resume is advised, which takes no other recipe
     begun = load_recipe(existing, of_a_run=True).to_dict() if existing.exists() else {}
-    if changed := changed_keys(begun, recipe, LENGTH):
+    # rows may have moved: they are compared by their hash once they are read (`Run.check`)
+    places = ("data.path", "data.eval_path") if resume and get(info, "data", "sha256") else ()
+    if changed := changed_keys(begun, recipe, (*LENGTH, *places)):
         raise InputError(
             f"{run_dir}: was started with another recipe; {', '.join(changed)} changed. Go on with the run's own by "
             f"`qvera train {existing} --resume`, or start a new run in another training.output_dir."

@@ -116,7 +116,7 @@ def test_a_loss_that_fails_is_named_with_its_rows_and_costs_no_step(make_recipe:
     with pytest.raises(RunFailed, match=r"own raised ZeroDivisionError .* on .*rows\.jsonl:\d+.*\n.*Step 1 is saved"):
         train(recipe, tmp_path / "run", loss=make(4))  # the longest batch, two passes of step 1, one of step 2
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
-    with pytest.raises(InputError, match="was saved with other loss than"):
+    with pytest.raises(InputError, match="was saved with another loss than"):
         train(recipe, tmp_path / "run", resume=True)
     calls = 0
     train(recipe, tmp_path / "run", resume=True, loss=make(99))

@@ -77,12 +77,12 @@ def test_a_run_does_not_go_on_with_other_inputs_under_the_same_paths(
     text = rows.read_text()
     rows.write_text("".join(reversed(text.splitlines(keepends=True))))
     with pytest.raises(
-        InputError, match=r"was saved with other rows \(data\.path or data\.eval_path\) than are there now"
+        InputError, match=r"was saved with other rows \(data\.path or data\.eval_path\) than it has now"
     ):
         train(recipe, tmp_path / "run", resume=True, dry_run=True)  # before the base is loaded
     rows.write_text(text)
     small_llama(seed=5).save_pretrained(model)
-    with pytest.raises(InputError, match=r"was saved with other weights of the base \(model\.path\) than are there"):
+    with pytest.raises(InputError, match=r"was saved with other weights of the base \(model\.path\) than it has"):
         train(recipe, tmp_path / "run", resume=True)
     assert files_of(tmp_path / "run" / "adapter") == before
 
@@ -107,6 +107,20 @@ def test_a_run_goes_on_where_its_base_tokenizer_and_rows_have_moved(
     own.write_text(own.read_text().replace(str(old), str(new)))
     result = train(load_recipe(own, ["training.max_steps=2"], of_a_run=True), tmp_path / "run", resume=True)
     assert result is not None and result.run["result"]["steps"] == 2
+
+
+def test_a_run_goes_on_with_rows_that_another_data_path_has(make_recipe: Any, tmp_path: Path) -> None:
+    """As by --set on --resume, without a change of the run's recipe.yaml. Other rows there are refused."""
+    old, new, others = (tmp_path / f"{name}.jsonl" for name in ("old", "new", "others"))
+    shutil.copy(make_recipe().data.path, old)
+    train(make_recipe(data={"path": str(old)}, training={"max_steps": 1}), tmp_path / "run")
+    old.rename(new)
+    others.write_text("".join(reversed(new.read_text().splitlines(keepends=True))))
+    with pytest.raises(InputError, match="was saved with other rows"):
+        train(make_recipe(data={"path": str(others)}, training={"max_steps": 2}), tmp_path / "run", resume=True)
+    result = train(make_recipe(data={"path": str(new)}, training={"max_steps": 2}), tmp_path / "run", resume=True)
+    assert result is not None and result.run["result"]["steps"] == 2
+    assert load_recipe(tmp_path / "run" / "recipe.yaml", of_a_run=True).data.path == str(new)
 
 
 def test_a_run_that_goes_on_with_another_dtype_or_version_says_so(make_recipe: Any, tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_other_rows_or_processes_or_damaged_checkpoints_are_refused(whole: tuple
                 shutil.copy(run_json, cut)
                 (cut / "checkpoints").rename(tmp_path / "checkpoints")
             before = all_files(cut)
-            with pytest.raises(InputError, match=r"saved with other rows \(data\.path or data\.eval_path\) than are"):
+            with pytest.raises(InputError, match=r"saved with other rows \(data\.path or data\.eval_path\) than it"):
                 train(recipe, cut, resume=True)
             assert all_files(cut) == before
     finally:
