@@ -136,18 +136,18 @@ def test_a_rank_and_a_rate_far_above_any_that_was_measured_are_named(recipe_of: 
         return "\n".join(make_plan(recipe_of(adapter=adapter, training=training), gpu(10**12)).warnings)
 
     highest = 64  # of q_proj [64, 64] and gate_proj [128, 64]
-    assert warned(rank=4 * highest, rate=4.9) == warned(method="lora", rank=highest, rate=0.19) == ""
+    assert warned(rank=4 * highest, rate=2.9) == warned(method="lora", rank=highest, rate=0.19) == ""
     assert warned(rank=50_000, rate=0.05) == "adapter.rank: 50,000 is above what the layers hold, which is 64 at most."
     assert "adapter.rank: 65 is above" in warned(method="lora", rank=65, rate=2e-3)
     said = (
-        "training.learning_rate: 1e+06 is 20,000,000 times what was measured for vera at this hidden size (0.05 at 64)"
+        "training.learning_rate: 1e+06 is 33,333,333 times what was measured for vera at this hidden size (0.03 at 64)"
     )
     assert warned(rank=8, rate=1e6).startswith(said)
     assert "200 times what was measured for lora" in warned(method="lora", rank=8, rate=0.4)
     with Console(file=io.StringIO(), width=300) as console:
         recipe = load_recipe(write_recipe(training={"learning_rate": 100.0}))
         train(recipe, Path("unused"), dry_run=True, console=console)
-    assert "training.learning_rate: 100 is 2,000 times" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "training.learning_rate: 100 is 3,333 times" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_adapted_weights_are_held_between_steps_where_a_cpu_has_the_memory(recipe_of: Any) -> None:
