@@ -170,8 +170,8 @@ def _print_curve(found: RangeTestResult, run_dir: Path, ramp: LrRange) -> None:
         elsewhere = ", with another training.output_dir: a run is in this one" if begun else ""
         print(f"suggestion        --set training.learning_rate={found.suggestion:.2g}{elsewhere}")
         print(f"                  {RULE}; worth a try down to the steepest fall")
-    if found.measured is not None:
-        print(f"measured          {rate_text(found.measured)} at this hidden size, on other rows (docs/evaluation.md)")
+    if found.known is not None:
+        print(f"known before      {rate_text(found.known)}, of other rows near this hidden size (docs/evaluation.md)")
     print(f"curve             {run_dir / PAGE}\npoints            {run_dir / POINTS}")
 
 

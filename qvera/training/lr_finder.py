@@ -57,7 +57,7 @@ class RangeTestResult:
     steepest: float | None  # where the loss fell fastest, below which a run wastes steps; None without a suggestion
     diverged: float | None  # the rate at which the test was stopped; None where it ran to its end
     reason: str | None = None  # why there is no suggestion; None where there is one
-    measured: float | None = None  # the rate known for the method at the base's hidden size (`measured_rate`)
+    known: float | None = None  # the method's best on other rows, for the base's hidden size (`measured_rate`)
 
 
 def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult | None:
@@ -72,8 +72,8 @@ def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult 
     if not session.group.first:
         return None
     hidden_size = getattr(loop.model.config.get_text_config(), "hidden_size", None)
-    measured = measured_rate(session.recipe.adapter.method, hidden_size) if hidden_size else None
-    result, out = replace(read_curve(points, diverged), measured=measured), session.run_dir
+    known = measured_rate(session.recipe.adapter.method, hidden_size) if hidden_size else None
+    result, out = replace(read_curve(points, diverged), known=known), session.run_dir
     try:
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / POINTS, "".join(json.dumps(plain_json(point)) + "\n" for point in result.points))

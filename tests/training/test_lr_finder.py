@@ -37,7 +37,7 @@ def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any
     said = capsys.readouterr().out
     assert "diverged          not up to 1;" in said
     assert RULE in said
-    assert "measured          0.03 at this hidden size, on other rows" in said
+    assert "known before      0.03, of other rows" in said
     points = points_of(out)
     assert [point["step"] for point in points] == list(range(1, 42))
     for number, point in enumerate(points):

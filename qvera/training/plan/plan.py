@@ -118,7 +118,7 @@ class Plan(PlannedRun):
         usual = measured_rate(name, self.shape.hidden) or self.method.usual.get("training.learning_rate")
         if usual is not None and rate >= 100 * usual:
             found.append(
-                f"training.learning_rate: {rate:g} is {rate / usual:,.0f} times what was measured for {name} at this "
+                f"training.learning_rate: {rate:g} is {rate / usual:,.0f} times what is known for {name} at this "
                 f"hidden size ({usual:g} at {self.shape.hidden:,}). --find-lr measures it on these rows."
             )
         return found

@@ -139,11 +139,9 @@ def test_a_rank_and_a_rate_far_above_any_that_was_measured_are_named(recipe_of: 
     assert warned(rank=4 * highest, rate=2.9) == warned(method="lora", rank=highest, rate=0.19) == ""
     assert warned(rank=50_000, rate=0.05) == "adapter.rank: 50,000 is above what the layers hold, which is 64 at most."
     assert "adapter.rank: 65 is above" in warned(method="lora", rank=65, rate=2e-3)
-    said = (
-        "training.learning_rate: 1e+06 is 33,333,333 times what was measured for vera at this hidden size (0.03 at 64)"
-    )
+    said = "training.learning_rate: 1e+06 is 33,333,333 times what is known for vera at this hidden size (0.03 at 64)"
     assert warned(rank=8, rate=1e6).startswith(said)
-    assert "200 times what was measured for lora" in warned(method="lora", rank=8, rate=0.4)
+    assert "200 times what is known for lora" in warned(method="lora", rank=8, rate=0.4)
     with Console(file=io.StringIO(), width=300) as console:
         recipe = load_recipe(write_recipe(training={"learning_rate": 100.0}))
         train(recipe, Path("unused"), dry_run=True, console=console)
