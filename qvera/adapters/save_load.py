@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -88,17 +88,14 @@ def attach(
         config.modules_to_save = list(model_class.head_modules(model))  # type: ignore[arg-type]
         config.task_type = None if model_class.reads_images else "SEQ_CLS"  # type: ignore[assignment]
         config.format_version = max(config.format_version, LABELS_VERSION)
-    start = None if section.init_from is None else _read_start(config, section.init_from)
-    if start is not None:
-        # tensor shapes and scales depend on these, a recipe has no key for them, and PEFT's LoRAs may have them
-        config.rank_pattern, config.alpha_pattern = start[0].rank_pattern, start[0].alpha_pattern
+    start = read_start(config, section.init_from)
     config.progress = progress
     try:
         peft_model = put_on(model, config)
     finally:
         config.progress = None  # it may hold a terminal's progress bar, which can't be copied or pickled
-    if section.init_from is not None:
-        start_from(peft_model, config, section.init_from, start=start)
+    if start is not None:
+        start_from(peft_model, config, start)
     return peft_model
 
 
@@ -136,24 +133,32 @@ _PROJECTIONS = {
 
 def check_start(section: AdapterSection, base: ModelSection) -> None:
     """Check ``section.init_from`` as far as possible without a model; InputError if it does not fit."""
-    if section.init_from is not None:
-        theirs, *_ = _read_start(new_config(section), section.init_from)
-        require_base(theirs, section.init_from, base.path, fingerprint_of(base))
+    start = read_start(new_config(section), section.init_from)
+    if start is not None:
+        require_base(start.config, start.name, base.path, fingerprint_of(base))
 
 
-def start_from(
-    peft_model: PeftModel,
-    config: QveraConfig,
-    init_from: str,
-    adapter: str = "default",
-    start: tuple[QveraConfig, dict[str, Tensor], Path] | None = None,
-) -> None:
-    """Copy the vectors of ``init_from``, a directory or hub id of an adapter, into a fresh adapter of that config.
+class Start(NamedTuple):
+    """An adapter that a fresh one starts from, as `read_start` read it.
 
-    ``start`` is what was read of it already. InputError: settings, projections, tokens or the base differ, or it is an
-    adapter of PEFT's own VeRA.
+    Attributes:
+        name: what the recipe's ``adapter.init_from`` says, a directory or hub id.
+        vectors: by their keys in its file.
+        directory: its files, which may be a snapshot of the hub.
     """
-    theirs, vectors, directory = start or _read_start(config, init_from)
+
+    name: str
+    config: QveraConfig
+    vectors: dict[str, Tensor]
+    directory: Path
+
+
+def start_from(peft_model: PeftModel, config: QveraConfig, start: Start, adapter: str = "default") -> None:
+    """Copy the vectors of another adapter into a fresh one of that config.
+
+    InputError: projections, tokens, labels or the base differ.
+    """
+    init_from, theirs, vectors, directory = start
     seeded = method_of(config).source in (Source.SEEDED, Source.OWN)
     of_model = {"labels": "labels", "problem_type": "problem_type"}
     _require_equal(theirs, config, init_from, of_model | (_PROJECTIONS if seeded else {}))
@@ -168,11 +173,14 @@ def start_from(
     load_vectors(peft_model, vectors, init_from, adapter)
 
 
-def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[str, Tensor], Path]:
-    """Read the adapter that a run starts from, and compare it as far as the recipe alone decides.
+def read_start(config: QveraConfig, init_from: str | None) -> Start | None:
+    """Read the adapter that one of ``config`` starts from, and compare them as far as the recipe alone decides.
 
-    Returns its config, its vectors and its directory, which may be a snapshot of the hub.
+    The config takes over its patterns of ranks and alphas. InputError: there is none that can be read, its settings
+    differ, or it is an adapter of PEFT's own VeRA.
     """
+    if init_from is None:
+        return None
     directory = Path(resolve_path(init_from))
     try:
         snapshot = local_directory(directory)
@@ -192,7 +200,9 @@ def _read_start(config: QveraConfig, init_from: str) -> tuple[QveraConfig, dict[
     seeds = {"seeds": "seed"} if method.source in (Source.SEEDED, Source.OWN) else {}
     own = {key: key for key, is_fixed in method.keys.items() if is_fixed}
     _require_equal(theirs, config, init_from, {"method": "method", "rank": "rank"} | seeds | own)
-    return theirs, vectors, snapshot
+    # tensor shapes and scales depend on these, a recipe has no key for them, and PEFT's LoRAs may have them
+    config.rank_pattern, config.alpha_pattern = theirs.rank_pattern, theirs.alpha_pattern
+    return Start(init_from, theirs, vectors, snapshot)
 
 
 def _require_equal(theirs: QveraConfig, config: QveraConfig, init_from: str, fields: dict[str, str]) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from qvera.adapters.bank import AdapterBank
 from qvera.adapters.layer import adapted_layers
-from qvera.adapters.save_load import new_config, start_from
+from qvera.adapters.save_load import new_config, read_start, start_from
 from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
 from qvera.models import linear
 from qvera.models.attention import implementation_on, joining_of
@@ -59,13 +59,14 @@ class LentBank:
         """
         self.adapter, self._base, self._seed = adapter, base, seed
         config = new_config(section, base.facts.get("path"), base.facts.get("fingerprint"), None, base_section)
+        start = read_start(config, section.init_from)
         model = base.adapted
         if model is None or adapter not in model.peft_config:  # else an attempt before this one failed later
             model = add_adapter(base, adapter, config)
         self.model = model
         leave_to_training(self.model, adapter)
-        if section.init_from is not None:
-            start_from(self.model, config, section.init_from, adapter)
+        if start is not None:
+            start_from(self.model, config, start, adapter)
         can_recompute = bool(causal_model(base.model).supports_gradient_checkpointing)
         mode = can_recompute if checkpointing == "auto" else checkpointing
         enable_checkpointing(self.model, mode, by_tiles=False)

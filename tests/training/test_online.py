@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from qvera.config.schema import Recipe
 from qvera.data import Example
@@ -74,8 +76,20 @@ def test_jobs_with_recipes_of_their_own_become_what_they_are_alone(make_recipe: 
         assert difference(*flat) <= 1e-5
 
 
-def test_jobs_train_loras_where_the_served_recipe_does(make_recipe: Any, tmp_path: Path) -> None:
-    adapter = {"method": "lora", "rank": 3, "alpha": 6.0}
+@pytest.mark.parametrize("start", [None, "of PEFT"])
+def test_jobs_train_loras_where_the_served_recipe_does(make_recipe: Any, tmp_path: Path, start: str | None) -> None:
+    adapter: dict[str, Any] = {"method": "lora", "rank": 3, "alpha": 6.0}
+    if start is not None:  # its ranks and alphas differ by linear, which a recipe can't say
+        base: Any = AutoModelForCausalLM.from_pretrained(make_recipe().model.path)
+        config = LoraConfig(
+            r=3, lora_alpha=6, target_modules="all-linear", rank_pattern={"k_proj": 5}, alpha_pattern={"down_proj": 2}
+        )
+        stock = get_peft_model(base, config)
+        for name, parameter in stock.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+        stock.save_pretrained(tmp_path / start)
+        adapter |= {"init_from": str(tmp_path / start)}
     jobs, runs = Jobs(server_recipe(make_recipe, adapter=adapter, training={"learning_rate": 1e-3})), []
     for seed, name in enumerate(("anna", "ben")):
         rows = write_job_rows(tmp_path / f"{name}.jsonl", 10, seed)
