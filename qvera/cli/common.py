@@ -87,8 +87,8 @@ HtmlFile = Annotated[Path | None, option("FILE", "Write a page for a browser.")]
 
 # What `qvera launch` passes on to `qvera train`.
 Resume = Annotated[bool, flag("--resume", "Continue from the newest intact checkpoint.")]
-FindLr = Annotated[bool, flag("--find-lr", "Test a range of learning rates; suggest one.")]
 _RAMP = LrRange()
+FindLr = Annotated[bool, flag("--find-lr", f"Test {_RAMP.steps} learning rates, a step each; suggest one.")]
 LrFrom = Annotated[float | None, option("R", f"With --find-lr: the first rate (default: {_RAMP.start:g}).")]
 LrTo = Annotated[float | None, option("R", f"With --find-lr: the last rate (default: {_RAMP.end:g}).")]
 LrSteps = Annotated[int | None, option("N", f"With --find-lr: steps (default: {_RAMP.steps}).")]

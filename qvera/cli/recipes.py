@@ -476,7 +476,7 @@ def plan(
     print_plan(made, Console())
     if steps is not None:
         most = ""
-        if made.seconds is not None and not made.slots:
-            time = duration(steps * sum(made.seconds.values()))
+        if made.seconds is not None:  # of a step, or of a round in which each slot takes one
+            time = duration(steps * sum(made.seconds.values()) / (made.slots or 1))
             most = f", at most about {time} if each were the longest batch"
         print(f"{steps:,} optimizer steps in all{most}. Loading, evaluations and answers are not counted.")

@@ -224,6 +224,8 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
     before, after = (sum(losses) / len(known) for losses in zip(*known, strict=True))
     share, steps, kind = (before - after) / abs(before or 1.0), result["steps"], "held-out" if scored else "training"
     change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
+    if not share:  # as a training loss after one step, which is the first and the last
+        change = f"the {kind} loss stayed the same"
     answers = result.get("eval_after") or {}
     if has_rewards:
         change = (

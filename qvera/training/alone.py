@@ -211,17 +211,16 @@ class Trainer(Run):
         patience, metric = training.early_stopping_patience, training.metric_for_best_model
         rows = self.loop.datasets.eval
 
-        def show(done: int, _: int = 0) -> None:
-            self.progress(done)
+        def show(done: int, total: int | None = None, name: str | None = None) -> None:
+            self.progress(done, total, name)
             if self.signals.asked and self.group.world_size == 1:  # of several ranks, the others wait in a collective
                 raise Interrupted(self.signals.asked)
 
         with self.progress.within("held-out loss", len(rows)):
             result = self.loop.held_out_loss(show)
-        if task.own_metrics or metric == "exact_match":
-            with self.progress.within("answers", len(rows)):
+            if task.own_metrics or metric == "exact_match":
                 about = self.loop.model, self.session.base.tokenizer, rows, self.group
-                result |= task.answers(*about, show)[0]
+                result |= task.answers(*about, lambda done, total: show(done, total, _answering(total, "adapter")))[0]
         state.evaluation_due = False
         self.log({"kind": "eval", "step": state.step, **result})
         self.callbacks.evaluated(result)  # which shall still see the best score of earlier evaluations
@@ -258,7 +257,7 @@ class Trainer(Run):
             result = loop.held_out_loss(show)
 
             def answering(done: int, total: int) -> None:
-                show(done, total, f"answering {total} prompts with the {who}")
+                show(done, total, _answering(total, who))
 
             answered, samples = task.answers(loop.model, self.session.base.tokenizer, rows, self.group, answering)
         result |= answered
@@ -405,3 +404,8 @@ class Trainer(Run):
             ]
         self.summary["samples"] = samples
         self.group.on_first(lambda: write_run(self.run_dir, self.summary, self.console))
+
+
+def _answering(prompts: int, who: str) -> str:
+    """Name the phase in which prompts are answered."""
+    return f"answering {prompts} prompts with the {who}"

@@ -88,7 +88,7 @@ def take_range_test(session: TrainingSession, ramp: LrRange) -> RangeTestResult 
 def _take_steps(loop: AloneLoop, ramp: LrRange) -> tuple[list[dict[str, Any]], float | None]:
     points: list[dict[str, Any]] = []
     loop.model.train()
-    with loop.session.phase("testing learning rates", ramp.steps) as show:
+    with loop.session.phase(f"testing {ramp.steps} learning rates, a step each", ramp.steps) as show:
         while loop.state.step < ramp.steps:
             rate = current_rate(loop.schedule)
             try:

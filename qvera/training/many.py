@@ -35,6 +35,7 @@ from qvera.utils import memory
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import ADAPTER_WEIGHTS, ADAPTERS, disk_errors, file_sha256, plain_json, resolve_path
+from qvera.utils.formatting import counted
 
 GOT_WORSE = "got worse"  # the held-out loss is higher after training than before
 TOO_FEW_ROWS = "too few rows"  # than one optimizer step takes
@@ -75,7 +76,7 @@ class ManyTrainer(Run):
         self.steps = sum(run.steps for run in self.runs)
         sizes = sorted(len(run.rows.train) for run in every)
         spread = f"{sizes[0]:,} to {sizes[-1]:,} rows (median {sizes[len(sizes) // 2]:,})"
-        spread = f"{sizes[0]:,} rows each" if sizes[0] == sizes[-1] else spread
+        spread = f"{counted(sizes[0], 'row')} each" if sizes[0] == sizes[-1] else spread
         self.say(f"{len(every):,} adapters of {spread}, {sum(run.steps for run in every):,} optimizer steps together.")
 
     def no_longer(self) -> str | None:

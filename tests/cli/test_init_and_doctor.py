@@ -23,6 +23,7 @@ from qvera.config.sections import AdapterSection
 from qvera.data import build_datasets
 from qvera.models.tokenizer import load_tokenizer
 from qvera.utils import accelerator
+from qvera.utils.cores import Cores
 from tests.helpers import Terminal
 from tests.tasks.images import save_vit, write_folders
 
@@ -272,6 +273,9 @@ def test_the_new_recipe_of_preferences_has_their_objective(init: Init, out: Path
     row = json.dumps({"prompt": "say", "completion": "red", "label": True}) + "\n"
     init(row * 7, "--objective", "kto", file="pairs.jsonl")
     assert load_recipe(out).training.per_device_train_batch_size > 1
+    few = "".join(json.dumps({"prompt": f"say {i}", "chosen": "red", "rejected": "blue"}) + "\n" for i in range(40))
+    said = init(few, "--objective", "dpo", file="few.jsonl")
+    assert load_recipe(out).training.num_train_epochs == 10 and "a model learns little from 40" in said
 
 
 def test_the_new_recipe_of_a_classifier_of_images_has_no_lengths(init: Init, out: Path, tmp_path: Path) -> None:
@@ -283,11 +287,13 @@ def test_the_new_recipe_of_a_classifier_of_images_has_no_lengths(init: Init, out
     assert main(["preview", str(out), "--rows", "0"]) == 0
 
 
-def test_doctor_reports_a_working_machine(capsys: Capture) -> None:
+def test_doctor_reports_a_working_machine(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "measure", lambda: Cores(8, 2.8))
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     for what in ("versions", "device", "compute dtype", "4-bit kernels", "C++ compiler", "disk here", "cache"):
         assert f"  {what}" in said
+    assert "8 cores, 2.8 of them used by others" in said and "A run started now takes 5 threads" in said
     assert "A run can start" in said
 
 

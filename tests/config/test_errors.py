@@ -81,6 +81,8 @@ def test_all_problems_are_reported_at_once() -> None:
         ("model.rank", "There is `adapter.rank`: move it there."),
         ("max_steps", "There is `training.max_steps`: move it there."),
         ("training.lr", "Did you mean `learning_rate`?"),
+        ("r", "There is `adapter.rank`"),
+        ("adapter.r", "Did you mean `rank`?"),
         ("adapter.lora_alpha", "Did you mean `alpha`?"),
         ("lr", "There is `training.learning_rate`: move it there."),
         ("num_epochs", "There is `training.num_train_epochs`."),

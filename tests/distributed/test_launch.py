@@ -15,6 +15,7 @@ import torch
 
 from qvera.cli.main import main
 from qvera.distributed import launch
+from qvera.utils.cores import Cores
 from qvera.utils.errors import InputError
 from tests.distributed.ranks import clean_environment, free_port
 from tests.helpers import wait_until
@@ -52,6 +53,21 @@ def test_processes_without_a_gpu_are_warned_about(monkeypatch: pytest.MonkeyPatc
     launch.launch_command(RECIPE, gpus=1)
     launch.launch_command(RECIPE)
     assert not capsys.readouterr().err
+
+
+def test_processes_of_one_machine_share_the_free_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(launch, "measure", lambda: Cores(8, 1.5))
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os; print('threads', os.environ['OMP_NUM_THREADS'])")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
+    for given, threads in ((None, "3"), ("5", "5")):
+        monkeypatch.setenv("OMP_NUM_THREADS", given or "")
+        if given is None:
+            monkeypatch.delenv("OMP_NUM_THREADS")
+        assert launch.run(command) == 0
+        assert capfd.readouterr().out.splitlines() == [f"threads {threads}"] * 2
 
 
 def test_settings_of_torch_go_to_the_other_machines(tmp_path: Path, monkeypatch: Any) -> None:

@@ -201,12 +201,17 @@ def test_an_export_makes_the_factors_anew_where_the_cache_lost_them(xs: tuple[An
         assert torch.equal(delta.rows(), again.layers[name].rows())
 
 
-def test_a_base_stored_otherwise_has_other_factors_and_is_refused(xs: tuple[Any, Path]) -> None:
+def test_a_base_stored_otherwise_has_other_factors_and_is_refused(xs: tuple[Any, Path], tmp_path: Path) -> None:
     recipe, directory = xs
     other = recipe.model.replace(quantization="none")
     base = load_base(other, torch.device("cpu"))
-    with pytest.raises(InputError, match=r"not those that the adapter was trained with .* and model.compute_dtype"):
+    refused = r"not those that the adapter was trained with .* and model.compute_dtype"
+    with pytest.raises(InputError, match=refused):
         load_adapter(base.model, directory / "adapter", base)
+    for name, adapter in (("xs", {"method": "lora-xs", "rank": 6}), ("sara", {**SARA, "frozen_pair": "svd"})):
+        save_adapter(attach(small_llama(), AdapterSection.model_validate(adapter)), tmp_path / name)
+        with pytest.raises(InputError, match=refused):  # weights of float32, which bfloat16 rounds
+            load_adapter(small_llama().to(torch.bfloat16), tmp_path / name)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.model_class import CAUSAL_LM
 from qvera.tasks.base import LossBatch
 from qvera.training.trainer import train
+from qvera.utils import progress
 from qvera.utils.errors import InputError, RunFailed
 from tests.distributed.ranks import Ranks
 from tests.tasks.own_code import AskOfTheSecondRank, by_row, first_letters, focal, mean_focal
@@ -184,14 +185,26 @@ def test_a_metric_chooses_the_best_step_and_stops_early(
     assert "mine              0.1250 → " in capsys.readouterr().out
 
 
-def test_the_recipes_own_scores_choose_the_best_step_too(classify: Any, make_recipe: Any, tmp_path: Path) -> None:
+def test_the_recipes_own_scores_choose_the_best_step_too(
+    classify: Any, make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = {"metric_for_best_model": "accuracy", "eval_steps": 1, "max_steps": 2}
     majority = {"first": lambda predictions, labels, rows: float(np.mean([p == "fruit" for p in predictions]))}
     result = train(classify(training=training), tmp_path / "labels", metrics=majority)
     assert result is not None and 0 <= result.run["result"]["eval_after"]["first"] <= 1
     training = {"metric_for_best_model": "exact_match", "eval_steps": 1, "max_steps": 2, "exact_match_rows": 2}
+    shown: list[tuple[int, str]] = []
+    show = progress.Phase.__call__
+
+    def watched(phase: progress.Phase, done: int, *more: Any, **facts: Any) -> None:
+        show(phase, done, *more, **facts)
+        shown.append((done, phase._line()))
+
+    monkeypatch.setattr(progress.Phase, "__call__", watched)
     result = train(make_recipe(training={**training, **QUIET}), tmp_path / "answers")
     assert result is not None and result.run["result"]["best_step"] == 1
+    answering = [line for done, line in shown if "answering 2 prompts with the adapter" in line and done == 2]
+    assert len(answering) == 3 and all("2/2" in line for line in answering)  # of two evaluations and the last score
     with pytest.raises(InputError, match=r"metric_for_best_model: there is no score 'acuracy' here; did you mean 'acc"):
         train(classify(training={"metric_for_best_model": "acuracy", "eval_steps": 1}), tmp_path / "wrong")
     with pytest.raises(InputError, match="there is no score 'exact_match' here. There are loss, accuracy"):

@@ -19,6 +19,7 @@ from qvera.config.sections import LrRange
 from qvera.training.loop import AloneLoop
 from qvera.training.lr_finder import PAGE, POINTS, RULE, RangeTestResult, has_diverged, range_page, read_curve
 from qvera.training.trainer import find_lr, train
+from qvera.utils import progress
 from qvera.utils.errors import NotFinite
 from tests.training.runs import on_two_ranks, records, run_json
 
@@ -29,12 +30,16 @@ def points_of(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / POINTS).read_text().splitlines()]
 
 
-def test_its_suggestion_is_of_use(write_recipe: Any, tmp_path: Path, capsys: Any) -> None:
+def test_its_suggestion_is_of_use(
+    write_recipe: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_SECONDS", 0.0)
     out = tmp_path / "out"
     recipe = write_recipe(training={"output_dir": str(out)})
     ramp = ["--lr-from", "1e-4", "--lr-to", "1", "--lr-steps", "41"]
     assert main(["train", str(recipe), "--find-lr", *ramp]) == 0
-    said = capsys.readouterr().out
+    said, on_the_way = capsys.readouterr()
+    assert "testing 41 learning rates, a step each" in on_the_way
     assert "diverged          not up to 1;" in said
     assert RULE in said
     assert "known before      0.03, of other rows" in said

@@ -163,10 +163,12 @@ def test_rows_too_long_to_be_packed_are_told(make_recipe: Any, tmp_path: Path) -
 
 
 def test_a_run_learns_and_leaves_its_files(make_recipe: Any, tmp_path: Path) -> None:
-    recipe = make_recipe(training={"max_steps": 20, "save_steps": 10, "eval_steps": 10, "exact_match_rows": 4})
+    training = {"max_steps": 20, "save_steps": 10, "eval_steps": 10, "exact_match_rows": 4}
+    recipe = make_recipe(training=training, data={"max_length": 28})
     console, run_dir = Console(record=True, width=1000), tmp_path / "run"
     train(recipe, run_dir, console=console)
     text = console.export_text()
+    assert re.search(r"Cut to length: \d+ rows lost \d+ tokens, .* Raise data\.max_length", text)
     assert re.search(r"Data: 32 rows to train on, 8 held out; the loss covers [\d,]+ of [\d,]+ tokens", text)
     assert re.search(r"20 steps in all: about [\d.]+ s to go, by the first 3 steps", text)
     assert "⟦" not in text  # the rows themselves are for `qvera preview`

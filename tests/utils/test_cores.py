@@ -50,6 +50,17 @@ def test_a_run_takes_the_cores_that_others_leave_and_waits_asleep(clean: pytest.
     assert str(Cores(2, 1.94)) == "2 cores, 1.9 of them used by others" and str(Cores(1, 0)) == "1 core"
 
 
+def test_a_command_has_taken_the_free_cores_when_torch_comes(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    script = (
+        "from qvera.cli.main import main; from qvera.utils import cores; cores.measure = lambda: cores.Cores(8, 2.8); "
+        "main(['--version']); import torch"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines()[-1] == "5"
+
+
 def test_busy_processes_are_measured() -> None:
     """On whatever machine: with one process for each core that does nothing but count, hardly any core is free."""
     allowed = len(os.sched_getaffinity(0))

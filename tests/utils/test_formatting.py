@@ -6,7 +6,18 @@ from collections.abc import Callable
 
 import pytest
 
-from qvera.utils.formatting import axis_labels, count, duration, first_of, folded, moment, percent, significant, size
+from qvera.utils.formatting import (
+    axis_labels,
+    count,
+    counted,
+    duration,
+    first_of,
+    folded,
+    moment,
+    percent,
+    significant,
+    size,
+)
 
 TEXTS: dict[Callable[[float], str], dict[float, str]] = {
     count: {
@@ -31,6 +42,10 @@ TEXTS: dict[Callable[[float], str], dict[float, str]] = {
 @pytest.mark.parametrize("text_of", list(TEXTS))
 def test_a_number_as_text(text_of: Callable[[float], str]) -> None:
     assert {value: text_of(value) for value in TEXTS[text_of]} == TEXTS[text_of]
+
+
+def test_a_number_has_a_noun_that_fits() -> None:
+    assert [counted(n, "thread") for n in (0, 1, 2, 1234)] == ["0 threads", "1 thread", "2 threads", "1,234 threads"]
 
 
 def test_an_answer_of_one_line_again_and_again_is_short_on_a_terminal() -> None:

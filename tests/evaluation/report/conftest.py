@@ -86,7 +86,7 @@ def many_rows() -> list[dict[str, Any]]:
             rows.append({"kind": "train", "adapter": name, "round": number, "step": number, "loss": loss})
             rows[-1] |= {"learning_rate": 0.01 / number, "grad_norm": 1.0 + place}
         rows.append({"kind": "round", "round": number, "adapters": 2, "rows": 8, "step_seconds": 0.5})
-        rows[-1] |= {"tokens_per_second": 800.0, "memory_bytes": 9e8, "peak_bytes": 1.0e9}
+        rows[-1] |= {"loss": 2.5 / number, "tokens_per_second": 800.0, "memory_bytes": 9e8, "peak_bytes": 1.0e9}
     evaluated = {"kind": "eval", "adapter": "Anna's Bakery", "round": 6, "step": 6, "loss": 1.4, "rows": 3}
     return [*rows, evaluated, {"kind": "round", "round": 3, "rank": 1, "adapters": 90}]
 

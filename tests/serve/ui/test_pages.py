@@ -121,6 +121,7 @@ def test_every_phase_of_a_run_has_its_name_its_count_and_its_time_left(
     rows = rows_of(served)
     assert rows["loading"][:2] == ["running", "answering 48 prompts with the base 5 of 48"]
     assert rows["loading"][5] == rows["many"][5] == "1 min 30 s"
+    assert rows["many"][2] == "0.2083"
     page = text_of(served.get("/run/loading").text)
     assert "Now answering 48 prompts with the base 5 of 48 Left 1 min 30 s of this phase" in page
     assert "Left 1 min 30 s" in text_of(served.get("/run/many").text)

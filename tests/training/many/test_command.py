@@ -76,7 +76,9 @@ def test_every_name_has_a_directory_of_its_own_and_is_shown_as_it_was(make_recip
     write_rows(data, dict.fromkeys(NAMES, 1))
     run_dir, console = tmp_path / "run", Console(record=True, width=400)
     assert set(train_many(many_recipe(make_recipe, data, {"max_steps": 1}), run_dir, console=console)) == set(NAMES)
-    assert "tiny-llama: an adapter and the base have this name, and `qvera serve` means" in console.export_text()
+    said = console.export_text()
+    assert "tiny-llama: an adapter and the base have this name, and `qvera serve` means" in said
+    assert "13 adapters of 1 row each, 13 optimizer steps together." in said
     directories = {entry["directory"]: name for name, entry in entries(run_dir).items()}
     assert {path.name for path in (run_dir / "adapters").iterdir()} == set(directories)
     assert {directory: unescape_name(directory) for directory in directories} == directories
