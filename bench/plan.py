@@ -62,8 +62,8 @@ def cases(smol: str | None, shape: str | None, directory: Path) -> dict[str, dic
         add("SmolLM2, r=256, 2 x 256, kept", smol, 256, 2, training={"gradient_checkpointing": False})
         add("SmolLM2, r=1024, 1 x 512", smol, 512, 1, adapter={"rank": 1024})
         kept = {"training": {"gradient_checkpointing": False}, "model": {"compute_dtype": "float32"}}
-        for adapter in ({"rank": 65}, {"rank": 64, "magnitude": True}):
-            add(f"SmolLM2, {adapter}, 1 x 512, fp32, kept", smol, 512, 1, adapter=adapter, **kept)
+        add("SmolLM2, r=65, 1 x 512, fp32, kept", smol, 512, 1, adapter={"rank": 65}, **kept)
+        add("SmolLM2, DVoRA r=64, 1 x 512, fp32, kept", smol, 512, 1, adapter={"rank": 64, "magnitude": True}, **kept)
         add(VARIED, smol, 256, 4, training={"max_steps": 40, "gradient_checkpointing": False})
     if shape is not None:
         made = synthesise(shape, directory / shape)

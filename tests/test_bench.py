@@ -288,6 +288,10 @@ def test_the_pages_show_the_committed_results() -> None:
     tables = {"table": family.table(), "quality": quality.table(results)}
     assert all(text == with_table(text, name, table) for name, table in tables.items())
     assert (docs / "methods" / "quality.svg").read_text(encoding="utf-8") == quality_picture.picture(results)
+    on_alpaca = {each.method: each.mean("loss") for each in results if each.group == ("smollm2", "alpaca", 50)}
+    columns = [on_alpaca[name] for name in (quality.REFERENCE, "VeRA r=256", "two b and an a")]
+    row = "| Alpaca, 50 steps, test loss, rates searched (lower is better) | **{:.3f}** | {:.3f} | {:.3f} |"
+    assert row.format(*columns) in (ROOT / "README.md").read_text(encoding="utf-8")
     text = pages["benchmarks.md"]
     assert text == with_table(text, "first_rows", first_rows.table(read_lines(first_rows.LINES)))
     text = pages["rewards.md"]

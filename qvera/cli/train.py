@@ -219,12 +219,12 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
     known = [each for each in scored or trained if all(loss is not None and math.isfinite(loss) for loss in each)]
     if not result["steps"]:
         return "no step was taken: the adapter is what it was at the start. See training.max_steps."
-    if not known:
+    if not known or (result["steps"] == 1 and not scored):  # of one step, the first loss is the last
         return "not known"
     before, after = (sum(losses) / len(known) for losses in zip(*known, strict=True))
     share, steps, kind = (before - after) / abs(before or 1.0), result["steps"], "held-out" if scored else "training"
     change = f"the {kind} loss {'fell' if share > 0 else 'rose'} by {formatting.percent(abs(share))}"
-    if not share:  # as a training loss after one step, which is the first and the last
+    if not share:
         change = f"the {kind} loss stayed the same"
     answers = result.get("eval_after") or {}
     if has_rewards:
