@@ -106,11 +106,12 @@ class Phase:
         """Show another phase during the block, as an evaluation between two steps. Its time counts to no step."""
         with self._lock:
             outer, self._now = self._now, _Count(name, total)
+            began = self._now.began
         try:
             yield
         finally:
             with self._lock:
-                seconds = time.monotonic() - self._now.began
+                seconds = time.monotonic() - began
                 # Both times move on by the length of the block, as if the clock of the outer phase had stood still.
                 if outer.first is not None:
                     outer.first = outer.first[0] + seconds, outer.first[1]

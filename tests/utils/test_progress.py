@@ -83,6 +83,8 @@ def test_an_evaluation_between_two_steps_has_its_own_count_and_takes_no_step_tim
         with show.within("held-out loss", 8):
             clock.seconds += 60
             show(2)
+            show(0, 4, "answering 4 prompts")  # another phase, in the same break
+            clock.seconds += 30
         clock.seconds += 2
         show(5, facts="loss 1.4000")
     assert lines_of(log)[:2] == ["held-out loss: 2/8, 1 min 00 s so far", "training: 5/10, loss 1.4000, 10 s left"]
