@@ -306,11 +306,16 @@ def test_a_single_slot_is_planned_as_one_adapter(customers: Recipe) -> None:
     assert sum(c.bytes for c in many.memory.standing) - sum(c.bytes for c in alone.memory.standing) == extra
 
 
-def test_the_plan_says_how_many_are_trained_at_once(customers: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_says_how_many_are_trained_at_once_and_how_long_all_take(
+    customers: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = make_plan(customers, CARD)
     print_plan(plan, Console(width=200))
     assert "At most 3 adapters are trained at the same time" in capsys.readouterr().out
     assert plan.to_dict()["adapters_at_once"] == 3
+    (tmp_path / "recipe.yaml").write_text(json.dumps(customers.to_dict()))
+    assert main(["plan", str(tmp_path / "recipe.yaml")]) == 0
+    assert " optimizer steps in all, at most about " in capsys.readouterr().out
 
 
 def test_copies_of_the_weights_are_resident_where_a_gpu_has_room_beside_all_else(shape: Shape) -> None:

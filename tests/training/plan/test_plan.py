@@ -262,9 +262,6 @@ def test_the_command(write_recipe: Any, capsys: Any) -> None:
     assert plan["planned_steps"] == 7
     assert main(["plan", recipe]) == 0
     assert "7 optimizer steps in all, at most about " in capsys.readouterr().out
-    many = ["--set", "data.adapter_column=completion", "--set", "data.eval_fraction=0"]
-    assert main(["plan", recipe, *many]) == 0
-    assert "optimizer steps in all, at most about " in capsys.readouterr().out
     assert main(["plan", recipe, "--gpu", "0.001GB"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "Does not fit" in said
