@@ -55,6 +55,11 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "four b and an a": ({"method": "qvera", **MORE, "b_groups": 4}, (7, 8, 7)),
     "eight b and an a": ({"method": "qvera", **MORE, "b_groups": 8}, (7, 8, 7)),
     **{f"VeRA r={rank}": ({"method": "qvera", "rank": rank}, (7, 8, 7)) for rank in (32, 64, 128)},
+    "eight b and an a on q, k, v, down": (
+        {"method": "qvera", **MORE, "b_groups": 8, "targets": "q_proj,k_proj,v_proj,down_proj"},
+        (7, 8, 7),
+    ),
+    "PEFT LoRA r=5 on v, down": ({"method": "lora", "rank": 5, "targets": "v_proj,down_proj"}, (3, 4, 3)),
     "PEFT Uni-LoRA 23k": ({"method": "uni-lora", "rank": 23_040}, (4, 4, 4)),
     "PEFT MiSS r=1": ({"method": "miss", "rank": 1}, (3, 3, 3)),
     "PEFT LoKr r=3": ({"method": "lokr", "rank": 3}, (3, 3, 3)),
