@@ -219,7 +219,7 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
     known = [each for each in scored or trained if all(loss is not None and math.isfinite(loss) for loss in each)]
     if not result["steps"]:
         return "no step was taken: the adapter is what it was at the start. See training.max_steps."
-    if not known or (result["steps"] == 1 and not scored):  # of one step, the first loss is the last
+    if not known:
         return "not known"
     before, after = (sum(losses) / len(known) for losses in zip(*known, strict=True))
     share, steps, kind = (before - after) / abs(before or 1.0), result["steps"], "held-out" if scored else "training"
@@ -238,6 +238,8 @@ def loss_line(run: dict[str, Any], command: str, has_rewards: bool = False, fixe
     if result.get("grad_norm_last") == 0 and result["train_loss_last"]:
         dead = "and the last step had no gradient: nothing is learnt any more"
         return f"{change}, {dead}. Try a lower rate: {command} --find-lr"
+    if steps == 1 and not scored:  # the first loss is the last
+        return "not known"
     right, by_one = answers.get("exact_match"), answers.get("commonest_reference", 0.0)
     none_learnt = right is not None and right <= by_one and right < 1
     if share >= HARDLY and not none_learnt:

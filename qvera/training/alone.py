@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qvera.adapters.methods import method_of
@@ -220,7 +220,7 @@ class Trainer(Run):
             result = self.loop.held_out_loss(show)
             if task.own_metrics or metric == "exact_match":
                 about = self.loop.model, self.session.base.tokenizer, rows, self.group
-                result |= task.answers(*about, lambda done, total: show(done, total, _answering(total, "adapter")))[0]
+                result |= task.answers(*about, _answering(show, "adapter"))[0]
         state.evaluation_due = False
         self.log({"kind": "eval", "step": state.step, **result})
         self.callbacks.evaluated(result)  # which shall still see the best score of earlier evaluations
@@ -255,11 +255,8 @@ class Trainer(Run):
         who = "base" if loop.state.step == 0 else "adapter"
         with self.session.phase(f"held-out loss of the {who}", len(rows)) as show, held_out.scoring(loop.model):
             result = loop.held_out_loss(show)
-
-            def answering(done: int, total: int) -> None:
-                show(done, total, _answering(total, who))
-
-            answered, samples = task.answers(loop.model, self.session.base.tokenizer, rows, self.group, answering)
+            about = loop.model, self.session.base.tokenizer, rows, self.group
+            answered, samples = task.answers(*about, _answering(show, who))
         result |= answered
         self.say(f"{label}: {self._line(result)}")
         return result, samples
@@ -406,6 +403,6 @@ class Trainer(Run):
         self.group.on_first(lambda: write_run(self.run_dir, self.summary, self.console))
 
 
-def _answering(prompts: int, who: str) -> str:
-    """Name the phase in which prompts are answered."""
-    return f"answering {prompts} prompts with the {who}"
+def _answering(show: Callable[[int, int, str], None], who: str) -> Callable[[int, int], None]:
+    """Return what reports answers to ``show``, as a phase of their own."""
+    return lambda done, total: show(done, total, f"answering {total} prompts with the {who}")

@@ -139,6 +139,8 @@ def test_the_end_of_a_run_says_what_the_loss_did_and_what_to_do_next() -> None:
     assert line(2.0, 2.0, steps=1) == f"the held-out loss stayed the same. {find}"
     once = {"steps": 1, "train_loss_first": 2.0, "train_loss_last": 2.0}
     assert loss_line({"result": once}, "") == "not known"
+    assert "a step's loss tells nothing of rewards" in loss_line({"result": once}, "", has_rewards=True)
+    assert "had no gradient" in loss_line({"result": {**once, "grad_norm_last": 0.0}}, "")
     few = line(5.53, 4.48, steps=17, exact=0)
     assert "in 17 steps, which are few. Go on: qvera train my.yaml --resume --set training.max_steps=34 " in few
     result = {"steps": 9, "train_loss_first": 2.0, "train_loss_last": 1.95, "grad_norm_last": 0.0}
