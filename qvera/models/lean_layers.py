@@ -229,7 +229,10 @@ def tiled(mlp: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], x: t
     """
     # where x needs no gradient, a copy that does: else there would be no node to keep it
     kept = _Keep.apply(x if x.requires_grad else x.detach().requires_grad_())
-    return _Tiled.apply(kept, kept.grad_fn, function, *(p for p in mlp.parameters() if p.requires_grad))
+    # an adapter may share tensors among linears, which are then no part of the MLP
+    shared = (own for module in mlp.modules() for own in getattr(module, "qvera_shared", {}).values())
+    vectors = dict.fromkeys(p for part in (mlp, *shared) for p in part.parameters() if p.requires_grad)
+    return _Tiled.apply(kept, kept.grad_fn, function, *vectors)
 
 
 def tile_mlps(model: nn.Module) -> None:

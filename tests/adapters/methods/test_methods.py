@@ -21,6 +21,8 @@ from qvera.cli.main import main
 from qvera.config.schema import Recipe, load_recipe, parse_recipe
 from qvera.config.sections import AdapterSection
 from qvera.exporting.deltas import read_deltas
+from qvera.models import lean_layers
+from qvera.models.checkpointing import enable_checkpointing
 from qvera.models.loader import load_base
 from qvera.models.model_class import empty_model
 from qvera.training.trainer import train
@@ -132,16 +134,20 @@ def test_outputs_and_gradients_are_those_of_the_dense_equation(
                 assert vector.grad is None
 
 
-def test_checkpointed_gradients_are_the_same(case: Case, tiny_model_dir: Path) -> None:
+def test_checkpointed_gradients_are_the_same(case: Case, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In long rows the MLP goes by tiles, also where its linears share their tensors with others."""
+    for name, value in (("TILED_ABOVE_TOKENS", 4), ("_TILE_TOKENS", 4), ("_MULTIPLE", 1)):
+        monkeypatch.setattr(lean_layers, name, value)
     model, found = perturb(fresh(case, tiny_model_dir, compute_dtype="float32")).train(), []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    for by_tiles in (None, False, True):
+        if by_tiles is not None:
+            enable_checkpointing(model, by_tiles=by_tiles)
         model.zero_grad()
         model(input_ids=IDS, labels=IDS).loss.backward()
         found.append({name: vector.grad for name, vector in named_vectors(model).items() if vector.requires_grad})
     for name, grad in found[0].items():
-        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-6)
 
 
 def test_it_learns_and_says_its_name(case: Case, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
