@@ -14,13 +14,14 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import ModelSection
 from qvera.data import AdapterRows, Datasets, planned_steps
 from qvera.evaluation.load import Artifact
+from qvera.models.loader import Base
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.jobs import Jobs
 from qvera.serve.fine_tuning.preparing import Recipes
 from qvera.serve.store import AdapterStore
 from qvera.training.checkpoint import TrainState
 from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tests.conftest import small_tokenizer
+from tests.conftest import small_llama, small_tokenizer
 
 
 def write_files(directory: Path, content: bytes = b"vectors") -> None:
@@ -129,7 +130,8 @@ def target(**data: Any) -> Artifact:
 def jobs_of(directory: TrainingDirectory, root: Path, trainer: ScriptedTrainer, served: Artifact | None = None) -> Jobs:
     """Jobs whose adapters go into ``root``."""
     store = AdapterStore(root, base_names=["tiny", "hub/tiny"])
-    return Jobs(directory, Recipes(served or target()), trainer, store, small_tokenizer(), lambda: None)
+    base = Base(small_llama(), small_tokenizer(), {})
+    return Jobs(directory, Recipes(served or target()), trainer, store, base, lambda: None)
 
 
 def chat_rows(count: int = 4, first: int = 0, answer: str = "the word is red") -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import OPTConfig, OPTForCausalLM
 
 from qvera.config.sections import ModelSection
 from qvera.evaluation.load import Artifact
@@ -70,9 +71,11 @@ def send(jobs: Jobs, rows: bytes) -> str:
     return upload.finish("fine-tune").id
 
 
-def create(jobs: Jobs, name: str = "anna", held_out: str | None = None, steps: int = STEPS) -> Job:
+def create(
+    jobs: Jobs, name: str = "anna", held_out: str | None = None, steps: int = STEPS, rows: bytes | None = None
+) -> Job:
     asked = {"n_epochs": float(steps), "batch_size": 4, "learning_rate_multiplier": "auto"}
-    job = Job("me", name, "tiny", send(jobs, chat_rows(4)), held_out, None, asked, False, {})
+    job = Job("me", name, "tiny", send(jobs, rows or chat_rows(4)), held_out, None, asked, False, {})
     return jobs.create(job, lambda name: True, None)
 
 
@@ -475,6 +478,27 @@ def test_files_of_something_else_are_not_removed_and_those_that_were_cut_off_are
     with TrainingDirectory.open(tmp_path / "training") as directory:
         assert [path.stem for path in directory.files.iterdir()] == [kept.training_file]
         assert list(directory.states.iterdir()) == []
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_beyond_the_positions_of_the_model_fails_its_job_before_it_joins_the_others(
+    held_out: bool, jobs: Jobs
+) -> None:
+    sizes = {"hidden_size": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "word_embed_proj_dim": 8}
+    jobs._model = OPTForCausalLM(OPTConfig(vocab_size=304, max_position_embeddings=64, **sizes))
+    long = chat_rows(1, answer="red" * 40)
+    job = create(jobs, held_out=send(jobs, long) if held_out else None, rows=None if held_out else long)
+    wait_until(lambda: statuses(jobs, job) == ["failed"])
+    error = jobs.database.job(job.id).error
+    assert error is not None
+    assert "tokens, and the model has positions for 64" in error["message"]
+
+
+def test_a_job_with_rows_beyond_the_context_of_the_base_is_warned(jobs: Jobs) -> None:
+    job = create(jobs, rows=chat_rows(1, answer="red" * 100))
+    wait_until(lambda: statuses(jobs, job) == ["queued"])
+    [said] = [event.message for event in jobs.database.events(job.id, None, 20) if event.level == "warn"]
+    assert "the base's context ends at 256" in said
 
 
 def test_a_model_whose_deletion_was_cut_off_is_gone_after_the_next_start(

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 
-from qvera.data import build_datasets, data_warnings
+from qvera.data import build_datasets, data_warnings, lengths_of
 from qvera.data.images import text_only
 from qvera.data.source import has_columns
+from qvera.models.structure import context_note, require_positions
+from qvera.models.tokenizer import require_embedded
 from qvera.serve.api.errors import ApiError, bad_request
 from qvera.serve.fine_tuning.database import (
     BEFORE,
@@ -39,8 +41,7 @@ from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import ADAPTER_CONFIG, TRAINING_FACTS, try_read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+    from qvera.models.loader import Base
     from qvera.serve.engine import Engine
     from qvera.serve.opening import Served
     from qvera.serve.store import AdapterStore
@@ -71,12 +72,13 @@ class Jobs:
         recipes: Recipes,
         trainer: OnlineTrainer,
         store: AdapterStore,
-        tokenizer: PreTrainedTokenizerBase,
+        base: Base,
         wake: Callable[[], None],
     ) -> None:
         """``wake`` tells the engine to ask ``worker.has_work`` again."""
         self.directory, self.database = directory, directory.database
-        self._recipes, self._trainer, self._store, self._tokenizer = recipes, trainer, store, tokenizer
+        self._recipes, self._trainer, self._store = recipes, trainer, store
+        self._model, self._tokenizer = base.model, text_only(base.tokenizer)
         self.worker = Worker(directory, trainer, store, wake)
         # so that no two jobs take one name, and the worker hears of a pause before a resume
         self._changing = threading.Lock()
@@ -246,14 +248,16 @@ class Jobs:
             )
         section = recipe.data.replace(**dict(zip(("path", "eval_path"), map(str, places), strict=False)))
         datasets = build_datasets(section, self._tokenizer, Console(quiet=True), cached=False)
+        for part in (datasets.train, datasets.eval):  # a row that the model can't take would end all jobs of its pass
+            require_positions(self._model, lengths_of(part))
+            require_embedded(self._tokenizer, self._model, part)
         run = self._trainer.prepare(job.id, recipe, datasets)
         if job.status == "validating_files":
             rows = f"{len(datasets.train):,} training rows"
             rows += f" and {len(datasets.eval):,} held-out rows" if len(datasets.eval) else ""
             said = [Event(job.id, f"Files validated: {rows}. Moving job to queued state.")]
-            warnings = [
-                self.directory.for_owner(without_recipe(text), files.values()) for text in data_warnings(datasets.stats)
-            ]
+            found = [*data_warnings(datasets.stats), context_note(self._model.config, datasets.stats.longest_tokens)]
+            warnings = [self.directory.for_owner(without_recipe(text), files.values()) for text in found if text]
             if unread := datasets.stats.unused_columns:  # which `qvera init` and `preview` would have shown
                 format = datasets.stats.format
                 advice = " To train on labels, call the columns prompt and completion." if format == "text" else ""
@@ -276,4 +280,4 @@ def open_jobs(directory: TrainingDirectory, served: Served, engine: Engine, at_o
     require_writable(served.store.root / "adapter", "--adapters")
     recipes, base = Recipes(served.opened.target), served.opened.base
     trainer = OnlineTrainer(base, recipes.server, at_once)
-    return Jobs(directory, recipes, trainer, served.store, text_only(base.tokenizer), engine.wake)
+    return Jobs(directory, recipes, trainer, served.store, base, engine.wake)
