@@ -51,7 +51,9 @@ class Trainer(Run):
         self.loop.start()  # after the checkpoint: an engine takes over the vectors and the state that it finds
         # the evaluation after the last step is made again, and so is its record
         self.open_files(again="eval" if self.state.evaluation_due else None)
-        self.write_begun(self.steps, self._known())
+        # the adapter of the run before it was made longer is still there, and one that replaces it is to be noticed
+        written = {"sha256": of} if (of := (self.before.get("adapter") or {}).get("sha256")) else {}
+        self.write_begun(self.steps, self._known(), **written)
         facts, others = self.summary["adapter"], self.group.world_size - 1
         head = f", and {facts['head_parameters']:,} of a head," if "head_parameters" in facts else ""
         self.say(

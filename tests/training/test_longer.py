@@ -159,6 +159,19 @@ def test_a_stopped_run_is_ended_at_its_last_checkpoint(make_recipe: Any, tmp_pat
     assert same(vectors(tmp_path / "run"), saved)
 
 
+def test_an_adapter_put_in_place_of_a_runs_own_is_kept_though_a_longer_run_was_stopped(
+    make_recipe: Any, tmp_path: Path
+) -> None:
+    longer_keys = {**SETTINGS, "max_steps": 8}
+    train(make_recipe(training={**SETTINGS, "max_steps": 2}), tmp_path / "run")
+    stop_after(make_recipe(training=longer_keys), tmp_path / "run", 3, resume=True)
+    mine = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    mine.write_bytes(b"another")
+    with pytest.raises(InputError, match="another adapter is there now than this run wrote"):
+        train(make_recipe(training=longer_keys), tmp_path / "run", resume=True)
+    assert mine.read_bytes() == b"another"
+
+
 def test_many_adapters_are_not_made_longer(make_recipe: Any, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", {"anna": 9, "ben": 5})
     train(many_recipe(make_recipe, tmp_path / "rows.jsonl", {"max_steps": 2}), tmp_path / "run")
