@@ -96,7 +96,9 @@ class Callbacks(TrainingHook):
     def end_step(self, evaluate: bool, save: bool) -> None:
         """Tell of a step that was taken. ``evaluate``, ``save``: the recipe asks for it; a callback may change it."""
         control = self.control
-        control.should_evaluate, control.should_save, control.should_log = evaluate, save, True
+        control.should_evaluate |= evaluate  # on_step_begin may have asked already
+        control.should_save |= save
+        control.should_log = True
         self.fire("on_step_end")
 
     def log(self, record: dict[str, Any]) -> None:

@@ -144,6 +144,18 @@ def test_flags_of_the_control_are_honoured(make_recipe: Any, tmp_path: Path) -> 
     assert steps == [1, 2, 4]  # 2: a new best step; 4: the end
 
 
+def test_what_a_callback_asks_for_before_a_step_is_done_after_it(make_recipe: Any, tmp_path: Path) -> None:
+    class Ask(TrainerCallback):
+        def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            control.should_evaluate = control.should_save = state.global_step == 1
+
+    recipe = make_recipe(training={"max_steps": 4, "save_steps": 9, "save_total_limit": 9, "sample_count": 0})
+    train(recipe, tmp_path, callbacks=[Ask])
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    assert [line["step"] for line in lines if line["kind"] == "eval"] == [2]
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+
+
 @pytest.fixture(scope="module")
 def three_steps(make_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     """A recipe and its run without callbacks."""
