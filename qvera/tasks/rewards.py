@@ -178,7 +178,8 @@ class Rewards(CausalLM, TrainingHook):
             numbers = [row for row in own for _ in range(training.group_size)]
             prompts = [datasets.train[row] for row in numbers]
             # by step and rank, so that a resumed run draws the same answers
-            seed = int(np.random.Philox(key=[training.seed % 2**64, step * 2**20 + group.rank]).random_raw() >> 1)
+            key = np.array([training.seed, step * 2**20 + group.rank], np.uint64)
+            seed = int(np.random.Philox(key=key).random_raw() >> 1)
             found = self._answers(model, prompts, training.answer_temperature, seed)
             for part in microbatches(found, training.group_size):
                 mean, deviation = exact_mean(one["reward"] for one in part), 1.0  # equal rewards: advantages of 0

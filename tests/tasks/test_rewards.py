@@ -109,6 +109,14 @@ def _asked(recipe: Recipe) -> tuple[Any, Any, Datasets]:
     return task, model, datasets
 
 
+def test_seeds_of_64_bits_draw_answers_of_their_own(make_rewarded: Any) -> None:
+    def texts(seed: int) -> list[str]:
+        task, model, _ = _asked(make_rewarded(seed=seed))
+        return [answer.reference for answer in task.step_rows(model, [0], 1, _alone())]
+
+    assert len({tuple(texts(seed)) for seed in (0, 2**63, 2**64 - 1)}) == 3
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"updates_per_answers": 2, "answer_temperature": 0.7, "kl_coefficient": 0.3},
