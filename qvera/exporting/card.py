@@ -56,7 +56,7 @@ class PublishedKind(NamedTuple):
 _KINDS = {
     "adapter": PublishedKind("adapter", "peft", ""),
     "lora": PublishedKind("adapter", "peft", ", as a LoRA"),
-    "gguf-lora": PublishedKind("adapter", "gguf", ", as a LoRA in a GGUF file"),
+    "gguf-lora": PublishedKind("adapter", "gguf", ", in a GGUF file as a LoRA"),
     "merged": PublishedKind("finetune", "transformers", ", merged into it"),
     "gguf": PublishedKind("finetune", "gguf", ", merged into it, as a GGUF file"),
 }
@@ -125,8 +125,6 @@ def find_subject(path: Path, name: str | None = None) -> CardSubject:
     if weights.is_file() and file_sha256(weights) == certificate["adapter"].get("sha256"):
         target, run = _find(weights.parent)
         facts, recipe, outcome = directory_facts(weights.parent), target.recipe, _outcome(target)
-    if kind in ("lora", "gguf-lora"):
-        facts["rank"] = certificate["rank"]
     model_class = CAUSAL_LM
     if "gguf" not in kind:
         exported = find_target(path)
@@ -207,6 +205,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         method = known.title or method
     has_answers, labels = not model_class.has_own_head, model_class.labels
     is_lora = facts.get("peft_type") == "LORA" or kind == "lora"
+    exported_rank = subject.certificate.get("rank")  # of a LoRA, which a cut one has below the adapter's
     served = has_answers and is_low_rank and not facts.get("magnitude") and not facts.get("added_tokens")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -224,7 +223,8 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         rank=facts.get("rank"),
         trained=facts.get("trained_parameters"),
         version=(run.get("versions") or {}).get("qvera"),
-        form=_KINDS[kind].form,
+        form=_KINDS[kind].form + (f" of rank {exported_rank}" if exported_rank else ""),
+        rank_to_serve=exported_rank or facts.get("rank") or 0,
         quantized=(subject.certificate.get("quantized") or {}).get("quantization"),
         kind=kind,
         repo=place,
@@ -233,6 +233,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         # nothing is said of how an adapter of other tools wants its base
         base_quantization=base.quantization if "quantization" in base.model_fields_set else "none",
         double_quant=base.double_quant,
+        compute_dtype="bfloat16" if base.compute_dtype == "auto" else base.compute_dtype,
         gguf=next((file.name for file in sorted(subject.directory.glob("*.gguf"))), "model.gguf"),
         is_lora=is_lora,
         is_ours=kind == "adapter" and facts.get("peft_type") == PEFT_TYPE,
@@ -281,6 +282,7 @@ def _training(subject: CardSubject, recipe: Recipe, sources: Sequence[str | None
         "data": ", ".join(path if is_hub_id(path) else Path(path).name for path in sources if path),
         "rows": data.get("train_rows"),
         "template": None if subject.model_class.has_own_head else data.get("template"),
+        "objective": None if training.objective == "sft" else training.objective,
         "method": facts["method"],
         "rank": facts.get("rank"),
         # a model that takes images has the whole name of each linear, for its tower has linears of the same names

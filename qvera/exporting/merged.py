@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from qvera.adapters.adapter_file import read_config, require_tokens
 from qvera.adapters.save_load import portable_name
@@ -377,15 +377,16 @@ def export_merged(
                 place_files(out, functools.partial(save_tokenizer, merging.tokenizer, section))
                 if merging.base.model_class.of_published(merging.base.config.architectures).takes_images:
                     place_files(out, functools.partial(copy_processor, section))
-                if (merging.base.directory / "generation_config.json").is_file():
-                    generation = GenerationConfig.from_pretrained(merging.base.directory)
+                if (published := merging.base.directory / "generation_config.json").is_file():
+                    # as it is: transformers saves no changed one that samples without do_sample, as old ones do
+                    generation = read_json(published, "a generation config")
                     if section.eos_token is not None:
-                        generation.eos_token_id = merging.tokenizer.eos_token_id
-                    own = generation.eos_token_id  # which in a base model may end a text, and no turn
+                        generation["eos_token_id"] = merging.tokenizer.eos_token_id
+                    own = generation.get("eos_token_id")  # which in a base model may end a text, and no turn
                     ends = own if isinstance(own, list) else [own] if own is not None else []
                     if more := own_turn_end(merging.tokenizer) - set(ends):
-                        generation.eos_token_id = [*ends, *more]
-                    place_files(out, generation.save_pretrained)
+                        generation["eos_token_id"] = [*ends, *more]
+                    replace_text(out / "generation_config.json", json.dumps(generation, indent=2) + "\n")
                 if section.trust_remote_code:  # a config that is saved brings its own code alone
                     code = list(merging.base.directory.glob("*.py"))
                     place_files(out, lambda scratch: [shutil.copy2(file, scratch) for file in code])

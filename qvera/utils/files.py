@@ -313,6 +313,7 @@ def require_empty(out: Path) -> None:
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``out``, or is deleted after an error; InputError as `require_empty`."""
     require_empty(out)
+    out = out.resolve()  # a link to an empty directory stays one
     # Beside ``out``, because a rename is one step only within a file system.
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:

@@ -73,6 +73,16 @@ def test_the_card_has_what_was_measured_and_how_it_was_trained(run: Path, capsys
     assert "orders: is no name of a repository" in capsys.readouterr().err
 
 
+def test_the_card_names_the_objective_and_what_the_base_computed_in(run: Path) -> None:
+    card = written(run)[1]
+    assert "objective" not in section(card, "Training") and "compute_dtype='float32'" in card
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["training"]["objective"], recipe["model"]["compute_dtype"] = "orpo", "auto"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    card = written(run)[1]
+    assert section(card, "Training")["objective"] == ["orpo"] and "compute_dtype='bfloat16'" in card
+
+
 def test_what_the_base_and_the_scores_say_is_taken_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = {"column": "Adapter", "adapter_sha256": file_sha256(run / "adapter" / "adapter_model.safetensors")}
     about["data"] = "/home/anna/rows.jsonl, 20.0% held out by its seed"
@@ -226,8 +236,8 @@ def test_only_weights_settings_and_tokenizer_are_shared(run: Path) -> None:
     [
         ("merged", "transformers", "merged into it.", "AutoModelForCausalLM.from_pretrained('anna/x')"),
         ("gguf", "gguf", "merged into it, as a GGUF file.", "llama-cli -m here/model-f16.gguf"),
-        ("gguf-lora", "gguf", "as a LoRA in a GGUF file.", "--lora here/adapter-f16.gguf"),
-        ("lora", "peft", "as a LoRA.", "--lora-modules name=anna/x"),
+        ("gguf-lora", "gguf", "in a GGUF file as a LoRA of rank 8.", "--lora here/adapter-f16.gguf"),
+        ("lora", "peft", "as a LoRA of rank 8.", "--lora-modules name=anna/x"),
     ],
 )
 def test_an_export_has_the_card_of_its_run(run: Path, to: str, library: str, relation: str, use: str) -> None:
@@ -240,11 +250,13 @@ def test_an_export_has_the_card_of_its_run(run: Path, to: str, library: str, rel
     shutil.rmtree(run)  # the certificate alone says less, and nothing wrong
     _, text = written(out, "--repo", "anna/x")
     assert use in text and "## Scores" not in text and "of rank 8" in text
-    if to == "lora":  # a cut one has scores of its own
-        certificate = json.loads((out / "qvera_export.json").read_text())
+    if to == "lora":  # a cut one has a rank and scores of its own
+        certificate = json.loads((out / "qvera_export.json").read_text()) | {"rank": 4}
         certificate["difference"] = {"trained": {"loss": 1.25}, "exported": {"loss": 1.5}}
         (out / "qvera_export.json").write_text(json.dumps(certificate))
-        assert section(written(out)[1], "Scores")["loss"] == ["1.250", "1.500"]
+        _, text = written(out)
+        assert section(text, "Scores")["loss"] == ["1.250", "1.500"]
+        assert "adapter of rank 8, for tiny-llama, as a LoRA of rank 4." in text and "--max-lora-rank 8 " in text
 
 
 def test_one_of_many_adapters_has_a_card_of_its_own(make_recipe: Any, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from qvera.adapters.save_load import attach, named_vectors, save_adapter
 from qvera.adapters.shared_model import load_adapters
@@ -167,10 +167,12 @@ def test_other_programs_end_answers_at_the_trained_end_of_turn(tiny_model_dir: P
     tokenizer = small_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     tokenizer.save_pretrained(base)
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    # as Llama-2-chat's: transformers reads it, and refuses to save it once it is changed
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id, "top_p": 0.6}))
     _, section, adapter = trained_adapter(base, tmp_path / "adapter")
     export_merged(adapter, section, tmp_path / "out", ExportSection())
     ends = json.loads(config.read_text())["eos_token_id"]
+    assert GenerationConfig.from_pretrained(tmp_path / "out").top_p == 0.6
     assert tokenizer.convert_ids_to_tokens(ends) == ["<|endoftext|>", "<|im_end|>"]
 
 

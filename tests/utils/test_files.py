@@ -139,6 +139,14 @@ def test_the_directory_that_one_is_in_is_not_replaced(tmp_path: Path, monkeypatc
     assert [p.name for p in (tmp_path / "here").rglob("*")] == ["below", "file"]
 
 
+def test_a_link_to_an_empty_directory_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    with new_directory(tmp_path / "out") as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "out").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["file"]
+
+
 def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(tmp_path: Path) -> None:
     out = tmp_path / "out"
     holder = start_process(hold, out, tmp_path / "mark")
