@@ -144,6 +144,8 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         run.generate(f"{tmp_path}/prompts.txt")
     with pytest.raises(qvera.InputError, match=f"^{tmp_path}/nothing: no such directory"):
         qvera.load("~/nothing")
+    with pytest.raises(qvera.InputError, match="^~no-such-user/runs: no such directory"):
+        qvera.load("~no-such-user/runs")  # no such user
     with pytest.raises(qvera.InputError, match="^rows:1: "):
         run.evaluate([{"question": "say red 1"}])
     rows = [{"prompt": "say red 1", "completion": "red red"}, {"prompt": "say blue 2", "completion": "blue blue"}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import copy
 import functools
@@ -24,6 +23,7 @@ import numpy as np
 
 from qvera.utils.cores import core_ids
 from qvera.utils.errors import InputError, require_packages
+from qvera.utils.files import resolve_path
 from qvera.utils.formatting import describe
 
 if TYPE_CHECKING:
@@ -410,6 +410,6 @@ def read_image(value: Any, where: str, directory: Path, is_encoded: bool = False
     if is_encoded or value.startswith("data:"):
         try:
             return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii's, or of letters beyond ASCII
             raise InputError(f"{where}: the image is no base64 ({error}). Replace it, or remove it.") from None
-    return str((directory / Path(value).expanduser()).absolute())
+    return str((directory / resolve_path(value)).absolute())

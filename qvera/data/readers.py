@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qvera.config.sections import MOST_ROW_CHARACTERS
 from qvera.data.images import IMAGE_EXTENSIONS, OTHER_IMAGES
 from qvera.utils.errors import InputError, near_path, one_line
-from qvera.utils.files import not_utf8
+from qvera.utils.files import not_utf8, resolve_path
 from qvera.utils.formatting import describe, shortened
 from qvera.utils.hub import hub_hint, leave_silent_hub
 
@@ -75,7 +75,7 @@ def read_rows(
     Raises:
         InputError: nothing of that name, an unknown extension, or a file that is empty, not UTF-8 or malformed.
     """
-    files, local = local_files(path), Path(path).expanduser()
+    files, local = local_files(path), Path(resolve_path(path))
     if files is None:
         number = 0
         for number, fields in enumerate(load_hub(path, split, config_name, revision), start=1):
@@ -146,7 +146,7 @@ def local_files(path: str, accepted: str = ACCEPTED) -> list[Path] | None:
             f"data.path: {path!r} holds a line end, a tab or the like. In double quotes a backslash begins such a "
             "character: use single quotes."
         )
-    local = Path(path).expanduser()
+    local = Path(resolve_path(path))
     if local.is_dir():
         return _data_files(local)
     if local.is_file():
@@ -253,7 +253,7 @@ def adapter_files(path: str) -> list[Path]:
 
     Raises InputError: no such directory, a file in it that holds no rows, or two files of one name.
     """
-    directory = Path(path).expanduser()
+    directory = Path(resolve_path(path))
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "is no directory here"
         raise InputError(

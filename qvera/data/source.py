@@ -40,6 +40,7 @@ from qvera.data.tokenization import Encoder, RowCounts, RowTokenizer, TokenizedC
 from qvera.utils.adapter_names import escape_name
 from qvera.utils.cores import core_ids
 from qvera.utils.errors import InputError, did_you_mean
+from qvera.utils.files import resolve_path
 from qvera.utils.formatting import describe
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def raw_rows(section: DataSection, held_out: bool = False) -> Iterator[RawRow]:
     if section.adapter_files:
         files = adapter_files(path)
         rows = (replace(row, owner=file.stem) for file in files for row in read_file(file, most_characters=most))
-    elif path == section.path or not Path(path).expanduser().exists():
+    elif path == section.path or not os.path.exists(resolve_path(path)):
         hub = section.config_name, section.revision
         rows = read_rows(path, split=split, config_name=hub[0], revision=hub[1], most_characters=most)
     else:  # a local eval file beside a hub dataset: the hub's keys are not about it

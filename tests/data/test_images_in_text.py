@@ -125,6 +125,8 @@ BAD = {
     "a directory": (asked({"type": "image", "image": "."}), {}, r"rows.jsonl:1: there is no image file /.*\. Fix"),
     "no picture": (asked({"type": "image", "image": "rows.jsonl"}), {}, r"rows.jsonl:1: .*/rows.jsonl: is no image that"),
     "no base64": (asked({"type": "image", "base64": "%%%"}), {}, "the image is no base64"),
+    "no ASCII": (asked({"type": "image_url", "image_url": {"url": "data:image/png;base64,é"}}), {}, "the image is no base64"),
+    "of no user": (asked({"type": "image", "image": "~no-such-user/cat.png"}), {}, r"rows.jsonl:1: there is no image file .*/~no-such-user/cat\.png"),
     "no image": (asked({"type": "image"}), {}, "the image of a part is missing"),
     "too few": (
         {"messages": [{"role": "user", "content": "<image>"}, ANSWER, {"role": "user", "content": "<image>?"}, ANSWER], "images": ["cat.png"]},

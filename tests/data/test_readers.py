@@ -223,6 +223,10 @@ def test_missing_file_names_the_nearest(write: Write, tmp_path: Path) -> None:
         rows("https://example.org/train.jsonl")
     with pytest.raises(InputError, match="Patterns are not filled in: name a directory"):
         rows(str(tmp_path / "tr*.jsonl"))
+    with pytest.raises(
+        InputError, match=r"~no-such-user/train\.jsonl: no such file, and no directory ~no-such-user either"
+    ):
+        rows("~no-such-user/train.jsonl")  # no such user
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no data files in this directory .it is empty"):
         rows(str(tmp_path / "empty"))
