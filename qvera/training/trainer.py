@@ -123,7 +123,7 @@ def run_directory(recipe: Recipe, file: Path | None) -> Path:
     if file is not None and is_own and asked in (None, load_recipe(file, of_a_run=True).training.output_dir):
         return file.parent
     if asked is not None:
-        return Path(asked).expanduser()
+        return Path(resolve_path(asked))
     return Path("runs") / (file.stem if file is not None else "run")
 
 
