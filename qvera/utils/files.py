@@ -206,7 +206,7 @@ def cache_root() -> Path:
 
 
 def resolve_path(path: str) -> str:
-    """Expand ``~`` in a recipe's model or tokenizer path; hub ids stay as they are."""
+    """Expand ``~`` in a path. A hub id stays as it is, and a ``~name`` of no user."""
     return os.path.expanduser(path) if path.startswith("~") else path
 
 
