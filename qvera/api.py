@@ -191,12 +191,12 @@ def _recipe_and_directory(
 
     file = None
     if isinstance(recipe, str | Path):
-        file = Path(resolve_path(str(recipe)))
+        file = Path(resolve_path(recipe))
         recipe = load_recipe(file, of_a_run=of_a_run)
     elif not isinstance(recipe, Recipe):
         tree = dict(recipe) if isinstance(recipe, Mapping) else recipe
         recipe = parse_recipe(tree, "the recipe", drop_idle_keys=of_a_run)
-    return recipe, run_directory(recipe, file) if directory is None else Path(resolve_path(str(directory)))
+    return recipe, run_directory(recipe, file) if directory is None else Path(resolve_path(directory))
 
 
 @_checked
@@ -220,7 +220,7 @@ def load(
     Raises:
         InputError: there is no such directory or adapter, or the path is something else.
     """
-    path, given = Path(resolve_path(str(path))), None if recipe is None else Path(resolve_path(str(recipe)))
+    path, given = Path(resolve_path(path)), None if recipe is None else Path(resolve_path(recipe))
     path = path.absolute() if path.exists() else path  # a program may change its directory; else an id on the hub
     if isinstance(adapter, str) or base or (root := adapters_root(path)) is None:
         name = adapter if isinstance(adapter, str) or adapter is None else next(iter(adapter), None)
@@ -435,7 +435,7 @@ class Model:
         self._require_one()
         return exports.export(
             self.target,
-            Path(resolve_path(str(out))),
+            Path(resolve_path(out)),
             to=to,
             rank=rank,
             dtype=dtype,

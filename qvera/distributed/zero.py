@@ -31,7 +31,7 @@ from qvera.config.schema import Recipe
 from qvera.config.sections import TrainingSection
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError, did_you_mean, first_line
-from qvera.utils.files import read_json
+from qvera.utils.files import read_json, resolve_path
 
 STAGES = ("zero1", "zero2", "zero3", "zero3-offload-cpu", "zero3-offload-nvme")
 
@@ -226,7 +226,7 @@ def zero_config_of(recipe: Recipe) -> ZeroConfig | None:
 
 def load_zero_config(key: str) -> ZeroConfig:
     """Return the settings that ``deepspeed: KEY`` stands for. Raises InputError for a wrong key, file or machine."""
-    places = [Path(key).expanduser()]
+    places = [Path(resolve_path(key))]
     if key in STAGES:  # in the installed package, or in the checkout
         package = Path(__file__).resolve().parents[1]
         places = [folder / "ds_configs" / f"{key}.json" for folder in (package, package.parent)]

@@ -200,14 +200,14 @@ CERTIFICATE = "qvera_export.json"
 def cache_root() -> Path:
     """Return the directory of all caches: ``$QVERA_CACHE``, else ``$XDG_CACHE_HOME/qvera``, else ``~/.cache/qvera``."""
     if own := os.environ.get("QVERA_CACHE"):
-        return Path(own).expanduser()
+        return Path(resolve_path(own))
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "qvera"
 
 
-def resolve_path(path: str) -> str:
+def resolve_path(path: str | Path) -> str:
     """Expand ``~`` in a path. A hub id stays as it is, and a ``~name`` of no user."""
-    return os.path.expanduser(path) if path.startswith("~") else path
+    return os.path.expanduser(path)  # Path.expanduser raises for a user that is not known
 
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
