@@ -47,12 +47,12 @@ class TokenLoss(NamedTuple):
     by_row: bool = False
 
 
-def _ratio(logprobs: Tensor, given: Inputs) -> Tensor:
-    return (logprobs - given["logprobs"]).exp()
+def _ratio(apart: Tensor) -> Tensor:
+    return apart.exp().clamp_max(torch.finfo(apart.dtype).max)  # finite, so that an advantage of 0 makes it nothing
 
 
 def _importance_sampling(logprobs: Tensor, given: Inputs, _: Mapping[str, float]) -> Weighed:
-    weights = _ratio(logprobs, given) * given["advantages"]
+    weights = _ratio(logprobs - given["logprobs"]) * given["advantages"]
     return -weights, weights
 
 
@@ -64,7 +64,7 @@ def _clipped(ratio: Tensor, advantages: Tensor, settings: Mapping[str, float]) -
 
 
 def _cispo(logprobs: Tensor, given: Inputs, settings: Mapping[str, float]) -> Weighed:
-    ratio = _ratio(logprobs, given).clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
+    ratio = _ratio(logprobs - given["logprobs"]).clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
     weights = ratio * given["advantages"]
     return -weights * logprobs, weights
 
@@ -79,7 +79,9 @@ _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 TOKEN_LOSSES: Mapping[str, TokenLoss] = {
     "cross_entropy": TokenLoss(("weights",), {}, lambda lp, given, _: (-given["weights"] * lp, given["weights"])),
     "importance_sampling": TokenLoss(_POLICY, {}, _importance_sampling),
-    "ppo": TokenLoss(_POLICY, _CLIP, lambda lp, given, s: _clipped(_ratio(lp, given), given["advantages"], s)),
+    "ppo": TokenLoss(
+        _POLICY, _CLIP, lambda lp, given, s: _clipped(_ratio(lp - given["logprobs"]), given["advantages"], s)
+    ),
     "cispo": TokenLoss(_POLICY, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}, _cispo),
     "dro": TokenLoss(_POLICY, {"beta": None}, _dro),
     "gspo": TokenLoss(
@@ -105,4 +107,4 @@ def sequence_ratios(logprobs: Tensor, inputs: Inputs, row: Tensor, rows: int) ->
     """GSPO's s of each token's row, [n, 1], from log-probabilities [n, 1]. ``row``: int64 [n], each token's row."""
     mask, apart = inputs["sequence_ratio_mask"].squeeze(1), (logprobs - inputs["logprobs"]).squeeze(1)
     sums = logprobs.new_zeros(2, rows).index_add_(1, row, torch.stack([mask * apart, mask]).to(logprobs.dtype))
-    return (sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny)).exp()[row].unsqueeze(1)
+    return _ratio(sums[0] / sums[1].clamp_min(torch.finfo(sums.dtype).tiny))[row].unsqueeze(1)

@@ -82,3 +82,14 @@ def test_a_ratio_beyond_its_bounds_weighs_nothing_where_clipping_holds_it_back()
     rising, falling = torch.tensor([1.0, -0.5]).exp().tolist()
     assert loss.flatten().tolist() == pytest.approx([-1.2, rising, -falling, 0.8])
     assert weights.flatten().tolist() == pytest.approx([0, -rising, falling, 0])
+
+
+@pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "gspo"])
+def test_an_advantage_of_zero_weighs_nothing_however_unlikely_the_token_was(name: str) -> None:
+    lp, given = torch.tensor([[-1.0]]), {"logprobs": torch.tensor([[-1e4]]), "advantages": torch.zeros(1, 1)}
+    given["sequence_ratio"] = sequence_ratios(
+        lp, {"sequence_ratio_mask": torch.ones(1, 1), **given}, torch.tensor([0]), 1
+    )
+    loss = TOKEN_LOSSES[name]
+    found, weights = weigher(loss, given, {key: usual or 0.0 for key, usual in loss.settings.items()})(lp, slice(None))
+    assert (found.item(), weights.item()) == (0, 0)
