@@ -19,6 +19,7 @@ import numpy as np
 
 from qvera.utils.errors import InputError, OwnCodeFailed, one_line, require_packages
 
+TOP5_CLASSES = 10  # from as many on, ``top5`` is a score
 References = Sequence[Sequence[str]]  # for each answer, one or more right texts
 
 
@@ -193,7 +194,7 @@ def class_scores(targets: np.ndarray, logits: np.ndarray) -> dict[str, float]:
             "f1": float(f1_score(targets, found, zero_division=0, **average)),
             "matthews": float(matthews_corrcoef(targets, found)),
         }
-    if len(classes) >= 10:
+    if len(classes) >= TOP5_CLASSES:
         scores["top5"] = float(top_k_accuracy_score(targets, logits, k=5, labels=classes))
     return scores
 

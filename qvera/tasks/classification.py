@@ -22,7 +22,7 @@ from qvera.data.labelled import VALUE, Labels, labelled_arrays
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
-from qvera.evaluation.metrics import class_scores, own_scores, require_scorers, value_scores
+from qvera.evaluation.metrics import TOP5_CLASSES, class_scores, own_scores, require_scorers, value_scores
 from qvera.models import linear
 from qvera.models.attention import needs_padding_mask, open_mask
 from qvera.models.model_class import ModelClass, classification_class, image_class
@@ -49,6 +49,19 @@ class Classification(Task):
 
     def check(self) -> None:
         require_scorers(self.name)  # scikit-learn and scipy, for the scores
+
+    def prepare_rows(self, datasets: Datasets) -> None:
+        """Raise InputError if the score that chooses the best step is one that these labels do not have."""
+        labels, wanted = datasets.labels, self.training.metric_for_best_model
+        assert labels is not None
+        of_classes = ["accuracy", "f1", "matthews", *(["top5"] if len(labels.names) >= TOP5_CLASSES else [])]
+        known = ["loss", *(["pearson", "spearman"] if labels.is_regression else of_classes)]
+        if wanted in self.scores and wanted not in known:
+            kind = "numbers" if labels.is_regression else f"{len(labels.names)} classes"
+            raise InputError(
+                f"training.metric_for_best_model: the labels are {kind}, which have no {wanted}. "
+                f"Take one of {', '.join(known)}."
+            )
 
     @property
     def _labels(self) -> Labels:

@@ -255,6 +255,20 @@ def test_a_regression_learns_numbers_and_they_are_not_smoothed(classify: Any, tm
             train(recipe, tmp_path / "smoothed")
 
 
+def test_a_score_that_the_labels_do_not_have_cannot_choose_the_best_step(classify: Any, tmp_path: Path) -> None:
+    for score in ("top5", "pearson"):
+        recipe = classify(training={"metric_for_best_model": score, "eval_steps": 1, "max_steps": 2})
+        with pytest.raises(
+            InputError, match=f"metric_for_best_model: .* 3 classes, .* no {score}.* loss, accuracy, f1"
+        ):
+            train(recipe, tmp_path / score)
+    numbers = write(tmp_path / "numbers.jsonl", *({"text": f"a b {n}", "label": n / 2} for n in range(9)))
+    data = {"path": str(numbers), "format": "classification", "regression": True}
+    recipe = classify(data=data, training={"metric_for_best_model": "f1", "eval_steps": 1, "max_steps": 2})
+    with pytest.raises(InputError, match=r"the labels are numbers, which have no f1. Take one of loss, pearson"):
+        train(recipe, tmp_path / "numbers")
+
+
 def labelled(label: str) -> Example:
     nothing = np.zeros(0, np.int32)
     return Example(np.arange(5, 8, dtype=np.int32), np.arange(3) == 2, "rows:1", nothing, "text", label)
