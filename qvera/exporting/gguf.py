@@ -31,7 +31,7 @@ from qvera.exporting.merged import Merging
 from qvera.models.hub import base_directory
 from qvera.models.safetensors_stream import Block
 from qvera.models.tokenizer import load_tokenizer
-from qvera.utils.errors import InputError, Interrupted
+from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import CERTIFICATE, disk_errors, flush, new_directory, require_space
 from qvera.utils.signals import StopRequests
 
@@ -165,7 +165,10 @@ def _new_writer(architecture: str, name: str, facts: dict[str, str]) -> GGUFWrit
 
 
 def _write_gguf(path: Path, writer: GGUFWriter, tensors: list[GgufTensor], blocks: Iterator[torch.Tensor]) -> str:
-    """Write the file and return its SHA-256. ``blocks`` are rows of ``tensors`` in order, each of one tensor."""
+    """Write the file and return its SHA-256. ``blocks`` are rows of ``tensors`` in order, each of one tensor.
+
+    RunFailed: a tensor of F16, which q8_0 has too, has values beyond it.
+    """
     import gguf
 
     for tensor in tensors:
@@ -187,7 +190,10 @@ def _write_gguf(path: Path, writer: GGUFWriter, tensors: list[GgufTensor], block
         for tensor in tensors:
             kind, written = gguf.GGMLQuantizationType[tensor.type], 0
             while written < tensor.bytes:
-                data = gguf.quants.quantize(next(blocks).float().contiguous().numpy(), kind)
+                rows = next(blocks).float().contiguous()
+                if tensor.type == "F16" and rows.abs().max() > torch.finfo(torch.float16).max:
+                    raise RunFailed(f"{tensor.name}: has values beyond float16. Export with --dtype bfloat16.")
+                data = gguf.quants.quantize(rows.numpy(), kind)
                 write(memoryview(data).cast("B"))
                 written += data.nbytes
             if written != tensor.bytes:
@@ -332,10 +338,7 @@ def export_gguf_lora(
             B = B * (ranks[layer] / alpha)
             if architecture.is_paired(f"{layer}.weight"):
                 B = architecture.paired_rows(f"{layer}.weight", B)
-            for part in (A, B):
-                if wanted == "F16" and part.abs().max() > torch.finfo(torch.float16).max:
-                    raise InputError(f"{layer}: a factor does not fit into float16. Export with --dtype bfloat16.")
-                yield part
+            yield from (A, B)
 
     import gguf
 

@@ -419,6 +419,11 @@ def test_a_weight_beyond_float16_leaves_nothing_behind(made: Callable[[str], Mad
         export_gguf(adapter, one.section, tmp_path / "out", ExportSection(), "float16")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     export_gguf(adapter, one.section, tmp_path / "out", ExportSection(), "bfloat16")
+    deltas = read_deltas(adapter, empty_model(one.section), one.section)
+    for dtype in ("float16", "q8_0"):  # a tensor whose rows are not made of whole blocks is float16 in q8_0
+        with pytest.raises(RunFailed, match=r"lora_.: has values beyond float16\. Export with --dtype bfloat16"):
+            export_gguf_lora(deltas, adapter, one.section, tmp_path / "lora", dtype)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "out"}
 
 
 def test_the_command_writes_the_model_and_the_adapter(
