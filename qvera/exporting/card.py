@@ -234,6 +234,8 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         base_quantization=base.quantization if "quantization" in base.model_fields_set else "none",
         double_quant=base.double_quant,
         compute_dtype="bfloat16" if base.compute_dtype == "auto" else base.compute_dtype,
+        # a trained head, which transformers would quantize too where it is not the model's last parameter
+        dense=(try_read_json(subject.directory / ADAPTER_CONFIG) or {}).get("modules_to_save"),
         gguf=next((file.name for file in sorted(subject.directory.glob("*.gguf"))), "model.gguf"),
         is_lora=is_lora,
         is_ours=kind == "adapter" and facts.get("peft_type") == PEFT_TYPE,

@@ -138,6 +138,18 @@ def test_an_adapter_gives_the_trained_logits_as_it_is_and_exported(
     torch.testing.assert_close(plain_logits(model, processor, rows_of(opened)), logits(opened), rtol=1e-4, atol=1e-5)
 
 
+def test_the_code_of_the_card_gives_the_trained_logits_on_a_base_in_4_bits(
+    finished: Path, vit: Path, tmp_path: Path
+) -> None:
+    assert main(["card", str(finished), "--repo", "anna/colours", "--out", str(tmp_path / "card.md")]) == 0
+    code = (tmp_path / "card.md").read_text().partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace("'vit'", repr(str(vit))).replace("'anna/colours'", repr(str(finished / "adapter"))), found)
+    opened, processor = open_run(finished), AutoImageProcessor.from_pretrained(vit, backend="pil")
+    of_card = plain_logits(found["model"].eval(), processor, rows_of(opened))
+    torch.testing.assert_close(of_card, logits(opened), rtol=1e-4, atol=1e-5)
+
+
 def test_eval_writes_a_class_for_each_image(
     finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
