@@ -210,12 +210,14 @@ def _rows_file(text: Path) -> Iterator[Path]:
         yield text
         return
     try:
-        paragraphs = [part.strip() for part in text.read_text(encoding="utf-8").split("\n\n")]
+        parts = map(str.strip, text.read_text(encoding="utf-8").split("\n\n"))
     except UnicodeDecodeError:
         raise InputError(f"--text: {text}: is not UTF-8. Convert the file.") from None
+    if not (paragraphs := list(filter(None, parts))):
+        raise InputError(f"--text: {text}: holds no text. Is it the right file?")
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "text.jsonl"
-        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs if part), encoding="utf-8")
+        path.write_text("".join(json.dumps({"text": part}) + "\n" for part in paragraphs), encoding="utf-8")
         yield path
 
 

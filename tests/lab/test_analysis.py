@@ -258,6 +258,7 @@ def test_wrong_options_of_the_command_are_refused_before_any_work(
     trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, bad, latin = str(trained_run), tmp_path / "bad.jsonl", tmp_path / "latin.txt"
+    (empty := tmp_path / "empty.txt").write_text("\n\n")
     bad.write_text("{no JSON\n")
     latin.write_bytes(b"caf\xe9")
     monkeypatch.setattr(analysis, "analyze_adapter", lambda *_, **__: pytest.fail("the adapter was analyzed"))
@@ -270,6 +271,7 @@ def test_wrong_options_of_the_command_are_refused_before_any_work(
         (["--text", str(tmp_path / "none.jsonl")], "none.jsonl: no such file"),
         (["--text", str(bad), "--reduce", "0.5", "--out", str(tmp_path / "x")], "bad.jsonl:1"),
         (["--text", str(latin), "--reduce", "0.5", "--out", str(tmp_path / "x")], "latin.txt: is not UTF-8"),
+        (["--text", str(empty)], f"--text: {empty}: holds no text"),
     ):
         assert main(["analyze", run, *options]) == 2
         assert said in capsys.readouterr().err
