@@ -36,8 +36,9 @@ def unescape_name(directory: str) -> str:
     whole = directory.encode(errors="replace").decode()
     composed = unicodedata.normalize("NFC", whole)  # a copy by way of an older macOS has decomposed names
     try:
-        return _ESCAPED.sub(lambda found: unquote_to_bytes(found[0].replace("=", "%")).decode(), composed)
-    except UnicodeDecodeError:
+        name = _ESCAPED.sub(lambda found: unquote_to_bytes(found[0].replace("=", "%")).decode(), composed)
+        return name if composed in (escape_name(name), _directory(name, True, True)) else composed
+    except (UnicodeDecodeError, InputError):
         return composed
 
 

@@ -27,7 +27,7 @@ def test_a_name_has_this_directory_and_the_directory_gives_the_name_back() -> No
     }  # fmt: skip
     assert {name: escape_name(name) for name in directories} == directories
     assert [unescape_name(directory) for directory in directories.values()] == list(directories)
-    by_hand = ["my adapter", "a=b", "x=FF", "50%"]  # is its own name
+    by_hand = ["my adapter", "a=b", "x=FF", "50%", "rank=64", "=20"]  # is its own name
     assert [unescape_name(name) for name in by_hand] == by_hand
 
 
