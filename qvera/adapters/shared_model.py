@@ -64,9 +64,10 @@ def load_adapters(
         for slot, (name, vectors) in enumerate(members.items(), 1):
             bank.put(slot, vectors)
             users[name] = bank, slot
-    for name, config in alone.items():
-        adapted = add_adapter(base, name, config)
-        load_vectors(adapted, read_adapter(Path(directories[name]))[1], str(directories[name]), name)
+    for number, (name, config) in enumerate(alone.items()):
+        users[name] = key = f"__alone_{number}__"  # torch takes no name with a dot for a module
+        adapted = add_adapter(base, key, config)
+        load_vectors(adapted, read_adapter(Path(directories[name]))[1], str(directories[name]), key)
     adapted.base_model.__dict__["banked"] = users
     return adapted
 

@@ -54,8 +54,17 @@ def test_a_core_between_other_factors_is_no_start(
         attach(over(tiny_model_dir, quantization="none").model, section)
 
 
-def test_an_adapter_may_be_named_as_a_seed(tmp_path: Path) -> None:
-    sections = {"seed-0": AdapterSection(method="lora", rank=4), "other": AdapterSection(rank=8)}
+@pytest.mark.parametrize(
+    "adapters",
+    [
+        {"seed-0": {"method": "lora", "rank": 4}, "other": {"rank": 8}},
+        {"v1.5": {"method": "lora-xs", "rank": 5}, "keys": {"method": "lora-xs", "rank": 4}},
+    ],
+)
+def test_an_adapter_may_be_named_as_a_seed_a_version_or_a_word_of_python(
+    adapters: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    sections = {name: AdapterSection(**keys) for name, keys in adapters.items()}
     for name, section in sections.items():
         save_adapter(perturb(attach(small_llama(), section)), tmp_path / name)
     model = load_adapters(small_llama(), {name: tmp_path / name for name in sections})
