@@ -67,9 +67,10 @@ def export(
     options = options.replace(dtype="float32" if written == "q8_0" else written, base=base or options.base)
     console = console or Console(stderr=True)
     recipe, limit = target.recipe, options.certificate_rows
-    if recipe is None and base is None and to in ("merged", "gguf") and not compare_only:
+    is_known = recipe is not None or "quantization" in section.model_fields_set
+    if not is_known and base is None and to in ("merged", "gguf") and not compare_only:
         say(
-            f"No recipe says which weights {adapter_dir} was trained on. So it is merged into the base in NF4, "
+            f"Nothing says which weights {adapter_dir} was trained on. So it is merged into the base in NF4, "
             "like a QLoRA; for one that was trained on 16-bit weights add --base original."
         )
     # A merge has its own way: it can be continued, quantized and compared later. It returns here.

@@ -254,7 +254,9 @@ def test_what_is_no_vera_of_peft_and_what_is_not_for_vllm(tiny_model_dir: Path, 
     assert "cut it with --rank" in lora.serving_text(1024)
 
 
-def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(alpaca_run: Path, tmp_path: Path) -> None:
+def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(
+    alpaca_run: Path, tmp_path: Path, capsys: Any
+) -> None:
     """Their run is not there any more; what they are asked with is beside them."""
     run = Path(shutil.copytree(alpaca_run, tmp_path / "run"))
     fingerprint = read_config(run / "adapter").base_fingerprint  # type: ignore[union-attr]
@@ -276,6 +278,10 @@ def test_adapters_made_from_one_keep_its_template_its_tokens_and_its_base(alpaca
             assert (section.eos_token, section.pad_token) == ("<|endoftext|>", "<|im_start|>"), name
             assert read_config(tmp_path / name).base_fingerprint == fingerprint, name  # type: ignore[union-attr]
     assert main(["generate", str(tmp_path / "lora"), "--prompt", "say red 1", "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "merged")]) == 0
+    certificate = json.loads((tmp_path / "merged" / "qvera_export.json").read_text())
+    assert certificate["trained_on"]["quantization"] == "none" and "NF4" not in capsys.readouterr().out
 
 
 def test_what_is_taken_from_its_run_is_asked_with_the_system_prompt_of_the_run(
