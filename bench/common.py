@@ -22,6 +22,7 @@ import torch
 from qvera.cli.quickstart import fetch_quickstart_base
 from qvera.training.run_dir import plain_json
 from qvera.utils import memory
+from qvera.utils.files import versions
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -50,7 +51,7 @@ def header() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "threads": torch.get_num_threads(),
         "load_average_before": psutil.getloadavg()[0],
-        "versions": memory.versions(),
+        "versions": versions(),
     }
 
 

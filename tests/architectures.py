@@ -41,7 +41,7 @@ from qvera.models.quantize_checkpoint import find_base
 from qvera.training.plan import make_plan
 from qvera.training.trainer import train
 from qvera.utils.errors import QveraError
-from qvera.utils.memory import versions
+from qvera.utils.files import versions
 from tests.adapters.helpers import perturb, relative
 from tests.families import FAMILIES, RESULTS, RIGHT, Family, read_results
 from tests.models.experts import add_delta, dense_base, published

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qvera.utils import formatting
 from qvera.utils.cores import measure
 from qvera.utils.errors import EXIT_DONE, EXIT_FAILED, first_line
-from qvera.utils.files import cache_root, existing_parent
+from qvera.utils.files import cache_root, existing_parent, versions
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def examine() -> Iterator[Finding]:
 
     from qvera.models.loader import pick_compute_dtype
     from qvera.utils import accelerator
-    from qvera.utils.memory import available_bytes, device_name, versions
+    from qvera.utils.memory import available_bytes, device_name
 
     yield Finding("versions", ", ".join(f"{name} {version}" for name, version in versions().items()))
     device = accelerator.current_device()

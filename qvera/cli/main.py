@@ -62,7 +62,7 @@ def build_app() -> Any:
         """Fine-tune Llama models in 4-bit with VeRA."""
         tracebacks[0] = traceback  # local_rank: DeepSpeed's launcher puts it here; the environment has it too
         if version:
-            from qvera.utils.memory import versions
+            from qvera.utils.files import versions
 
             print("\n".join(f"{name} {number}" for name, number in versions().items()))
             raise typer.Exit

@@ -30,7 +30,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from qvera.data.images import ImageProcessor, ImageTextProcessor, StoredImage
-from qvera.utils import accelerator
 from qvera.utils.errors import InputError
 
 if TYPE_CHECKING:
@@ -364,6 +363,8 @@ def _tensors(arrays: dict[str, np.ndarray], device: torch.device | str) -> dict[
 
     The host knows these places, so nothing has to wait for the device.
     """
+    from qvera.utils import accelerator  # which imports torch
+
     labels = arrays["labels"].ravel()
     trained = np.flatnonzero(labels != IGNORED)
     trained = trained[trained % arrays["labels"].shape[1] > 0] - 1  # nothing stands before a row's first token

@@ -12,7 +12,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from qvera.utils import accelerator
 from qvera.utils.cores import measure
 from qvera.utils.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, InputError
 
@@ -64,6 +63,8 @@ def launch_command(
         per_node = [] if gpus is None else ["--num_gpus", str(gpus)]
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *per_node]
         return [*runner, "--module", *inner]
+    from qvera.utils import accelerator  # which imports torch
+
     here = accelerator.device_count()
     if gpus is not None and 0 < here < gpus:
         raise InputError(f"--gpus {gpus}: this machine shows {here} of them (CUDA_VISIBLE_DEVICES hides others).")

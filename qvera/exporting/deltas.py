@@ -28,9 +28,8 @@ from qvera.models.experts import expert_specs
 from qvera.models.loader import load_base
 from qvera.models.structure import head_size
 from qvera.models.tokenizer import ADDED_ROWS, read_token_rows
-from qvera.utils import memory
 from qvera.utils.errors import InputError
-from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256
+from qvera.utils.files import ADAPTER_WEIGHTS, file_sha256, versions
 
 
 @dataclasses.dataclass
@@ -165,7 +164,7 @@ class AdapterDeltas:
                 "seed": self.seed,
             },
             **more,
-            "versions": memory.versions(),
+            "versions": versions(),
         }
 
     def header(self, base: str | None = None) -> dict[str, str]:

@@ -24,7 +24,7 @@ from qvera.cli.common import (
 )
 from qvera.utils import formatting
 from qvera.utils.errors import InputError
-from qvera.utils.files import plain_json
+from qvera.utils.files import plain_json, versions
 
 if TYPE_CHECKING:
     from qvera.data.rows import Rows
@@ -83,7 +83,6 @@ def analyze(
     from qvera.exporting.export import chat_of, require_no_added_tokens
     from qvera.exporting.lora import export_lora
     from qvera.lab.analysis import analysis_page, analyze_adapter
-    from qvera.utils import memory
     from qvera.utils.files import replace_text, require_empty
 
     target = find_target(run, name=adapter)
@@ -123,7 +122,7 @@ def analyze(
         "linears": [dataclasses.asdict(linear) for linear in analysis.linears],
         "reduced": None,
         "losses": [],
-        "versions": memory.versions(),
+        "versions": versions(),
     }
     if out is not None:
         size = export_lora(analysis.adapter, out, torch.float32, analysis.reduced(), template)

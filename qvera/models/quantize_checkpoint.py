@@ -47,7 +47,7 @@ from qvera.models.safetensors_stream import (
     write_index,
     write_shard,
 )
-from qvera.utils import accelerator, memory
+from qvera.utils import accelerator
 from qvera.utils.cache_dir import UNFINISHED, StageProgress, discard, size_bytes
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import (
@@ -61,6 +61,7 @@ from qvera.utils.files import (
     require_space,
     resolve_path,
     try_read_json,
+    versions,
 )
 from qvera.utils.safetensors_io import (
     TensorEntry,
@@ -301,7 +302,7 @@ def quantize_checkpoint(
             "identity": source.identity({Path(name): digest for name, digest in reader.sha256.items()}),
             "files": {name: {"sha256": work.shards[name], "bytes": (out / name).stat().st_size} for name, _ in shards},
             "seconds": time.perf_counter() - began,
-            "versions": memory.versions(),
+            "versions": versions(),
         }
         _write_small_files(source, section, out, shards, record)
         work.complete()

@@ -37,10 +37,10 @@ from qvera.evaluation.report.read import inputs_sha256
 from qvera.models.structure import require_positions
 from qvera.tasks import CausalLM, classification_of, task_of
 from qvera.tasks.classification import label_scores, predictions
-from qvera.utils import accelerator, memory
+from qvera.utils import accelerator
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, QveraError
-from qvera.utils.files import RECIPE_FILE
+from qvera.utils.files import RECIPE_FILE, versions
 from qvera.utils.progress import Phase, warn
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def evaluate(
             if scores.get("scored_rows")
         ],
         "judge": None,
-        "versions": memory.versions(),
+        "versions": versions(),
         "answers": answered,
     }
     if judge is not None:  # after all else is in the document, which an error of the judge's must not lose
@@ -281,7 +281,7 @@ def _evaluate_labels(
         "answers": predictions(logits, examples, labels),
         "base_scores": None,
         "judge": None,
-        "versions": memory.versions(),
+        "versions": versions(),
     }
 
 

@@ -23,7 +23,7 @@ from qvera.training.callbacks import Callbacks
 from qvera.training.run_dir import LENGTH, MetricsLog, Trackers, this_process, write_run_json
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError, Interrupted, OutOfMemory, OwnCodeFailed, RunFailed
-from qvera.utils.files import ADAPTERS, RECIPE_FILE, disk_errors, replace_text, try_read_json
+from qvera.utils.files import ADAPTERS, RECIPE_FILE, disk_errors, replace_text, try_read_json, versions
 from qvera.utils.formatting import duration
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Run(ABC):
             "model": session.base.facts,
             "adapter": {**adapter_facts(session.model), "file_bytes": None, **facts},
             "data": {**session.datasets.stats.to_dict(), "sha256": session.inputs["rows"]},
-            "versions": memory.versions(),
+            "versions": versions(),
             "device": memory.device_name(session.device),
             "plan": None if session.plan is None else session.plan.to_dict(),
             "gradient_checkpointing": session.checkpointing,

@@ -34,7 +34,6 @@ from qvera.utils.files import (
     try_read_json,
 )
 from qvera.utils.formatting import first_of, size
-from qvera.utils.memory import Shortage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -311,6 +310,8 @@ def repeat_line(record: dict[str, Any]) -> str | None:
             "with half of it."
         )
     if record["kind"] == "out_of_memory":
+        from qvera.utils.memory import Shortage  # which imports torch
+
         shortage = Shortage(record["asked_bytes"], record["free_bytes"])
         unit = "rows" if "pass_rows" in record else "tokens"
         return (

@@ -47,7 +47,7 @@ from qvera.training.plan.plan import REFUSED_ABOVE, change_lines, run_lines
 from qvera.training.plan.run import NotPlannable, changed
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
-from qvera.utils.files import RUN_PROGRESS, existing_parent
+from qvera.utils.files import RUN_PROGRESS, existing_parent, versions
 from qvera.utils.formatting import size
 from qvera.utils.memory import Shortage, or_shortage
 from qvera.utils.progress import Phase
@@ -315,15 +315,15 @@ def check_same_setup(recipe: Recipe, group: Processes, console: Console) -> None
     """Raise InputError where ranks differ in versions, recipe or base model; time a small all-reduce."""
 
     def look() -> dict[str, str]:
-        versions = memory.versions()
+        found = versions()
         if recipe.deepspeed is not None:
-            versions["deepspeed"] = metadata.version("deepspeed")
+            found["deepspeed"] = metadata.version("deepspeed")
         sections = {name: value if isinstance(value, dict) else {"": value} for name, value in recipe.to_dict().items()}
         of_recipe = {
             f"{name}.{key}".rstrip("."): str(one) for name, keys in sections.items() for key, one in keys.items()
         }
         return {
-            **{f"the version of {name}": version for name, version in versions.items()},
+            **{f"the version of {name}": version for name, version in found.items()},
             **of_recipe,
             "the base's fingerprint (model.path)": str(fingerprint_of(recipe.model)),
         }

@@ -1,7 +1,7 @@
 """The one file that asks torch which device there is, what it can do, and how much memory it has.
 
 A device is a CPU or an accelerator (CUDA, ROCm, XPU, MPS, or a backend that registered itself). What a backend does not
-count (MPS has no peak) is None here. CUDA-only parts are marked. Torch is imported inside functions.
+count (MPS has no peak) is None here. CUDA-only parts are marked.
 
 Run so far on a CPU and on the tests' fake accelerator (tests/gpu), and on no real one.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
 
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 T = TypeVar("T")
 NVIDIA_CARD = "/dev/nvidia0"
@@ -29,15 +28,11 @@ _ALIGNED_BYTES = 16
 
 def is_available() -> bool:
     """Whether torch can use an accelerator here."""
-    import torch
-
     return torch.accelerator.is_available()
 
 
 def unusable_card() -> str | None:
     """Return a sentence about an NVIDIA card that is here and that torch can't use; None if there is no such card."""
-    import torch
-
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     if first in ("", "-1") or not os.path.exists(NVIDIA_CARD) or is_available():
         return None
@@ -52,8 +47,6 @@ def unusable_card() -> str | None:
 
 def device_count() -> int:
     """Return the number of accelerators that this process sees."""
-    import torch
-
     return torch.accelerator.device_count() if is_available() else 0
 
 
@@ -67,8 +60,6 @@ def launcher_number(name: str) -> int:
 
 def current_device() -> torch.device:
     """Return the accelerator of this process, else the CPU. Under a launcher it is the one of its LOCAL_RANK."""
-    import torch
-
     found = torch.accelerator.current_accelerator() if is_available() else None
     if found is None:
         return torch.device("cpu")
@@ -77,16 +68,12 @@ def current_device() -> torch.device:
 
 def use_device(index: int) -> None:
     """Make this accelerator the default one; nothing on a CPU."""
-    import torch
-
     if is_available():
         torch.accelerator.set_device_index(index)
 
 
 def in_use(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Make a context that launches kernels on this accelerator; nothing on a CPU, or if it is the current one."""
-    import torch
-
     if device.index is None or device.index == torch.accelerator.current_device_index():
         return _NOTHING
     return torch.accelerator.device_index(device.index)
@@ -104,15 +91,11 @@ def has_own_memory(device: torch.device | str) -> bool:
 
 def computing_stream(device: torch.device) -> torch.Stream:
     """The stream in which this thread launches kernels."""
-    import torch
-
     return torch.accelerator.current_stream(device)
 
 
 def synchronize() -> None:
     """Wait until the accelerator has finished its work; nothing on a CPU."""
-    import torch
-
     if is_available():
         torch.accelerator.synchronize()
 
@@ -125,8 +108,6 @@ def empty_cache() -> None:
 
 def empty_host_cache() -> None:
     """Give unused page-locked RAM back to the system, where this torch can."""
-    import torch
-
     empty = getattr(torch.accelerator, "empty_host_cache", None)
     if is_available() and empty is not None:
         empty()
@@ -166,8 +147,6 @@ def card_name(device: torch.device) -> str:
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether an accelerator has bfloat16 products in hardware."""
-    import torch
-
     ask = _function(device, "is_bf16_supported")
     if ask is None:  # a backend that registered itself names the dtypes that autocast may take
         dtypes = _function(device, "get_amp_supported_dtype")
@@ -182,8 +161,6 @@ def multiplies_groups(device: torch.device) -> bool:
     That is on Hopper and data centre Blackwell. On other cards torch reads the ends of the groups on the host, and
     launches a product for each (its GroupedMMUtils.h).
     """
-    import torch
-
     ask = _function(device, "get_device_capability")
     if device.type != "cuda" or ask is None or not hasattr(torch.nn.functional, "grouped_mm"):
         return False
@@ -192,8 +169,6 @@ def multiplies_groups(device: torch.device) -> bool:
 
 def pages_optimizer_state() -> bool:
     """Whether bitsandbytes' paged optimizers work: they need CUDA's `cudaMallocManaged`."""
-    import torch
-
     return torch.cuda.is_available()
 
 
@@ -226,9 +201,6 @@ class HeldTensors:
 
     def __init__(self, device: torch.device | str, arrays: dict[str, np.ndarray]) -> None:
         """Make room for these arrays, and for those of the same shapes that `fill` gets."""
-        import numpy as np
-        import torch
-
         self._apart = has_own_memory(device)  # elsewhere nothing keeps the host's tensor alive until it is copied
         sizes = [-(-array.nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES for array in arrays.values()]
         self._starts = np.cumsum([0, *sizes]).tolist()
@@ -240,9 +212,6 @@ class HeldTensors:
 
     def fill(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
         """Copy arrays of the same names, shapes and dtypes into the tensors, and return these."""
-        import numpy as np
-        import torch
-
         # All arrays lie in one buffer, so an accelerator gets one copy instead of one for each.
         packed = np.zeros(self._starts[-1], dtype=np.uint8)
         for start, array in zip(self._starts, arrays.values(), strict=False):
@@ -257,8 +226,6 @@ def tensors_on(device: torch.device | str, arrays: dict[str, np.ndarray]) -> dic
 
     A CPU shares the arrays' memory. An accelerator gets one copy from pinned memory, for which the host does not wait.
     """
-    import torch
-
     if not is_accelerator(device):
         return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
     return HeldTensors(device, arrays).fill(arrays)
@@ -271,8 +238,6 @@ def tensor_on(device: torch.device | str, array: np.ndarray) -> torch.Tensor:
 
 def records_graphs(device: torch.device) -> bool:
     """Whether `GraphRecorder` works here: CUDA, with torch 2.13 or newer."""
-    import torch
-
     return device.type == "cuda" and hasattr(torch.accelerator, "Graph")
 
 
@@ -290,8 +255,6 @@ class GraphRecorder:
         Returns a function that launches them, and the output of ``run``, which every launch fills anew. RuntimeError:
         the host would wait for the device.
         """
-        import torch
-
         self._stream = self._stream or torch.Stream(self._device)  # the default one can't be recorded
         graph = torch.accelerator.Graph(pool=self._pool, capture_error_mode="thread_local")
         with self._stream, graph:
@@ -317,8 +280,6 @@ def refusing_waits(device: torch.device) -> Iterator[None]:
 
 def collective_backend() -> str:
     """Name the backend for `init_process_group`: gloo for control, the accelerator's own for its tensors."""
-    import torch
-
     if not is_available():
         return "gloo"
     kind = current_device().type
@@ -346,8 +307,6 @@ def set_random_state(states: dict[str, torch.Tensor]) -> None:
 @contextlib.contextmanager
 def forked_random_state() -> Iterator[None]:
     """Restore the generators of CPU and accelerator after the block."""
-    import torch
-
     with torch.random.fork_rng(devices=[]):  # it can't fork MPS, whose functions take no device
         before = random_state()
         try:
@@ -358,6 +317,4 @@ def forked_random_state() -> Iterator[None]:
 
 def _function(device: torch.device, name: str) -> Callable[..., Any] | None:
     """Look up a function of the accelerator's torch module; None where it lacks it, and on a CPU."""
-    import torch
-
     return getattr(torch.get_device_module(device), name, None) if is_accelerator(device) else None

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -122,6 +123,15 @@ def version_of(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of each package that a result can depend on."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "qvera")
+    found = {"python": platform.python_version(), **{package: version_of(package) for package in packages}}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # an extra's: objectives on preferences
+        found["trl"] = metadata.version("trl")
+    return found
 
 
 def other_writer(run_dir: Path) -> str:

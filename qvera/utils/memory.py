@@ -1,7 +1,6 @@
-"""Measurements of the machine (memory, device name, versions), and going on after memory ran out.
+"""Measurements of the machine (memory, device name), and going on after memory ran out.
 
 torch raises `torch.OutOfMemoryError` on an accelerator and a plain RuntimeError on a CPU; Python raises MemoryError.
-Torch is imported inside functions: commands that compute nothing do not wait for it.
 """
 
 from __future__ import annotations
@@ -16,20 +15,16 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import psutil
+import torch
 
 from qvera.utils import accelerator
 from qvera.utils.cores import cgroups
 from qvera.utils.errors import OutOfMemory
-from qvera.utils.files import version_of
 from qvera.utils.formatting import counted, size
-
-if TYPE_CHECKING:
-    import torch
 
 _MESSAGE = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
@@ -69,8 +64,6 @@ def kernel_bytes(dtype: torch.dtype) -> int:
 
     `qvera.data.rows` says why it matters.
     """
-    import torch
-
     weight = torch.zeros(64, 64, dtype=dtype)
     readings = []
     for rows in range(3001, 3018):  # row counts that nothing else uses, or the kernel would be cached already
@@ -153,23 +146,12 @@ def _cgroup_available() -> Iterator[int]:
 
 def device_name(device: torch.device) -> str:
     """Name the device with what a timing depends on: the model of the card or processor, and torch's threads."""
-    import torch
-
     if accelerator.is_accelerator(device):
         return accelerator.card_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as handle:
         name = next(line.split(":", 1)[1].strip() for line in handle if line.startswith("model name"))
     return f"cpu: {name}, {counted(torch.get_num_threads(), 'thread')}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of each package that a result can depend on."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "qvera")
-    found = {"python": platform.python_version(), **{package: version_of(package) for package in packages}}
-    with contextlib.suppress(metadata.PackageNotFoundError):  # an extra's: objectives on preferences
-        found["trl"] = metadata.version("trl")
-    return found
 
 
 @dataclass(frozen=True)
@@ -186,8 +168,6 @@ class Shortage:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on an accelerator or in RAM."""
-    import torch
-
     known = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, known) or (isinstance(error, RuntimeError) and _MESSAGE.search(str(error)) is not None)
 

@@ -40,14 +40,14 @@ def test_one_machine_or_one_of_several() -> None:
 
 
 def test_more_processes_than_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr("qvera.utils.accelerator.device_count", lambda: 2)
     with pytest.raises(InputError, match="--gpus 4: this machine shows 2 of them .CUDA_VISIBLE_DEVICES"):
         launch.launch_command(RECIPE, gpus=4)
     assert launch.launch_command(RECIPE, gpus=2) == launch.launch_command(RECIPE)
 
 
 def test_processes_without_a_gpu_are_warned_about(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(launch.accelerator, "device_count", lambda: 0)
+    monkeypatch.setattr("qvera.utils.accelerator.device_count", lambda: 0)
     launch.launch_command(RECIPE, gpus=2)
     assert "--gpus 2: this machine shows no GPU, so 2 processes share its CPU." in capsys.readouterr().err
     launch.launch_command(RECIPE, gpus=1)
