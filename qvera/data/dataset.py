@@ -504,7 +504,7 @@ def data_warnings(stats: DataStats) -> list[str]:
         lines.append(
             f"Cut to length: {counted(stats.truncated_rows, 'row')} lost {counted(stats.truncated_tokens, 'token')}, "
             f"{stats.truncated_targets:,} of them trained ones. Raise data.max_length (or max_source_length, "
-            "max_target_length), or see data.too_long."
+            "max_target_length where you set it), or see data.too_long."
         )
     for reason, sources in stats.dropped.items():
         lines.append(f"Dropped, {reason}: {first_of(sources, 3)}")
