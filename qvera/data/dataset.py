@@ -455,7 +455,7 @@ def _summary(stats: DataStats) -> Table:
         table.add_row("Format", stats.sources[0].layout)
     else:
         for source in stats.sources:
-            count = f"{source.rows:,} x {source.weight:g}" if source.rows else "a held-out task"
+            count = f"{source.rows:,} x {source.weight:g}" if source.rows else "none is trained"
             text = f"{source.taken:,} from {source.path} ({count}): {source.layout}"
             table.add_row("  of these", Text(text))
     table.add_row("Tokens", f"{stats.tokens:,} (mean {mean:,.0f}, longest {stats.longest_tokens:,} a row)")

@@ -138,13 +138,13 @@ def test_each_source_is_a_task_and_stays_one_in_a_selection(
     assert data.train.take(np.array([19, 0])).part_of.tolist() == [2, 0]
 
 
-def test_the_preview_says_which_source_is_a_held_out_task(
+def test_the_preview_says_of_which_source_no_row_is_trained(
     three_sources: DataSection, base_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path, shown = three_sources.mixture[0].path, io.StringIO()
     data = build_datasets(three_sources.model_copy(update={"held_out_tasks": [path]}), base_tokenizer)
     print_preflight(data, base_tokenizer, Console(file=shown, width=1000))
-    assert f"0 from {path} (a held-out task)" in shown.getvalue() and "(12 x 1)" in shown.getvalue()
+    assert f"0 from {path} (none is trained)" in shown.getvalue() and "(12 x 1)" in shown.getvalue()
 
 
 @pytest.mark.parametrize("held_out", [1, ["say"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import warnings
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -23,7 +25,7 @@ from qvera.adapters.save_load import named_vectors
 from qvera.cli.main import main
 from qvera.config.schema import Recipe
 from qvera.config.sections import ModelSection
-from qvera.data import Datasets, Example, Labels, build_datasets, data_warnings
+from qvera.data import Datasets, Example, Labels, build_datasets, data_warnings, print_preflight
 from qvera.distributed.group import Group
 from qvera.evaluation.load import OpenRun, find_target, open_run, open_target
 from qvera.evaluation.metrics import class_scores
@@ -573,6 +575,11 @@ def test_few_rows_of_several_sources_keep_their_tasks_and_are_repeated_by_weight
     assert len(by_task.first_rows(100)) == len(by_task.train) == 30
     assert sorted({row.source for row in repeated.train}) == sorted(row.source for row in by_task.train)
     assert len(repeated.train) == 30 + by_task.stats.sources[1].taken
+    one = write(tmp_path / "one.jsonl", {"text": "say red", "label": "colour"})
+    recipe = classify(data={"rows_per_label": 1, "eval_fraction": 0.0, "mixture": [{"path": str(one)}]})
+    shown = io.StringIO()
+    print_preflight(built(recipe), load_tokenizer(recipe.model), Console(file=shown, width=1000))
+    assert f"0 from {one} (none is trained)" in shown.getvalue()
 
 
 def test_held_out_rows_of_one_label_are_pointed_out(classify: Any, tmp_path: Path) -> None:
