@@ -29,7 +29,6 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 from pydantic_core import to_jsonable_python
-from safetensors import SafetensorError
 
 from qvera.utils import formatting
 from qvera.utils.errors import InputError, RunFailed, did_you_mean_path
@@ -433,14 +432,14 @@ def require_space(out: Path, needed_bytes: int, what: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors(what: str, kept: str) -> Iterator[None]:
-    """Turn a full or unwritable disk, met by Python or safetensors, into RunFailed.
+    """Turn a full or unwritable disk, met by Python, safetensors or tokenizers, into RunFailed.
 
     ``what`` is being written. ``kept`` ends the message: what is not lost, and what to do.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        in_text = re.search(r"\(os error (\d+)\)", str(error))  # where safetensors has the number
+    except Exception as error:  # tokenizers raises this very class
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # where safetensors and tokenizers have the number
         number = getattr(error, "errno", None) or (int(in_text[1]) if in_text else 0)
         if number not in (*NO_SPACE, *_UNWRITABLE):
             raise

@@ -28,6 +28,7 @@ from qvera.utils.files import (
     require_space,
     try_read_json,
 )
+from tests.conftest import small_tokenizer
 from tests.helpers import start_process, wait_until
 
 
@@ -218,6 +219,8 @@ def test_a_full_or_read_only_disk_is_reported_and_other_errors_are_left_alone(tm
         for error in (OSError(number, text, "shard.bin"), of_rust):
             with pytest.raises(RunFailed, match=rf"^shard 3: {words}.* Kept: 2\.$"), disk_errors("shard 3", "Kept: 2."):
                 raise error
+    with pytest.raises(RunFailed, match="^merged: the disk is full"), disk_errors("merged", ""):
+        small_tokenizer().backend_tokenizer.save("/dev/full")
     for other in (FileNotFoundError(errno.ENOENT, "gone"), SafetensorError("InvalidHeaderDeserialization")):
         with pytest.raises(type(other)), disk_errors("shard 3", ""):
             raise other
