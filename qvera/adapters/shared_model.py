@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from peft import PeftModel, VeraConfig
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from qvera.adapters.adapter_file import read_adapter, read_config
 from qvera.adapters.bank import AdapterBank, AdapterShape, User, fit_to_bank
@@ -23,9 +24,6 @@ from qvera.adapters.save_load import load_vectors, put_on
 from qvera.adapters.tuner import warn_of_other_base
 from qvera.models.loader import Base
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _OF_ANSWERS = ("mixed", "_inference_weight", "_inference_pack")
 """Attributes that modules have for answers only. Without them they compute as in training."""

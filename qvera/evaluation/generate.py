@@ -9,18 +9,21 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, GenerationMixin
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from qvera.adapters import AdaptedForward
 from qvera.data import ChatTemplate, Encoder, Turn, microbatches, resolve_template
 from qvera.data.images import StoredImage
 from qvera.data.tokenization import turn_ends
 from qvera.distributed.zero import any_sharded, is_sharded
-from qvera.evaluation.load import template_name
+from qvera.evaluation.load import OpenRun, template_name
 from qvera.models import linear, quantization
 from qvera.models.attention import needs_equal_lengths, rows_joined
 from qvera.models.forward import image_inputs
@@ -28,14 +31,6 @@ from qvera.models.structure import causal_model, context_limit, decoder_of, posi
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import InputError
 from qvera.utils.memory import each_in_halves
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.generation.streamers import BaseStreamer
-
-    from qvera.evaluation.load import OpenRun
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from qvera.config.sections import TrainingSection
 from qvera.data import Example, lengths_of, microbatches
@@ -20,11 +22,6 @@ from qvera.evaluation.metrics import TextMetric, exact_match, scores_of
 from qvera.models import forward, linear
 from qvera.models.structure import causal_model, rope_limit
 from qvera.utils.memory import each_in_halves
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
 
 Found = TypeVar("Found")
 

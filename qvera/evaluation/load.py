@@ -11,10 +11,12 @@ import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from qvera.adapters import adapter_file, save_load
 from qvera.adapters.shared_model import load_adapters
@@ -52,10 +54,6 @@ from qvera.utils.files import (
 )
 from qvera.utils.formatting import first_of
 from qvera.utils.progress import warn
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import nn
 
 _logger = logging.getLogger(__name__)
 

@@ -9,12 +9,14 @@ import gc
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
 
-from qvera.data import Example, Labels, build_datasets
+from qvera.config.schema import Recipe
+from qvera.data import Datasets, Example, Labels, Rows, build_datasets
 from qvera.evaluation.held_out import prompts_of, score_model
 from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, warn_of_other_rows
 from qvera.evaluation.metrics import text_metrics
@@ -27,12 +29,6 @@ from qvera.utils.errors import InputError, Interrupted, RunFailed
 from qvera.utils.files import try_read_json
 from qvera.utils.progress import Phase
 from qvera.utils.signals import StopRequests
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from qvera.config.schema import Recipe
-    from qvera.data import Datasets, Rows
 
 CAUSAL = CausalLM()
 BATCH_TOKENS = 2048

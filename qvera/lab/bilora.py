@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +20,16 @@ from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.methods.lora import start_generator
 from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.projection import Pair
 from qvera.adapters.save_load import trained_vectors
 from qvera.config.plugins import Schedule
+from qvera.config.schema import Recipe
 from qvera.data import planned_steps
 from qvera.data.sampler import random_order
+from qvera.distributed.group import Group
 from qvera.lab.keys import Settings
 from qvera.lab.tasks import LEVELS, PartBatches
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.adapters.projection import Pair
-    from qvera.config.schema import Recipe
-    from qvera.distributed.group import Group
 
 
 class Bilora(Method):

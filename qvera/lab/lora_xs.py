@@ -13,13 +13,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.products.functional import at_least_fp32
@@ -31,9 +31,6 @@ from qvera.lab.keys import Settings
 from qvera.models import quantization
 from qvera.utils.errors import InputError
 from qvera.utils.files import replace_text, replacing
-
-if TYPE_CHECKING:
-    from qvera.adapters.config import QveraConfig
 
 
 def require_rank(rank: int, spec: LinearSpec) -> None:

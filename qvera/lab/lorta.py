@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,11 +25,9 @@ from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.methods.lora import start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
+from qvera.adapters.projection import Pair
 from qvera.lab.keys import Settings
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.adapters.projection import Pair
 
 LAYERS = "qvera_layers"
 """C_l: row i is that of layer i."""

@@ -8,11 +8,13 @@ One pair only reaches changes of rank r; the sum of all has rank p r. ReLoRA als
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
+from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.layer import QveraLinear, adapted_layers
@@ -24,11 +26,6 @@ from qvera.config.sections import MOST_RANK
 from qvera.data import planned_steps
 from qvera.lab.keys import Settings
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from qvera.adapters.config import QveraConfig
 
 
 class Resample(Schedule):

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.methods.vera import Vera
@@ -28,9 +29,6 @@ from qvera.lab.keys import Settings
 from qvera.lab.lora_xs import FactorCache, svd_pair
 from qvera.lab.svd import rank_of_share
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.adapters.config import QveraConfig
 
 
 class Sara(Vera):

@@ -16,27 +16,24 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qvera.adapters.hooks import TrainingHook
-from qvera.adapters.layer import adapted_layers
+from qvera.adapters.layer import AdaptedForward, adapted_layers
 from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors, Traits
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair
+from qvera.config.schema import Recipe
 from qvera.config.sections import AdapterSection
 from qvera.distributed.group import Group
 from qvera.lab import sparse
 from qvera.lab.keys import Settings
 from qvera.lab.sparse import SparseChange, largest_places, largest_products, row_blocks, sampled_product
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.adapters.layer import AdaptedForward
-    from qvera.config.schema import Recipe
 
 VALUES, PLACES = "qvera_values", "qvera_places"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from qvera.data import Example, collate, collate_prefix_once
 from qvera.data.images import ImageTextProcessor, StoredImage
@@ -18,9 +19,6 @@ from qvera.models.attention import needs_padding_mask, open_mask, rows_joined
 from qvera.models.loss import Head, Weigh, states_at, target_logprobs, target_loss
 from qvera.models.structure import causal_model, decoder_of, image_model
 from qvera.utils import accelerator
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def make_batch(

@@ -9,17 +9,18 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.nn.modules.conv import _ConvNd
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qvera.config.sections import ModelSection
 from qvera.data.tokenization import pad_id_of, require_eos
-from qvera.distributed.zero import whole_numel
+from qvera.distributed.zero import BaseSharder, whole_numel
 from qvera.models import attention, linear, quantization, quantize_checkpoint, stream
 from qvera.models.conversion import as_named
 from qvera.models.experts import stacks
@@ -36,13 +37,6 @@ from qvera.utils.errors import InputError, first_line
 from qvera.utils.files import CERTIFICATE, read_json, resolve_path, try_read_json
 from qvera.utils.formatting import first_of, size
 from qvera.utils.safetensors_io import checkpoint_tensors, file_stamps
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from qvera.distributed.zero import BaseSharder
-
 
 _NOTED_SHARE = 0.01
 """Dense matrices that are less than this share of the base are named in run.json only, and not on the console."""

@@ -6,13 +6,14 @@ The head is frozen, so forward computes the gradient in the hidden states chunk 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.autograd.function import FunctionCtx
+from transformers import PreTrainedModel
 
 from qvera.data.rows import round_up_length, rounds_lengths
 from qvera.kernels import once_differentiable
@@ -21,9 +22,6 @@ from qvera.models.linear import WeightBlocks, blocked_input_grad, blocked_linear
 from qvera.models.structure import decoder_of
 from qvera.utils.errors import InputError, first_line
 from qvera.utils.memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 HEAD_BLOCK_ELEMENTS = 2**25
 """Weights that are cast at a time, of a head that is stored in another dtype than the product's: 134 MB in fp32."""

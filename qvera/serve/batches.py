@@ -20,12 +20,12 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
 from qvera.evaluation.generate import CACHE_ARGUMENT, padded
@@ -37,15 +37,11 @@ from qvera.models.structure import causal_model, decoder_of, engine_limit, image
 from qvera.serve.blocks import BLOCK_TOKENS, Blocks, CachedTokens, T
 from qvera.serve.invariance import PASS_TOKENS_ON_CARD, PASS_TOKENS_ON_CPU, computes_rows_alike, why_refused
 from qvera.serve.paged import BlockTables, LayerShape, PagedKernel, StepGraphs, arrays_of, choose_kernel, power_of_two
+from qvera.serve.requests import EngineSettings
+from qvera.serve.slots import AdaptersInUse
 from qvera.utils import accelerator, memory
 from qvera.utils.errors import RunFailed, first_line
 from qvera.utils.memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-    from qvera.serve.requests import EngineSettings
-    from qvera.serve.slots import AdaptersInUse
 
 PAGED = "qvera_paged"  # the name of the attention
 Rule = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]

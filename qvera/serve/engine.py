@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from qvera.adapters.projection import forget_inputs
 from qvera.data.images import images_of
 from qvera.evaluation.generate import generating
+from qvera.models.loader import Base
 from qvera.models.loss import Head
 from qvera.serve.background import Background, BackgroundWork
 from qvera.serve.batches import PagedBatches, StaticBatches
@@ -40,9 +40,6 @@ from qvera.serve.requests import (
 from qvera.serve.sampling import ScoredPrompt, TokenChooser, add_scores, choose_tokens
 from qvera.serve.slots import HostVectors, ServingBank
 from qvera.utils.errors import InputError, RunFailed, first_line
-
-if TYPE_CHECKING:
-    from qvera.models.loader import Base
 
 _logger = logging.getLogger(__name__)
 _MOST_FAILURES = 3

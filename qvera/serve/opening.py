@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qvera.adapters.adapter_file import read_config
 from qvera.config.sections import ModelSection
@@ -13,14 +12,12 @@ from qvera.evaluation.load import Artifact, OpenRun, find_target, open_target, r
 from qvera.evaluation.named_adapters import adapters_root, named_directories
 from qvera.models.hub import is_adapter_of_hub, local_directory
 from qvera.models.loader import load_base
+from qvera.serve.engine import Engine
 from qvera.serve.slots import require_served
 from qvera.serve.store import AdapterStore
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
-
-if TYPE_CHECKING:
-    from qvera.serve.engine import Engine
 
 _TRIED = 8  # in turn, while they turn out to be damaged
 

@@ -15,9 +15,11 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from peft import VeraConfig
 
 from qvera.adapters.adapter_file import read_adapter, require_base
 from qvera.adapters.bank import AdapterBank, AdapterShape, MixedForward, fit_to_bank, sum_of_loras
@@ -27,17 +29,11 @@ from qvera.adapters.methods import method_of
 from qvera.adapters.methods.base import Change
 from qvera.adapters.products.slots import PATHS
 from qvera.adapters.shared_model import add_adapter, give_to_answers, require_shareable
+from qvera.models.loader import Base
 from qvera.serve.requests import AdapterChanged, AdapterPart, ResolvedAdapter
 from qvera.serve.store import read_adapter_file, read_content
 from qvera.utils.errors import InputError
 from qvera.utils.files import ADAPTER_CONFIG
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from peft import VeraConfig
-
-    from qvera.models.loader import Base
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from qvera.config.schema import Recipe
+from qvera.models.model_class import ModelClass
 from qvera.tasks.base import Task
 from qvera.tasks.causal_lm import CausalLM
 from qvera.tasks.classification import Classification, ImageClassification, SequenceClassification
 from qvera.tasks.preference import Preferences
 from qvera.tasks.rewards import Rewards
-
-if TYPE_CHECKING:
-    from qvera.config.schema import Recipe
-    from qvera.models.model_class import ModelClass
 
 __all__ = ["CausalLM", "Task", "classification_of", "task_of"]
 

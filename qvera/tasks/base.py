@@ -10,24 +10,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, NamedTuple, TypeAlias, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from qvera.adapters.hooks import TrainingHook
 from qvera.config.schema import Recipe
 from qvera.config.sections import TrainingSection
+from qvera.data import Datasets, Example, Labels
 from qvera.distributed.group import ALONE, Group
+from qvera.evaluation.metrics import Metric
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.utils.errors import InputError, OwnCodeFailed, did_you_mean, one_line, require_takes
 from qvera.utils.memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from qvera.adapters.hooks import TrainingHook
-    from qvera.data import Datasets, Example, Labels
-    from qvera.evaluation.metrics import Metric
 
 
 class LossBatch(NamedTuple):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from qvera.data import IGNORED
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qvera.data import IGNORED, Datasets, Example, Labels
 from qvera.data.images import thumbnail_uris
 from qvera.distributed.group import ALONE, Group
 from qvera.distributed.zero import any_sharded
@@ -18,13 +22,6 @@ from qvera.models.loss import Head
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.structure import causal_model
 from qvera.tasks.base import Core, Progress, Task, own_loss_sum
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from qvera.data import Datasets, Example, Labels
 
 
 class CausalLM(Task):

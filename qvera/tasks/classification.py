@@ -12,11 +12,13 @@ import inspect
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from qvera.data import Datasets, Example
 from qvera.data.images import Draw, pixel_batch, require_pillow
 from qvera.data.labelled import VALUE, Labels, labelled_arrays
 from qvera.data.rows import round_up_length, rounds_lengths
@@ -30,11 +32,6 @@ from qvera.models.structure import causal_model
 from qvera.tasks.base import Core, Progress, Task, own_loss_sum
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from qvera.data import Datasets, Example
 
 
 class Classification(Task):

@@ -6,10 +6,12 @@ import contextlib
 import gc
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from peft import PeftModel
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from qvera.config import plugins
 from qvera.config.sections import DataSection
@@ -20,6 +22,7 @@ from qvera.data.images import thumbnail_uris
 from qvera.data.readers import local_files
 from qvera.data.source import hub_datasets, raw_rows, survey
 from qvera.evaluation.held_out import longer_references, prompts_of, score_model, scoring
+from qvera.evaluation.judge import Judge
 from qvera.evaluation.load import (
     Artifact,
     OpenRun,
@@ -42,12 +45,6 @@ from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, QveraError
 from qvera.utils.files import RECIPE_FILE, versions
 from qvera.utils.progress import Phase, warn
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from qvera.evaluation.judge import Judge
 
 TITLES = {
     "accuracy": "Accuracy",

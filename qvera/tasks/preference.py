@@ -20,12 +20,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from qvera.adapters.save_load import named_vectors
-from qvera.data import Example
+from qvera.config.schema import Recipe
+from qvera.config.sections import TrainingSection
+from qvera.data import Datasets, Example
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.held_out import over_held_out
 from qvera.models.checkpointing import draws_random_numbers
@@ -34,14 +38,6 @@ from qvera.tasks.base import Core, Progress
 from qvera.tasks.causal_lm import CausalLM
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from qvera.config.schema import Recipe
-    from qvera.config.sections import TrainingSection
-    from qvera.data import Datasets
 
 OLDEST_TRL = "1.16.0"
 _MEASURED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")

@@ -28,16 +28,20 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from statistics import mean as exact_mean
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from qvera.adapters.hooks import TrainingHook
-from qvera.data import Example, microbatches
+from qvera.config.schema import Recipe
+from qvera.data import Datasets, Example, microbatches
 from qvera.data.sampler import share_of
 from qvera.distributed.group import ALONE, Group
 from qvera.evaluation.generate import end_tokens, generate_tokens
+from qvera.evaluation.metrics import Metric
 from qvera.models import forward
 from qvera.models.loss import Head, Weigh
 from qvera.models.structure import causal_model
@@ -48,14 +52,6 @@ from qvera.utils.errors import InputError, OwnCodeFailed, call_problem, first_li
 from qvera.utils.files import resolve_path
 from qvera.utils.formatting import shortened
 from qvera.utils.memory import each_in_halves
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedTokenizerBase
-
-    from qvera.config.schema import Recipe
-    from qvera.data import Datasets
-    from qvera.evaluation.metrics import Metric
 
 _SMALLEST_DEVIATION = 1e-4
 """Added to a group's deviation, as in TRL."""

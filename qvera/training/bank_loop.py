@@ -12,13 +12,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from peft import PeftModel
 
+from qvera.adapters.bank import AdapterBank
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import rate_factors
+from qvera.config.schema import Recipe
 from qvera.data import Example, microbatches
 from qvera.distributed.group import ALONE
 from qvera.evaluation import held_out
@@ -31,13 +34,6 @@ from qvera.training.roster import AdapterRun, Roster
 from qvera.utils import accelerator
 from qvera.utils.errors import OutOfMemory
 from qvera.utils.memory import Shortage, each_in_halves
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from qvera.adapters.bank import AdapterBank
-    from qvera.config.schema import Recipe
-
 
 _logger = logging.getLogger(__name__)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
+from torch.optim.lr_scheduler import LRScheduler
 
 from qvera.distributed.group import Group
 from qvera.training.failures import require_gradients
 from qvera.training.optim import current_rate
-
-if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
 
 
 class LocalEngine:

@@ -6,11 +6,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from qvera.adapters.config import PREFIX
+from qvera.data import Example
 from qvera.distributed.group import Group, for_all
 from qvera.training.plan import Plan
 from qvera.training.plan.plan import change_lines
@@ -19,9 +20,6 @@ from qvera.utils.errors import InputError, NotFinite, OutOfMemory, RunFailed
 from qvera.utils.files import plain_json
 from qvera.utils.formatting import counted, first_of
 from qvera.utils.memory import Shortage
-
-if TYPE_CHECKING:
-    from qvera.data import Example
 
 _CHANGES = 3
 _LEAST_SHARE = 0.05  # a change has to take at least this share less than was planned, since the plan was too low

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,17 +22,15 @@ from qvera.adapters.bank import AdapterBank
 from qvera.adapters.layer import adapted_layers
 from qvera.adapters.save_load import new_config, read_start, start_from
 from qvera.adapters.shared_model import add_adapter, leave_to_training, training_layout
+from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models import linear
 from qvera.models.attention import implementation_on, joining_of
 from qvera.models.checkpointing import Mode, enable_checkpointing
+from qvera.models.loader import Base
 from qvera.models.structure import causal_model
 from qvera.training import checkpoint
 from qvera.utils import accelerator
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.config.sections import AdapterSection, ModelSection
-    from qvera.models.loader import Base
 
 
 class LentBank:

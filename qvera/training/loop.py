@@ -13,35 +13,30 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
+from peft import PeftModel
+from torch.optim.lr_scheduler import LRScheduler
 
 from qvera.adapters.hooks import TrainingHook, TrainingHooks
 from qvera.adapters.methods import method_of
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import rate_factors, trained_vectors
 from qvera.config import plugins
-from qvera.data import Example, batches_of, planned_steps
-from qvera.distributed.group import ALONE
+from qvera.config.sections import LrRange
+from qvera.data import Batches, Datasets, Example, batches_of, planned_steps
+from qvera.distributed.group import ALONE, Group
 from qvera.models.attention import rows_joined
 from qvera.training.checkpoint import TrainState, generator_states, set_generator_states
 from qvera.training.engine import LocalEngine
 from qvera.training.failures import lone_error, longest_batch_error, not_finite_error, step_error
 from qvera.training.optim import build_optimizer, build_range_test, build_schedule, require_all_stepped
 from qvera.training.plan import Plan, longest_rows
+from qvera.training.session import TrainingSession
 from qvera.utils import memory
 from qvera.utils.errors import OwnCodeFailed, RunFailed
 from qvera.utils.memory import Shortage, or_shortage
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch.optim.lr_scheduler import LRScheduler
-
-    from qvera.config.sections import LrRange
-    from qvera.data import Batches, Datasets
-    from qvera.distributed.group import Group
-    from qvera.training.session import TrainingSession
 
 Records = list[dict[str, Any]]
 Row = TypeVar("Row")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +24,10 @@ from qvera.evaluation.report.read import Point, get_number
 from qvera.training.loop import AloneLoop
 from qvera.training.optim import current_rate
 from qvera.training.run_dir import step_facts
+from qvera.training.session import TrainingSession
 from qvera.utils.errors import InputError, NotFinite
 from qvera.utils.files import plain_json, replace_text
 from qvera.utils.formatting import duration
-
-if TYPE_CHECKING:
-    from qvera.training.session import TrainingSession
 
 POINTS, PAGE = "lr-range.jsonl", "lr-range.html"
 

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from qvera.adapters.methods import check_recipe, method_of
 from qvera.adapters.products.slots import PATHS
 from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import save_adapter
-from qvera.data import AdapterRows, data_sha256, planned_steps
+from qvera.config.schema import Recipe
+from qvera.data import AdapterRows, Datasets, data_sha256, planned_steps
+from qvera.models.loader import Base
 from qvera.training.bank_loop import BankLoop
 from qvera.training.checkpoint import TrainState, read_state, write_state
 from qvera.training.lent_bank import LentBank, require_trainable_base
@@ -33,11 +35,6 @@ from qvera.training.loop import Records
 from qvera.training.roster import AdapterRun, Roster
 from qvera.training.run_dir import changed_keys
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.config.schema import Recipe
-    from qvera.data import Datasets
-    from qvera.models.loader import Base
 
 ADAPTER = "__training__"  # PEFT's name of the adapter that stands for all that are trained
 _HARMLESS = ("training.on_oom", "training.exact_match_rows")  # keys of a recipe that nothing here reads

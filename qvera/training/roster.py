@@ -10,22 +10,18 @@ import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from qvera.data import batches_of, planned_steps
+from qvera.config.schema import Recipe
+from qvera.data import Batches, Datasets, batches_of, planned_steps
+from qvera.data.dataset import AdapterRows
 from qvera.training.checkpoint import TrainState
 from qvera.training.failures import has_finite_loss, held_out_not_finite
 from qvera.training.optim import lr_lambda
 from qvera.utils.adapter_names import directory_names
-
-if TYPE_CHECKING:
-    import torch
-
-    from qvera.config.schema import Recipe
-    from qvera.data import Batches, Datasets
-    from qvera.data.dataset import AdapterRows
 
 Purpose = Literal["before", "due", "after"]
 Status = Literal["waiting", "in_flight", "done", "stopped_early", "not_finite"]

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,6 +35,7 @@ from qvera.models.attention import require_packing
 from qvera.models.checkpointing import Mode, compile_layers, enable_checkpointing
 from qvera.models.hub import fingerprint_of
 from qvera.models.loader import Base, load_base, notes, pick_compute_dtype
+from qvera.models.model_class import ModelClass
 from qvera.models.structure import require_positions
 from qvera.models.tokenizer import load_processor, require_embedded
 from qvera.tasks import task_of
@@ -52,9 +53,6 @@ from qvera.utils.formatting import size
 from qvera.utils.memory import Shortage, or_shortage
 from qvera.utils.progress import Phase
 from qvera.utils.signals import StopRequests
-
-if TYPE_CHECKING:
-    from qvera.models.model_class import ModelClass
 
 
 class TrainingSession:

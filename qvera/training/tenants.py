@@ -27,7 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from qvera.adapters.projection import forget_inputs
 from qvera.adapters.save_load import named_vectors, save_adapter
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.models.checkpointing import draws_random_numbers
+from qvera.models.loader import Base
 from qvera.models.structure import beside_the_layers
 from qvera.training.checkpoint import read_state, write_state
 from qvera.training.lent_bank import LentBank, require_trainable_base
@@ -52,9 +53,6 @@ from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.files import disk_errors
 from qvera.utils.memory import Shortage, or_shortage
 from qvera.utils.safetensors_io import save_tensors
-
-if TYPE_CHECKING:
-    from qvera.models.loader import Base
 
 _logger = logging.getLogger(__name__)
 LORA_ALPHA = 32.0

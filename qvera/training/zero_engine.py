@@ -15,11 +15,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.amp import GradScaler
+from torch.optim.lr_scheduler import LRScheduler
 
 from qvera.adapters.save_load import trained_vectors
 from qvera.config.sections import TrainingSection
@@ -28,9 +29,6 @@ from qvera.distributed.zero import Sizes, ZeroConfig, deepspeed_module, gather_a
 from qvera.models.structure import causal_model, core_of, decoder_layers
 from qvera.training.engine import LocalEngine
 from qvera.training.optim import current_rate
-
-if TYPE_CHECKING:
-    from torch.optim.lr_scheduler import LRScheduler
 
 _STATE = ("exp_avg", "exp_avg_sq")
 

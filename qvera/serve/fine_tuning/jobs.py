@@ -8,16 +8,18 @@ import queue
 import shutil
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console
 
 from qvera.data import build_datasets, data_warnings, lengths_of
 from qvera.data.images import text_only
 from qvera.data.source import has_columns
+from qvera.models.loader import Base
 from qvera.models.structure import context_note, require_positions
 from qvera.models.tokenizer import require_embedded
 from qvera.serve.api.errors import ApiError, bad_request
+from qvera.serve.engine import Engine
 from qvera.serve.fine_tuning.database import (
     BEFORE,
     OPEN,
@@ -34,18 +36,14 @@ from qvera.serve.fine_tuning.database import (
 from qvera.serve.fine_tuning.directory import TrainingDirectory, remove_remains
 from qvera.serve.fine_tuning.preparing import Recipes, without_recipe
 from qvera.serve.fine_tuning.worker import Worker
+from qvera.serve.opening import Served
+from qvera.serve.store import AdapterStore
 from qvera.training.online import OnlineTrainer
+from qvera.training.roster import AdapterRun
 from qvera.training.run_dir import changed_keys, require_writable
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, RunFailed
 from qvera.utils.files import ADAPTER_CONFIG, TRAINING_FACTS, try_read_json
-
-if TYPE_CHECKING:
-    from qvera.models.loader import Base
-    from qvera.serve.engine import Engine
-    from qvera.serve.opening import Served
-    from qvera.serve.store import AdapterStore
-    from qvera.training.roster import AdapterRun
 
 _logger = logging.getLogger(__name__)
 _RETRY_SECONDS = 30.0

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qvera.config.schema import Recipe, parse_recipe
 from qvera.config.sections import DataSection, TrainingSection
 from qvera.data.detect import UnaskedPreferences
-from qvera.evaluation.load import template_name
+from qvera.evaluation.load import Artifact, template_name
 from qvera.serve.fine_tuning.database import Job
 from qvera.training.failures import LOWER_RATE
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from qvera.evaluation.load import Artifact
 
 _OF_ROWS = (
     *("system", "train_on", "max_length", "too_long", "max_source_length", "max_target_length"),

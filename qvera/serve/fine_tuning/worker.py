@@ -15,20 +15,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qvera.serve.fine_tuning.database import TRAINED, Event, Job, now
 from qvera.serve.fine_tuning.directory import TrainingDirectory
 from qvera.serve.fine_tuning.preparing import without_recipe
-from qvera.serve.store import read_content
+from qvera.serve.store import AdapterStore, read_content
+from qvera.training.online import OnlineTrainer
+from qvera.training.roster import AdapterRun
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.files import TRAINING_FACTS, disk_errors, plain_json, replace_text
-
-if TYPE_CHECKING:
-    from qvera.serve.store import AdapterStore
-    from qvera.training.online import OnlineTrainer
-    from qvera.training.roster import AdapterRun
 
 _logger = logging.getLogger(__name__)
 _SAVE_SECONDS = 30.0  # a state is saved after this long or this many steps of training, which a killed server repeats

@@ -16,11 +16,12 @@ import os
 import re
 import secrets
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -30,9 +31,6 @@ from qvera.training.tenants import ModelShape
 from qvera.utils.errors import InputError
 from qvera.utils.files import replacing, take_place
 from qvera.utils.formatting import size
-
-if TYPE_CHECKING:
-    import sqlite3
 
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
 Ttl = Annotated[int, Field(ge=3600, le=10 * 366 * 86400)] | None

@@ -9,10 +9,11 @@ import contextlib
 import json
 import os
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -29,9 +30,6 @@ from qvera.serve.tinker.messages import call_of, decompress
 from qvera.serve.tinker.sampling import CLONE, NewSampler, Samples
 from qvera.training.tenants import VERA_RATE_FACTOR, ModelShape
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    import sqlite3
 
 T = TypeVar("T")
 router = APIRouter(prefix="/api/v1")

@@ -11,17 +11,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import sqlite3
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
 
+from qvera.serve.api.access import Access
 from qvera.serve.api.errors import ApiError, require_room
 from qvera.serve.api.service import Service
 from qvera.serve.engine import NOT_FINITE
@@ -44,11 +46,6 @@ from qvera.serve.tinker.database import SAMPLE
 from qvera.serve.tinker.messages import FLOAT32, INT32, INT64, MESSAGES, dense_of, packed
 from qvera.serve.tinker.tenancy import Tinker
 from qvera.utils.errors import InputError, RunFailed, first_line
-
-if TYPE_CHECKING:
-    import sqlite3
-
-    from qvera.serve.api.access import Access
 
 _logger = logging.getLogger(__name__)
 CLONE = 1_000_000_000

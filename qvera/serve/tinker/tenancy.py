@@ -26,21 +26,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from qvera.models.structure import engine_limit
 from qvera.serve.api.errors import ApiError, require_room
+from qvera.serve.engine import Engine
 from qvera.serve.fine_tuning.directory import remove_remains
+from qvera.serve.opening import Served
 from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import LORA_ALPHA, VERA_RATE_FACTOR, CallFailed, ModelShape, Tenants, TenantSettings
 from qvera.utils.errors import InputError, RunFailed, first_line
 from qvera.utils.files import disk_errors, resolve_path
-
-if TYPE_CHECKING:
-    from qvera.serve.engine import Engine
-    from qvera.serve.opening import Served
 
 _logger = logging.getLogger(__name__)
 _TICK_SECONDS = 1.0
