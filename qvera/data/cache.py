@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qvera.config import plugins
 from qvera.config.sections import DataSection
@@ -29,9 +29,7 @@ from qvera.data.tokenization import Encoder, RowCounts
 from qvera.utils.cache_dir import UNFINISHED, DiskCache, HashIndex, discard
 from qvera.utils.errors import InputError
 from qvera.utils.files import disk_errors, file_sha256, file_stamp, flush, replace_text, try_read_json
-
-if TYPE_CHECKING:
-    from qvera.utils.progress import Phase
+from qvera.utils.progress import Phase
 
 RECORD = "record.json"
 PREFIX = "rows-"

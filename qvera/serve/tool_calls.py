@@ -10,13 +10,10 @@ import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qvera.data.chat_template import TemplateError
+from qvera.data.chat_template import ChatTemplate, TemplateError
 from qvera.utils.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from qvera.data.chat_template import ChatTemplate
 
 _NAME, _ARGUMENT = "qvera_probe", "qvera_mark"
 _WRITTEN = re.compile(

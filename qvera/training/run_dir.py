@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 from qvera.config.fields import take_old_keys
 from qvera.config.schema import Recipe, load_recipe
@@ -34,10 +35,6 @@ from qvera.utils.files import (
     try_read_json,
 )
 from qvera.utils.formatting import first_of, size
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 _LOCK = ".qvera_run.lock"
 

@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from qvera.data import DataStats, Example
 from qvera.data.images import thumbnail_uris
 from qvera.evaluation.metrics import exact_match
 from qvera.evaluation.report.charts import Chart, Line, length_chart, line_chart, loss_curves
@@ -30,9 +31,6 @@ from qvera.evaluation.report.compare import (
 )
 from qvera.evaluation.report.read import get, get_number, get_text, score_key, series
 from qvera.utils.formatting import count, duration, moment, percent, significant, size, text_or_dash
-
-if TYPE_CHECKING:
-    from qvera.data import DataStats, Example
 
 Sample = dict[str, Any]
 """A prompt with its answers and references; answers are cut where they differ from the nearest reference."""

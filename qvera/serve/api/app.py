@@ -7,13 +7,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import qvera
 from qvera.serve.api import completions, errors, files, fine_tuning, models, responses
@@ -21,9 +21,6 @@ from qvera.serve.api.access import LOCAL, Access, host_name, is_loopback, is_of_
 from qvera.serve.api.errors import DOWNLOADS, TINKER, ApiError
 from qvera.serve.api.server import ClientGone, announces_more, read_body
 from qvera.serve.api.service import Service, User
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _PAGE = Path(__file__).parents[1] / "page"
 PAGE_FILES = {"/": "index.html", "/page/page.css": "page.css", "/page/page.js": "page.js"}

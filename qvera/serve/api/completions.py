@@ -9,25 +9,22 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from qvera.data import Turn
+from qvera.data.images import StoredImage
+from qvera.serve.api.access import Limits
 from qvera.serve.api.errors import ApiError, bad_request
-from qvera.serve.api.schemas import ChatBody, CompletionBody
+from qvera.serve.api.schemas import ChatBody, CompletionBody, GenerationBody
 from qvera.serve.api.server import ClientGone, EventStream, sse
 from qvera.serve.api.service import Sender, Service, User
+from qvera.serve.grammars import Grammar
 from qvera.serve.requests import AdapterChanged, EndEvent, Event, GenerationRequest, Sampling, TokenEvent
 from qvera.serve.text import TextStream
 from qvera.serve.tool_calls import CallReader, ToolCall
-
-if TYPE_CHECKING:
-    from qvera.data.images import StoredImage
-    from qvera.serve.api.access import Limits
-    from qvera.serve.api.schemas import GenerationBody
-    from qvera.serve.grammars import Grammar
 
 _TRIES = 3  # to resolve an adapter whose file is replaced meanwhile
 _CONTEXT_TOKENS = 5

@@ -14,20 +14,17 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from qvera.serve.api.access import Limits
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from starlette.applications import Starlette
-    from starlette.datastructures import Headers
-    from starlette.types import Receive, Scope, Send
-
-    from qvera.serve.api.access import Limits
 
 T = TypeVar("T")
 _FULL = (

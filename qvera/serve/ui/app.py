@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
@@ -18,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvera.evaluation import report
 from qvera.serve.api.access import Limits, is_of_other_site, is_own_name
@@ -28,9 +28,6 @@ from qvera.serve.ui.pages import Finder, Pages, list_signature, run_href
 from qvera.serve.ui.start import FIELDS, Starter
 from qvera.serve.ui.views import NotFound, Summaries
 from qvera.utils.errors import InputError
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_STREAMS = 200  # event streams at a time
 LOOK_SECONDS = 1.0  # between two looks at a run's files
