@@ -6,6 +6,7 @@ Its text is in card.md. Unknown facts are left out, and no directory of this com
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -205,8 +206,10 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         method = known.title or method
     has_answers, labels = not model_class.has_own_head, model_class.labels
     is_lora = facts.get("peft_type") == "LORA" or kind == "lora"
+    own = try_read_json(subject.directory / ADAPTER_CONFIG) or {}
+    has_experts = own.get("experts", "none") != "none" or own.get("target_parameters")
     exported_rank = subject.certificate.get("rank")  # of a LoRA, which a cut one has below the adapter's
-    served = has_answers and is_low_rank and not facts.get("magnitude") and not facts.get("added_tokens")
+    served = has_answers and is_low_rank and not any((facts.get("magnitude"), facts.get("added_tokens"), has_experts))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=False,  # Markdown
@@ -215,7 +218,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["repr"] = repr
+    environment.filters |= {"repr": repr, "quote": shlex.quote}
     return environment.get_template("card.md").render(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=place.rpartition("/")[2] if repo else f"{base_name}, {facts['method']}",
@@ -235,7 +238,8 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         double_quant=base.double_quant,
         compute_dtype="bfloat16" if base.compute_dtype == "auto" else base.compute_dtype,
         # a trained head, which transformers would quantize too where it is not the model's last parameter
-        dense=(try_read_json(subject.directory / ADAPTER_CONFIG) or {}).get("modules_to_save"),
+        dense=own.get("modules_to_save"),
+        dense_experts=get(run, "model", "expert_bytes"),
         gguf=next((file.name for file in sorted(subject.directory.glob("*.gguf"))), "model.gguf"),
         is_lora=is_lora,
         is_ours=kind == "adapter" and facts.get("peft_type") == PEFT_TYPE,

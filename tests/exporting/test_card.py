@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,27 @@ def test_the_card_of_an_adapter_whose_change_differs_by_token_names_no_export(ru
     text = model_card(subject._replace(adapter={**subject.adapter, "method": "sara", "mixed_vectors": 3}), "anna/x")
     assert "qvera generate anna/x" in text
     assert not any(word in text for word in ("qvera export", "vllm", "ollama"))
+
+
+def test_the_card_of_adapted_experts_says_how_transformers_holds_them_and_leaves_vllm_out(run: Path) -> None:
+    for file, change in (("adapter/adapter_config.json", {"experts": "each"}), ("run.json", {"expert_bytes": 4096})):
+        known = json.loads((run / file).read_text())
+        (known["model"] if file == "run.json" else known).update(change)
+        (run / file).write_text(json.dumps(known))
+    text = written(run)[1]
+    assert "BitsAndBytesConfig(  # as in training, but for experts, which transformers leaves as they are\n" in text
+    assert "vllm" not in text
+
+
+def test_names_with_signs_of_a_shell_or_a_table_stay_whole(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    base = shutil.copytree(recipe["model"]["path"], run.parent / "my base; it's")
+    recipe["model"]["path"], recipe["data"]["path"] = str(base), "in|out.jsonl"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = written(run)[1]
+    command = next(line for line in text.splitlines() if line.startswith("vllm serve"))
+    assert shlex.split(command)[2:4] == ["my base; it's", "--enable-lora"]
+    assert "| data | in\\|out.jsonl |\n" in text
 
 
 def test_only_weights_settings_and_tokenizer_are_shared(run: Path) -> None:
