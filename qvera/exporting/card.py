@@ -183,6 +183,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
     stored = (try_read_json(config) or {}).get("architectures") or [""]
     architecture = get_text(run, "model", "architecture") or str(stored[0])
     auto = model_class.of_published([architecture]).auto
+    compute_dtype = (base if recipe is None else recipe.model).compute_dtype  # no file of an export has it
 
     front: dict[str, Any] = {}
     if hub_id is not None:
@@ -236,7 +237,7 @@ def model_card(subject: CardSubject, repo: str | None = None) -> str:
         # nothing is said of how an adapter of other tools wants its base
         base_quantization=base.quantization if "quantization" in base.model_fields_set else "none",
         double_quant=base.double_quant,
-        compute_dtype="bfloat16" if base.compute_dtype == "auto" else base.compute_dtype,
+        compute_dtype="bfloat16" if compute_dtype == "auto" else compute_dtype,
         # a trained head, which transformers would quantize too where it is not the model's last parameter
         dense=own.get("modules_to_save"),
         dense_experts=get(run, "model", "expert_bytes"),

@@ -269,6 +269,7 @@ def test_an_export_has_the_card_of_its_run(run: Path, to: str, library: str, rel
     assert front["library_name"] == library and relation in text and use in text and "import qvera" not in text
     assert "steps" in section(text, "Training") and "loss" in section(text, "Scores")
     assert "They are those of the adapter before it was exported." in text
+    assert to != "lora" or "compute_dtype='float32'" in text
     shutil.rmtree(run)  # the certificate alone says less, and nothing wrong
     _, text = written(out, "--repo", "anna/x")
     assert use in text and "## Scores" not in text and "of rank 8" in text
