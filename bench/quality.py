@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "PEFT LoRA r=4": ({"method": "lora", "rank": 4}, (3, 4, 3)),
     "four b and an a": ({"method": "qvera", **MORE, "b_groups": 4}, (7, 8, 7)),
     "eight b and an a": ({"method": "qvera", **MORE, "b_groups": 8}, (7, 8, 7)),
+    "sixteen b and an a": ({"method": "qvera", **MORE, "b_groups": 16}, (7, 8, 7)),
     **{f"VeRA r={rank}": ({"method": "qvera", "rank": rank}, (7, 8, 7)) for rank in (32, 64, 128)},
     "eight b and an a on q, k, v, down": (
         {"method": "qvera", **MORE, "b_groups": 8, "targets": "q_proj,k_proj,v_proj,down_proj"},
@@ -133,7 +134,7 @@ def taken_as(trial: Trial) -> trials.Trial:
     )  # fmt: skip
 
 
-SIZES = ("two b and an a", "PEFT LoRA r=4", "four b and an a", "eight b and an a")
+SIZES = ("two b and an a", "PEFT LoRA r=4", "four b and an a", "eight b and an a", "sixteen b and an a")
 WHOLE = ("two b and an a", *LEADERS)
 OF_MINILM = ("VeRA r=64", "two b and an a", "PEFT LoRA r=1", REFERENCE)
 STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]] = [
