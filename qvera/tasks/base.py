@@ -178,7 +178,7 @@ class Task(ABC):
         """Return the class of model to make of the base. ``datasets`` is None if rows are not known, as in a plan."""
 
     def prepare_rows(self, datasets: Datasets) -> None:  # noqa: B027
-        """Change rows that have been read, before the plan is made."""
+        """Check or change rows that have been read, before the plan is made. InputError: they do not fit the recipe."""
 
     def prepare(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, datasets: Datasets) -> None:
         """Prepare for `loss` and `held_out_loss` with a base that has got a fresh adapter."""
