@@ -4,8 +4,6 @@ A ``lora`` adapter is stored as stock PEFT's, so that any tool can load it. What
 fingerprint, is JSON in the header of the weights file (`safetensors_io.FACTS`). It may be missing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Hooks by which a method or a schedule (`qvera.config.plugins.Schedule`) takes part in training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -3,8 +3,6 @@
 For answers the layers hold copies of weights and choose adapters by token (`qvera.evaluation.generate.generating`).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

@@ -11,8 +11,6 @@ expert has its own d_e and b_e, which is the product of a batch whose tokens use
 With ``shared`` the experts of a layer have one d and one b.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Shared by all commands: options, console, progress, streams that never end a run, and how errors end a command."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

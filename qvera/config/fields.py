@@ -1,7 +1,5 @@
 """The types of a recipe's fields, the base class of its sections, and what is wrong with them in plain sentences."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 import importlib.util

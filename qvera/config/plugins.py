@@ -10,8 +10,6 @@ A part that can't be imported is left out with a warning. If a recipe asks for i
 own research methods come this way too.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import types

@@ -5,8 +5,6 @@ holds train.arrow, eval.arrow and record.json, which is written last. One rank o
 If the rows are wrong, that rank writes its error to .KEY.failed for them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """The format of rows, found by the columns of the first one."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, READ_KEYS, RowFormat

@@ -1,7 +1,5 @@
 """Rows with a label: a text, a pair of texts, or an image. Labels become targets."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -6,8 +6,6 @@ level and one of its switches, and how malloc returns memory on a CPU under ZeRO
 DeepSpeed or does anything.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses

@@ -1,7 +1,5 @@
 """Held-out loss, perplexity, answers and text metrics: what `qvera eval` measures."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

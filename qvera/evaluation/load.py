@@ -1,7 +1,5 @@
 """Open what can be evaluated: a run, an adapter, several adapters on one base, or a whole checkpoint."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

@@ -4,8 +4,6 @@
 BLEU, chrF and TER (0 to 100), and rouge-score for ROUGE (Lin, 2004; 0 to 1).
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import math

@@ -5,8 +5,6 @@ absolute maxima, around their mean over the whole weight (QLoRA, arXiv 2305.1431
 whole weight are found before its rows are read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping

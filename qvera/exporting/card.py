@@ -3,8 +3,6 @@
 Its text is in card.md. Unknown facts are left out, and no directory of this computer is named.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping, Sequence

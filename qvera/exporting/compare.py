@@ -3,8 +3,6 @@
 The trained model runs on a quantized base, and the export on 16-bit or dequantized weights: they are two models.
 """
 
-from __future__ import annotations
-
 import gc
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence

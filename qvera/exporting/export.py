@@ -1,7 +1,5 @@
 """Export a run or an adapter: as a merged checkpoint, a LoRA, PEFT's VeRA, or a GGUF file."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shlex

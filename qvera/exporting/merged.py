@@ -7,8 +7,6 @@ a directory for a model. An interrupted export continues from whole shards.
 loses that part.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

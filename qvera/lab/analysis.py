@@ -6,8 +6,6 @@ vector of W is below ε, signs aside (LoRA vs Full Fine-tuning, arXiv 2410.21228
 Works on the CPU with one linear in memory at a time, in fp32, or fp64 where intruders are to be reduced.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

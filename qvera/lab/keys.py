@@ -4,8 +4,6 @@ Each class extends a section (`qvera.config.plugins.extensible`). This module is
 it imports nothing heavy.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias

@@ -13,8 +13,6 @@ adapt attention only, of one width, with as many key heads as query heads. Here:
   Where heads do not divide a width, the last block is cut off.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -12,8 +12,6 @@ Its variance is least for p_t ∝ ‖x_t‖ ‖g_t‖. The paper's code takes �
 biased. Here p leaves out what is not known, which costs variance and no bias.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -8,8 +8,6 @@ With ``mixed_vectors`` above 1 it is Mo-SARA: several vectors d are mixed for ea
 softmax(w_out (w_in · z / rms(z))). So there is no one ΔW to merge.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 from typing import Any

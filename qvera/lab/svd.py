@@ -21,8 +21,6 @@ A trained core belongs to its very vectors, so they must come out the same where
 The same machine gives the same bits, another one the same up to rounding.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import itertools

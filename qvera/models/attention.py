@@ -11,8 +11,6 @@ Both are registered as transformers' attention implementations (`choose_implemen
 value of a batch on the host. This has run on CPUs and on the tests' fake accelerator, not on a GPU.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools

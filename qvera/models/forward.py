@@ -1,7 +1,5 @@
 """The forward pass of training, held-out scores and answers: rows → batch → hidden states → summed loss."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any

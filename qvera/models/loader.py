@@ -1,7 +1,5 @@
 """Load the frozen base model, read back what was loaded, and say what the model can be given."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

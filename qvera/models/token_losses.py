@@ -15,8 +15,6 @@ the chunked head takes (`loss.target_loss`). With lp the log-probability now, q 
 Losses are sums: nothing is averaged over tokens or rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 

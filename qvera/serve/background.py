@@ -1,7 +1,5 @@
 """Work that an engine does between steps of answers, and when its next slice may begin."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

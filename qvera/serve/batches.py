@@ -12,8 +12,6 @@ Models of untested types are tried before the first request: `PagedBatches._requ
 the same methods, are for those that can't run so.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import itertools

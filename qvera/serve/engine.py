@@ -5,8 +5,6 @@ events in order, and exactly one end. Other threads put what they want into queu
 thread may load a model, because transformers then patches functions of torch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import threading

@@ -14,8 +14,6 @@ What is left is a row's place in the pass. It makes no difference either, which 
 The idea of fixed shapes is that of "Defeating Nondeterminism in LLM Inference" (Thinking Machines Lab, 2025).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

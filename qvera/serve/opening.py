@@ -1,7 +1,5 @@
 """Opens what is served: a base from the command line, and the adapters on it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from pathlib import Path

@@ -7,8 +7,6 @@ windows, soft caps or sinks of this server's models. All of this has run on CPUs
 on a GPU.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import logging

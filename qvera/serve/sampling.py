@@ -8,8 +8,6 @@ Log-probabilities of prompts come from last hidden states that steps of answers 
 few places at a time, so logits of a whole prompt never exist.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import secrets

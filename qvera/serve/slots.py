@@ -7,8 +7,6 @@ Files are read, not mapped: if another process cuts a mapped file short, SIGBUS 
 keeps files of evicted adapters in memory.
 """
 
-from __future__ import annotations
-
 import itertools
 import threading
 import weakref

@@ -4,8 +4,6 @@ Any thread may call the methods, but an event loop should not. Each transaction 
 process. ``PRAGMA user_version`` has the version of the schema.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sqlite3
 import threading

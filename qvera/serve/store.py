@@ -4,8 +4,6 @@ An adapter is known by its content. Each request looks its name up again, and fi
 time or inode has changed. So a replaced file is another adapter under the same name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

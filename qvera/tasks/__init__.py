@@ -1,7 +1,5 @@
 """The tasks, by the name that a recipe's ``task`` or objective has."""
 
-from __future__ import annotations
-
 from qvera.config.schema import Recipe
 from qvera.models.model_class import ModelClass
 from qvera.tasks.base import Task

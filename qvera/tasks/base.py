@@ -6,8 +6,6 @@ Its rows are read by `qvera.data`, as ``data.format`` says.
 A caller may give a loss of their own: a function of log-probabilities, or of a classifier's logits, in plain torch.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias, cast

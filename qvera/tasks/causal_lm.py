@@ -1,7 +1,5 @@
 """Causal language modelling: the loss is the cross entropy of the trained tokens, and the model answers prompts."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ of a decoder, or the first one of an encoder. The model of images is ``…ForIma
 processor makes the pixel values. Logits are fp32, whatever the base computes in.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import time

@@ -1,7 +1,5 @@
 """Evaluate a run, an adapter or an export on rows: held-out loss, answers and their scores, or labels."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 from collections.abc import Callable, Sequence

@@ -8,8 +8,6 @@ collator's keys, ``compute_loss`` and the metrics that ``log`` adds. `tests/task
 with its paper's formula, to notice a TRL that computes something else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

@@ -11,8 +11,6 @@ Answers are drawn by `qvera.evaluation.generate` from the weights that the step 
 were given.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """The run of one adapter, by the steps of `loop.AloneLoop`."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shutil

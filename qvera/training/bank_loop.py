@@ -4,8 +4,6 @@ Each row names its slot of the bank, and its loss is divided by the trained toke
 adapter's gradient does not depend on the others, up to rounding. Evaluations share passes too, and yield between them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import math

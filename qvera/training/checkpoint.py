@@ -20,8 +20,6 @@ A state file (`write_state`) is one adapter in training as a safetensors file. I
 JSON object), and ``sha256`` over the state and all tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

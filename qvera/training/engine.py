@@ -1,7 +1,5 @@
 """Backward, clip and step with plain torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Errors of steps that can't be taken, which name the rows, the shortage of memory, and what to change."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -9,8 +9,6 @@ generators. All of it is put back, and layers that only trained adapters have co
 A base may have several such banks, each with an adapter of PEFT's that stands for all of its slots.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

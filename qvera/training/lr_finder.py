@@ -4,8 +4,6 @@ The steps are the training loop's own; only the schedule differs. It writes two 
 run.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

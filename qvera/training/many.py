@@ -8,8 +8,6 @@ Several processes share out the adapters. Each has checkpoints of its own, and t
 the end. All of them must see the same run directory.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Iterator

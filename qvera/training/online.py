@@ -10,8 +10,6 @@ out, the round begins again with half as many rows in a pass. If a single row do
 reason, and the others go on with as many rows as at first.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Iterator

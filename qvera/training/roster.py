@@ -4,8 +4,6 @@ The adapters with the most optimizer steps left come first (ties: in the order o
 at the end in passes that nobody fills. An adapter in flight is trained in every round until it leaves.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import heapq
 from collections import deque

@@ -1,7 +1,5 @@
 """The run directory: its lock, whether a run may be written there, run.json, metrics.jsonl; and other trackers."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

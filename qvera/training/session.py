@@ -3,8 +3,6 @@
 The ranks of a run check that they agree in versions, recipe, base and data, and have the memory and disk they need.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import heapq

@@ -8,8 +8,6 @@ Checkpoints hold whole vectors and optimizer state, through DeepSpeed's public `
 run can go on under another stage and another number of processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

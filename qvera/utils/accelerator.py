@@ -6,8 +6,6 @@ count (MPS has no peak) is None here. CUDA-only parts are marked.
 Run so far on a CPU and on the tests' fake accelerator (tests/gpu), and on no real one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator

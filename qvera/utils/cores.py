@@ -1,7 +1,5 @@
 """Measures the cores that this process may use, and how many of them others use. Imports no torch."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

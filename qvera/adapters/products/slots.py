@@ -16,8 +16,6 @@ slot, and each slot's tokens are multiplied with its own matrices: in one launch
 On a CPU the slots are filled up with zeros to one length for one batched product, if that at most doubles the rows.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """The HTML pages: `render` for the templates, and what each page shows (for a run see `run_page`)."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Read a run directory. What is missing or broken becomes a note on the page, not an error."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

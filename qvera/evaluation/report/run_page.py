@@ -1,7 +1,5 @@
 """The pages of a run: report.html, and report/NAME.html for each of several adapters."""
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 from collections import Counter

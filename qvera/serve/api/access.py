@@ -7,8 +7,6 @@ A file of hashed keys looks like this:
 A key is 256 random bits, which nobody guesses. So one round of SHA-256 is enough; slow hashes are for passwords.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import hmac

@@ -1,7 +1,5 @@
 """The FastAPI app over an engine, and the checks that every call passes before its route."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 import uuid

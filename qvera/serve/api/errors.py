@@ -1,7 +1,5 @@
 """Errors in OpenAI's form: ``{"error": {"message", "type", "param", "code"}}``."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import logging

@@ -3,8 +3,6 @@
 An upload goes to the disk piece by piece, so it is never in memory as a whole.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query

@@ -1,7 +1,5 @@
 """/v1/fine_tuning/jobs, and what it shares with /v1/files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any
 

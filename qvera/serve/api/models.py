@@ -1,7 +1,5 @@
 """The models of a server: list, describe, load and unload. An adapter is a model whose parent is the base."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Annotated, Any

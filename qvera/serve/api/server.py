@@ -3,8 +3,6 @@
 Plain uvicorn waits forever for a request's head, and for a peer that does not read its answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

@@ -3,8 +3,6 @@
 Each method is one transaction (see `SqliteFile`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import secrets

@@ -1,7 +1,5 @@
 """The jobs of a training directory: what a client may do with them, and the thread that reads their rows."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import queue

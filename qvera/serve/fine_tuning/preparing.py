@@ -1,7 +1,5 @@
 """The recipes of jobs: the served run's, or the defaults, with the job's files and hyperparameters."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -4,8 +4,6 @@ After any end of the server a job goes on from its last saved state. The state i
 the job as done last. A process killed in between repeats the last things, with the same result.
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io

@@ -9,8 +9,6 @@ place, and are moved there together. A checkpoint enters the database once its f
 they were deleted. So a directory that it does not name is what a killed server has left.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

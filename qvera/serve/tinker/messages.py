@@ -4,8 +4,6 @@ The classes are made at import from the field numbers of the protocol, in a pool
 file, and Tinker's client may live in the same process. Numbers in ``bytes`` fields are little-endian.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -3,8 +3,6 @@
 Those without ``async`` run in a thread, where they may wait for the disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -6,8 +6,6 @@ long ones of a key hold up another, and memory does not depend on how many wait.
 again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging

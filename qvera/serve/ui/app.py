@@ -1,7 +1,5 @@
 """The Starlette app of `qvera ui`: read-only pages, their look, server-sent events, and the form of --train."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import time

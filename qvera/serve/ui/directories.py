@@ -1,7 +1,5 @@
 """Finds the runs in the named directories, and says which of their files may be read."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import stat

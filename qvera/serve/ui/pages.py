@@ -1,7 +1,5 @@
 """The pages: those of the report, with what a server adds. Each is made once for all its readers."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import threading

@@ -1,7 +1,5 @@
 """What the form of `qvera ui --train` starts: qvera's own commands, as processes. So checks and messages are theirs."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -11,8 +11,6 @@ live tensors are counted. Bytes are a square function of the tokens (Mamba 2 tak
 other), which the three lengths determine. mamba_ssm's kernels keep less.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import weakref

@@ -5,8 +5,6 @@ the base is frozen (it has no gradients of weights), so it is left out where the
 where the run fits only so.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

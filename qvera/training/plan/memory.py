@@ -5,8 +5,6 @@ The parts that ranks divide follow `qvera.distributed`, the optimizers of DeepSp
 processes.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
