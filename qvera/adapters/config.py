@@ -1,10 +1,8 @@
 """The adapter's config: what `adapter_config.json` holds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 from peft import PeftConfig
 
@@ -108,7 +106,7 @@ class QveraConfig(PeftConfig):
     labels: list[str] | None = None
     problem_type: str | None = None
 
-    def __new__(cls, *values: Any, **named: Any) -> QveraConfig:
+    def __new__(cls, *values: Any, **named: Any) -> Self:
         """InputError: a keyword of PEFT's own configs that has another name here."""
         for name in _NAMES_IN_PEFT.keys() & named:
             here = _NAMES_IN_PEFT[name]

@@ -3,12 +3,10 @@
 An adapter's method says what its tensors compute. `accelerate_peft` mixes `AdaptedForward` into PEFT's VeRA layers too.
 """
 
-from __future__ import annotations
-
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -255,7 +253,7 @@ def hold_training_weights(model: nn.Module, hold: bool = True, builds: float | N
 class VectorDict(nn.ParameterDict):
     """Adapter name → vector. Casting the model to 16 bits leaves it fp32, since optimizer steps are finer than bf16."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VectorDict:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype.itemsize < tensor.dtype.itemsize else moved

@@ -9,14 +9,12 @@ The paper's Kaiming bounds, sqrt(6 / in_features) for A and sqrt(6 / rank) for B
 multiplies them into its d (`vera_scale`), so one pair serves layers of every shape.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import math
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -198,7 +196,7 @@ class SharedProjection(nn.Module):
             self._grams[key] = A @ A.t()
         return self._grams[key]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedProjection:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         dtype, was_meta = self.A.dtype, self.A.is_meta
         self._grams.clear()
         self._slices.clear()
@@ -237,7 +235,7 @@ class OwnProjection(nn.Module):
         """A [rank, in_features] and B [out_features, rank]."""
         return self.A[:rank, :in_features], self.B[:out_features, :rank]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OwnProjection:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(functools.partial(moved_weight_factor, fn), recurse)
 
 

@@ -1,7 +1,5 @@
 """Raw rows → conversations, texts and labelled rows: `FORMATS` says how each format is read."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -108,6 +106,9 @@ class LabelledRow:
     def whole(self) -> str:
         """The text, or the two texts of a pair on lines of their own, to show in messages."""
         return str(self.content) if self.text_pair is None else f"{self.content}\n{self.text_pair}"
+
+
+Parsed = Conversation | Text | LabelledRow
 
 
 def parse_row(row: RawRow, format: RowFormat, system: str | None = None, label_names: Sequence[str] = ()) -> Parsed:
@@ -507,7 +508,6 @@ def _label(cells: _Cells) -> str:
 
 # --- the table of formats
 
-Parsed = Conversation | Text | LabelledRow
 _CHAT = ("system", "tools")
 _SHOWN = (*_CHAT, "images")
 

@@ -7,8 +7,6 @@ key-value store and reads the keys of the others. It ends this process when a pe
 `SILENT_SECONDS`, when a peer left with an error, or when the store can't be reached for as long.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import datetime
@@ -22,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -164,7 +162,7 @@ class Heartbeat:
         self._seen: dict[int, tuple[str, float]] = {}  # rank → its key's last value, and when that was new
         self._threads: list[threading.Thread] = []
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> Self:
         self._write(count=0)  # before any collective, so that the others know our node
         # two threads: where the store can't be reached, a call of it hangs, and somebody has to notice that
         for target in (self._beat_on, self._watch_store):

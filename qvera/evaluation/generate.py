@@ -1,7 +1,5 @@
 """Generate answers to prompts in batches, greedy or sampled, at the speed of stock 4-bit generation."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import inspect
@@ -9,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -299,7 +297,7 @@ class PromptWriter:
     system: str | None = None
 
     @classmethod
-    def of(cls, opened: OpenRun) -> PromptWriter:
+    def of(cls, opened: OpenRun) -> Self:
         """Make a writer with the chat template of a run. InputError: it does not go with the tokenizer."""
         recipe = opened.target.recipe
         name = template_name(recipe, opened.target.run) if recipe is not None else "auto"

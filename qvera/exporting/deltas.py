@@ -1,11 +1,9 @@
 """Read an adapter (ours, or PEFT's own VeRA) as factors of ΔW, without the weights of the base."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import VeraConfig
@@ -121,7 +119,7 @@ class AdapterDeltas:
         """Whether ΔW has factors of low rank (`Delta.lora`)."""
         return self.ours is None or method_of(self.ours).change is Change.LOW_RANK
 
-    def on(self, device: torch.device) -> AdapterDeltas:
+    def on(self, device: torch.device) -> Self:
         """A copy with its factors on a device; tensors that layers share are moved once."""
         if device.type == "cpu":
             return self

@@ -4,8 +4,6 @@ The weight is taken as the base holds it, quantized or not (`qvera.lab.svd`). A 
 `FactorCache` keeps them by the base's fingerprint, the linear's name, how it is stored, and the rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import hashlib
@@ -13,6 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -95,7 +94,7 @@ class FactorCache:
     progress: Callable[[str], None] | None = None
 
     @classmethod
-    def of(cls, adapter: QveraConfig) -> FactorCache:
+    def of(cls, adapter: QveraConfig) -> Self:
         return cls(adapter.base_fingerprint, adapter.base_model_name_or_path, adapter.progress)
 
     @property

@@ -12,12 +12,10 @@ Llama 4, DBRX, JetMoE and LongCat-Flash run their experts by code of their own, 
 Each function of `_FORWARD` is the ``forward`` of a class of theirs, whose name it is given for (`run_here`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sized
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +107,7 @@ class StackScales:
         outer = self.nested_absmax[first:last].repeat_interleave(quantization.NESTED_BLOCK, 1)[:, : absmax.shape[1]]
         return (self.nested_code[absmax.int()] * outer).add_(self.offset[first:last, None])
 
-    def to(self, device: torch.device) -> StackScales:
+    def to(self, device: torch.device) -> Self:
         """Return these scales on another device."""
         moved: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return dataclasses.replace(self, **moved)
@@ -211,7 +209,7 @@ class ExpertStack(FrozenPacked, nn.Module):
         state = bnb_functional.QuantState(absmax, shape, held.code, held.blocksize, held.quant_type, dtype)
         return quantization.dequantized_packed(packed, state)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertStack:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         if self.scales is not None:
             self.scales = self.scales.to(self.weight.device)

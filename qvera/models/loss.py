@@ -3,10 +3,8 @@
 The head is frozen, so forward computes the gradient in the hidden states chunk by chunk, and backward only scales it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +35,7 @@ class Head(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
+    def of(cls, model: PreTrainedModel) -> Self:
         """The model's output head, with its forward's scaling. Raises InputError if an adapter is on it."""
         module = model.get_output_embeddings()
         if module is None:
@@ -60,10 +58,10 @@ class Head(NamedTuple):
         scale = (setting("logit_scale", "lm_head_multiplier") or 1.0) / (setting("logits_scaling") or 1.0)
         return cls(module, setting("final_logit_softcapping", "logits_soft_cap"), float(scale))
 
-    def at(self, temperature: float) -> Head:
+    def at(self, temperature: float) -> Self:
         """The head whose logits are these divided by ``temperature``."""
         softcap = None if self.softcap is None else self.softcap / temperature
-        return Head(self.module, softcap, self.scale / temperature)
+        return self._replace(softcap=softcap, scale=self.scale / temperature)
 
     def logits(self, product: torch.Tensor) -> torch.Tensor:
         """Logits from h Wᵀ + bias; the same tensor where the model neither scales nor caps them."""

@@ -1,7 +1,5 @@
 """The client of `qvera chat` and `qvera generate` for servers of OpenAI's API. Standard library only."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -14,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from qvera.serve.api.access import is_loopback
 from qvera.utils.adapter_names import shown_name
@@ -45,7 +43,7 @@ class ServerClient:
     key: str | None
 
     @classmethod
-    def at(cls, url: str) -> ServerClient:
+    def at(cls, url: str) -> Self:
         """A client with the key of `KEY_VARIABLE`."""
         return cls(url, os.environ.get(KEY_VARIABLE))
 

@@ -3,14 +3,12 @@
 Reading is by transformers' `ResponseParser`: by the checkpoint's own ``response_template``, else by one of those here.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from qvera.data.chat_template import ChatTemplate, TemplateError
 from qvera.utils.errors import InputError, first_line
@@ -61,7 +59,7 @@ class ToolFormat:
     is_own: bool = False  # whether the template is the checkpoint's, which may look for where the answer began
 
     @classmethod
-    def of(cls, template: ChatTemplate) -> ToolFormat:
+    def of(cls, template: ChatTemplate) -> Self:
         """Find the format by a call that the template writes.
 
         Raises InputError if it writes none, or writes it in a format that can't be read.

@@ -4,8 +4,6 @@
 of a bank, in forward passes that they share. Steps yield between passes: a server answers there (`online`).
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -13,7 +11,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from peft import PeftModel
@@ -411,7 +409,7 @@ class AloneLoop(Loop[AloneStep]):
 
     def branch(
         self, datasets: Datasets, batches: Batches, optimizer: torch.optim.Optimizer, schedule: LRScheduler
-    ) -> AloneLoop:
+    ) -> Self:
         """Return a loop that trains the same model on other rows from step 0 without hooks. This one stays as it is."""
         other = copy.copy(self)
         other.datasets, other.batches, other.optimizer, other.schedule = datasets, batches, optimizer, schedule

@@ -3,8 +3,6 @@
 torch raises `torch.OutOfMemoryError` on an accelerator and a plain RuntimeError on a CPU; Python raises MemoryError.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -16,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import psutil
 import torch
@@ -94,7 +92,7 @@ class PeakWatch:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> PeakWatch:
+    def __enter__(self) -> Self:
         self._counted = accelerator.reset_peak(self.device)
         if not self._counted:
             self._thread = threading.Thread(target=self._sample, daemon=True)

@@ -9,13 +9,12 @@ A file enters the database once it is complete on disk. Other files are remains 
 it is with the directories of Tinker's API beside them (`qvera.serve.tinker.tenancy`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Self
 
 from qvera.data.readers import EXTENSIONS
 from qvera.serve.fine_tuning.database import BEFORE, RESULTS, TRAINED, Database, Event, StoredFile, new_id, now
@@ -40,7 +39,7 @@ class TrainingDirectory:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path) -> Iterator[TrainingDirectory]:
+    def open(cls, path: Path) -> Iterator[Self]:
         """Lock a directory for this process, or make one.
 
         Raises InputError if another server uses it, it holds something else, or it can't be read and written.

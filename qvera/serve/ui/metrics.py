@@ -1,14 +1,12 @@
 """Reads a growing metrics.jsonl: curves of a limited number of steps, or what is new since a position."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from qvera.evaluation.report.read import AdapterEntry, get_number, get_text, parse_metrics, round_as_step
 from qvera.serve.ui.directories import open_plain
@@ -41,7 +39,7 @@ class Position(NamedTuple):
         return f"{self.inode}-{self.offset}"
 
     @classmethod
-    def parse(cls, text: str) -> Position | None:
+    def parse(cls, text: str) -> Self | None:
         """The inverse of `str`; None for any other text."""
         found = re.fullmatch("([0-9]{1,30})-([0-9]{1,30})", text)
         return None if found is None else cls(int(found[1]), int(found[2]))

@@ -1,7 +1,5 @@
 """The runs as the pages show them. A run is read again only if it has changed."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -15,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from qvera.evaluation.report.read import (
     AdapterEntry,
@@ -83,7 +81,7 @@ class Progress(NamedTuple):
     left_seconds: float | None = None
 
     @classmethod
-    def of(cls, directory: Path) -> Progress:
+    def of(cls, directory: Path) -> Self:
         """Read the phase that a run has written (`qvera.utils.progress.Phase`); an empty one where there is none."""
         found = _small(directory / RUN_PROGRESS)
         done, total = get_number(found, "done"), get_number(found, "total")

@@ -3,13 +3,11 @@
 Seconds: a few matrix products are timed on this machine, then all products of the step are counted.
 """
 
-from __future__ import annotations
-
 import json
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -84,7 +82,7 @@ class Plan(PlannedRun):
     seconds: dict[str, float] | None = None  # parts of an optimizer step; None where nothing was timed
     notices: Sequence[str] = ()  # on rows that are longer than the base's context, and on what stock PEFT can't read
 
-    def within(self, available_bytes: int) -> Plan:
+    def within(self, available_bytes: int) -> Self:
         """Return the plan of this run for so much memory, with the changes that make it fit."""
         plan = replace(self, machine=replace(self.machine, available_bytes=available_bytes))
         return replace(plan, changes=[] if plan.fits else nearest_changes(plan, self.batch_of, self.kept_keys))
