@@ -1,11 +1,12 @@
-"""Methods that are no part of qvera, tried beside it by bench/quality.py: stock PEFT's, and four of a few lines each.
+"""Methods that are no part of qvera, tried beside it by bench/quality.py: stock PEFT's, and five of a few lines each.
 
-Each has about as many trained numbers as VeRA or LoRA r=1. The four of our own, for a frozen linear W of [m, n]:
+Each has about as many trained numbers as VeRA or LoRA r=1. The five of our own, for a frozen linear W of [m, n]:
 
 - ``two-sided``: (I + diag u) W (I + diag v), u and v trained.
 - ``input-basis``: VeRA, but A are the leading eigenvectors of the second moments of each linear's inputs on 48 rows of the
   training part, times the length of a row of VeRA's A.
-- ``both-bases``: likewise, and B those of its outputs.
+- ``both-bases``: likewise, and B those of its outputs; with `b_groups` as for qvera.
+- ``gradient-bases``: A and B are the leading right and left singular vectors of the mean gradient of W over those rows.
 - ``tied``: VeRA with A and B trained (Tied-LoRA, arXiv 2311.09578). Linears of one shape share them.
 """
 
@@ -19,9 +20,11 @@ import torch
 from peft import IA3Config, LoKrConfig, MissConfig, UniLoraConfig, get_peft_model
 from torch import nn
 
+from qvera.models import forward
+
 BASIS_ROWS = 48
 OF_PEFT = ("uni-lora", "miss", "lokr", "ia3")
-ON_BASES = ("input-basis", "both-bases")
+ON_BASES = ("input-basis", "both-bases", "gradient-bases")
 OF_OURS = ("two-sided", *ON_BASES, "tied")
 
 
@@ -54,20 +57,30 @@ class Scaled(nn.Module):
 
 
 class Between(nn.Module):
-    """VeRA's equation, W x + b ∘ (B (d ∘ (A x))), with any A [r, n] and B [m, r]: [..., n] → [..., m]."""
+    """VeRA's equation, W x + b ∘ (B (d ∘ (A x))), with any A [r, n] and B [m, r]: [..., n] → [..., m].
 
-    def __init__(self, linear: nn.Linear, A: torch.Tensor, B: torch.Tensor) -> None:
+    With several groups each has a b of its own and every ``groups``-th direction, and x is scaled by a trained a.
+    """
+
+    def __init__(self, linear: nn.Linear, A: torch.Tensor, B: torch.Tensor, groups: int) -> None:
         super().__init__()
         self.linear, self.A, self.B = linear, A, B
-        self.qvera_b = nn.Parameter(torch.zeros(len(B)))
+        self.qvera_b = nn.Parameter(torch.zeros(groups, len(B)))
         self.qvera_d = nn.Parameter(torch.full((len(A),), 0.1))
+        self.qvera_a = nn.Parameter(torch.ones(A.shape[1])) if groups > 1 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = nn.functional.linear(x, self.A.to(x.dtype)) * self.qvera_d.to(x.dtype)
-        return self.linear(x) + nn.functional.linear(z, self.B.to(x.dtype)) * self.qvera_b.to(x.dtype)
+        scaled = x if self.qvera_a is None else x * self.qvera_a.to(x.dtype)
+        z = nn.functional.linear(scaled, self.A.to(x.dtype)) * self.qvera_d.to(x.dtype)
+        out, groups = self.linear(x), len(self.qvera_b)
+        for g, b in enumerate(self.qvera_b.to(x.dtype)):
+            out = out + nn.functional.linear(z[..., g::groups], self.B[:, g::groups].to(x.dtype)) * b
+        return out
 
 
-def adapt(model: Any, method: str, rank: int, seed: int, has_own_head: bool, rows: Callable[[], Any]) -> Any:
+def adapt(
+    model: Any, method: str, rank: int, seed: int, has_own_head: bool, rows: Callable[[], Any], groups: int = 1
+) -> Any:
     """The model with a fresh adapter of the method, its head trained as it is with LoRA.
 
     ``rows``: gives the training rows, of which a basis needs some.
@@ -78,7 +91,11 @@ def adapt(model: Any, method: str, rank: int, seed: int, has_own_head: bool, row
     linears = dict(adapted_linears(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(has_own_head and name.split(".")[0] in ("classifier", "score"))
-    moments = second_moments(model, linears, list(rows())[:BASIS_ROWS]) if method in ON_BASES else {}
+    basis_rows = list(rows())[:BASIS_ROWS] if method in ON_BASES else []
+    if method == "gradient-bases":
+        gradients = mean_gradients(model, linears, basis_rows)
+    elif basis_rows:
+        moments = second_moments(model, linears, basis_rows)
     pairs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     for name, linear in linears.items():
         n, m = linear.in_features, linear.out_features
@@ -92,11 +109,14 @@ def adapt(model: Any, method: str, rank: int, seed: int, has_own_head: bool, row
         if method == "tied":
             A, B = (each if isinstance(each, nn.Parameter) else nn.Parameter(each) for each in (A, B))
             pairs[m, n] = (A, B)
-        elif moments:
+        elif method == "gradient-bases":
+            left, _, right = torch.linalg.svd(gradients[name], full_matrices=False)
+            A, B = right[:rank] * A.norm(dim=1).mean(), left[:, :rank] * B.norm(dim=0).mean()
+        elif basis_rows:
             inputs, outputs = moments[name]
             A = leading(inputs, rank) * A.norm(dim=1).mean()
             B = leading(outputs, rank).T * B.norm(dim=0).mean() if method == "both-bases" else B
-        model.set_submodule(name, Between(linear, A, B))
+        model.set_submodule(name, Between(linear, A, B, groups))
     return model
 
 
@@ -133,4 +153,18 @@ def second_moments(
         model(input_ids=torch.tensor([list(row.input_ids)]))
     for hook in hooks:
         hook.remove()
+    return found
+
+
+def mean_gradients(model: nn.Module, linears: dict[str, nn.Linear], rows: list[Any]) -> dict[str, torch.Tensor]:
+    """Name of a linear → the gradient [m, n] of the rows' mean loss."""
+    found = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
+    weights = [linear.weight.requires_grad_() for linear in linears.values()]
+    for row in rows:
+        batch = forward.make_batch(model, [row], 0, prefix_once=False)
+        loss, _ = forward.row_nll(model, batch, 512, torch.full((1,), 1 / row.trained_tokens / len(rows)))
+        for each, gradient in zip(found.values(), torch.autograd.grad(loss, weights), strict=True):
+            each += gradient
+    for weight in weights:
+        weight.requires_grad_(False)
     return found

@@ -68,6 +68,9 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "two-sided scales": ({"method": "two-sided"}, (6, 6, 6)),
     "VeRA r=64 on an input basis": ({"method": "input-basis", "rank": 64}, (7, 7, 7)),
     "VeRA r=64 on both bases": ({"method": "both-bases", "rank": 64}, (7, 7, 7)),
+    "VeRA r=128 on both bases": ({"method": "both-bases", "rank": 128}, (6, 6, 6)),
+    "two b and an a on both bases": ({"method": "both-bases", **MORE}, (6, 6, 6)),
+    "two b and an a on gradients": ({"method": "gradient-bases", **MORE}, (6, 6, 6)),
     "Tied-LoRA r=4": ({"method": "tied", "rank": 4}, (5, 5, 5)),
     "Tied-LoRA r=32": ({"method": "tied", "rank": 32}, (6, 5, 5)),
     "Tied-LoRA r=48": ({"method": "tied", "rank": 48}, (6, 5, 5)),
@@ -147,6 +150,8 @@ STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]]
     ("smollm2", ("sst2", "trec", "subj", "rte"), 150, WHOLE, ("rate", "head")),
     ("minilm", ("rte",), 150, OF_MINILM, ("rate",)),
     ("smollm2", ("alpaca",), 50, CANDIDATES, ("rate",)),
+    ("minilm", ("sst2",), 150, tuple(one for one in CANDIDATES if " on " not in one), ("rate",)),
+    ("minilm", ("trec",), 600, ("VeRA r=64", "two b and an a", REFERENCE), ("rate", "head")),
 ]
 """Base, tasks, steps, methods, and what is searched; the most telling lines first.
 

@@ -116,7 +116,9 @@ def adapted(base: Base, trial: Trial, recipe: Recipe, model_class: ModelClass = 
         def rows() -> Any:
             return build_datasets(recipe.data, base.tokenizer).train
 
-        return candidates.adapt(base.model, trial.method, trial.rank, trial.seed, model_class.has_own_head, rows)
+        return candidates.adapt(
+            base.model, trial.method, trial.rank, trial.seed, model_class.has_own_head, rows, trial.b_groups
+        )
     else:
         return base.model
     return get_peft_model(base.model, config)

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from bench import (
     alpaca,
@@ -42,6 +42,7 @@ from bench.gpu.first_machine import run as run_piece
 from bench.trials import Trial, run
 from qvera.adapters.methods import check_recipe
 from qvera.cli.main import main
+from qvera.data.rows import Example
 from qvera.training.lr_finder import read_curve
 from qvera.training.trainer import train
 from tests.helpers import wait_until
@@ -318,8 +319,11 @@ def test_the_range_tests_of_the_docs_are_those_of_their_points(name: str, steepe
     assert re.search(rf"\| {name} \([^|]*\) \| {steepest:g} \| {suggested:g} \|", page, re.IGNORECASE)
 
 
-@pytest.mark.parametrize("method", candidates.OF_OURS)
-def test_candidates_begin_as_the_base_and_have_the_equations_that_are_said(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "groups"),
+    [*((method, 1) for method in candidates.OF_OURS if method != "gradient-bases"), ("both-bases", 2)],
+)
+def test_candidates_begin_as_the_base_and_have_the_equations_that_are_said(method: str, groups: int) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes)).eval()
@@ -328,7 +332,7 @@ def test_candidates_begin_as_the_base_and_have_the_equations_that_are_said(metho
         before[name] = linear.weight.clone()
     expected = model(tokens).logits
     rows = [SimpleNamespace(input_ids=row.tolist()) for row in torch.randint(0, 64, (6, 9))]
-    model = candidates.adapt(model, method, 4, 0, True, lambda: rows)
+    model = candidates.adapt(model, method, 4, 0, True, lambda: rows, groups)
     torch.testing.assert_close(model(tokens).logits, expected)
     perturb(model)
     for name, weight in before.items():
@@ -336,10 +340,30 @@ def test_candidates_begin_as_the_base_and_have_the_equations_that_are_said(metho
         if method == "two-sided":
             wanted = (1 + adapted.qvera_b)[:, None] * weight * (1 + adapted.qvera_v)
         else:
-            wanted = weight + adapted.qvera_b[:, None] * (adapted.B @ (adapted.qvera_d[:, None] * adapted.A))
+            delta = sum(
+                b[:, None] * (adapted.B[:, g::groups] @ (adapted.qvera_d[g::groups, None] * adapted.A[g::groups]))
+                for g, b in enumerate(adapted.qvera_b)
+            )
+            wanted = weight + (delta if adapted.qvera_a is None else delta * adapted.qvera_a)
+            assert (adapted.qvera_a is None) == (groups == 1)
         x = torch.randn(3, weight.shape[1])
         torch.testing.assert_close(adapted(x), torch.nn.functional.linear(x, wanted, adapted.linear.bias))
     shared = {id(module.A) for module in model.modules() if isinstance(module, candidates.Between)}
     assert len(shared) == {"two-sided": 0, "tied": 3}.get(
         method, 12
     )  # a basis for each linear, a tied pair for each shape
+
+
+def test_bases_of_gradients_span_what_the_rows_would_change_first() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    tokens, trained = torch.randint(1, 64, (3, 9)), np.arange(9) > 3
+    rows = [Example(row.int().numpy(), trained, "", np.zeros(0, np.int32), "", None) for row in tokens]
+    weight = dict(candidates.adapted_linears(model))["model.layers.0.mlp.up_proj"].weight
+    labels = tokens.where(torch.from_numpy(trained), -100)
+    (gradient,) = torch.autograd.grad(model(tokens, labels=labels).loss, weight)
+    adapted = candidates.adapt(model, "gradient-bases", 32, 0, False, lambda: rows)
+    found = adapted.get_submodule("model.layers.0.mlp.up_proj")
+    A, B = (torch.nn.functional.normalize(each, dim=dim) for each, dim in ((found.A, 1), (found.B, 0)))
+    expected = torch.diag(torch.linalg.svdvals(gradient))
+    torch.testing.assert_close(B.T @ gradient @ A.T, expected, atol=1e-6, rtol=1e-4)
