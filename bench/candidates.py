@@ -26,6 +26,8 @@ BASIS_ROWS = 48
 OF_PEFT = ("uni-lora", "miss", "lokr", "ia3")
 ON_BASES = ("input-basis", "both-bases", "gradient-bases")
 OF_OURS = ("two-sided", *ON_BASES, "tied")
+Directions = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Name of a linear → the leading directions of its inputs [rank, n] and of its outputs [rank, m], each of length 1."""
 
 
 def peft_config(method: str, rank: int, kind: Any) -> Any:
@@ -79,7 +81,7 @@ class Between(nn.Module):
 
 
 def adapt(
-    model: Any, method: str, rank: int, seed: int, has_own_head: bool, rows: Callable[[], Any], groups: int = 1
+    model: Any, method: str, rank: int, seed: int, has_own_head: bool, rows: Callable[[], Any], groups: int
 ) -> Any:
     """The model with a fresh adapter of the method, its head trained as it is with LoRA.
 
@@ -91,11 +93,10 @@ def adapt(
     linears = dict(adapted_linears(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(has_own_head and name.split(".")[0] in ("classifier", "score"))
-    basis_rows = list(rows())[:BASIS_ROWS] if method in ON_BASES else []
-    if method == "gradient-bases":
-        gradients = mean_gradients(model, linears, basis_rows)
-    elif basis_rows:
-        moments = second_moments(model, linears, basis_rows)
+    directions = {}
+    if method in ON_BASES:
+        made = of_gradients if method == "gradient-bases" else of_activations
+        directions = made(model, linears, list(rows())[:BASIS_ROWS], rank)
     pairs: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     for name, linear in linears.items():
         n, m = linear.in_features, linear.out_features
@@ -109,13 +110,10 @@ def adapt(
         if method == "tied":
             A, B = (each if isinstance(each, nn.Parameter) else nn.Parameter(each) for each in (A, B))
             pairs[m, n] = (A, B)
-        elif method == "gradient-bases":
-            left, _, right = torch.linalg.svd(gradients[name], full_matrices=False)
-            A, B = right[:rank] * A.norm(dim=1).mean(), left[:, :rank] * B.norm(dim=0).mean()
-        elif basis_rows:
-            inputs, outputs = moments[name]
-            A = leading(inputs, rank) * A.norm(dim=1).mean()
-            B = leading(outputs, rank).T * B.norm(dim=0).mean() if method == "both-bases" else B
+        elif directions:
+            inputs, outputs = directions[name]
+            A = inputs * A.norm(dim=1).mean()
+            B = B if method == "input-basis" else outputs.T * B.norm(dim=0).mean()
         model.set_submodule(name, Between(linear, A, B, groups))
     return model
 
@@ -133,10 +131,8 @@ def leading(moments: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def second_moments(
-    model: nn.Module, linears: dict[str, nn.Linear], rows: list[Any]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Name of a linear → the sum of x xᵀ over its inputs, and over its outputs."""
+def of_activations(model: nn.Module, linears: dict[str, nn.Linear], rows: list[Any], rank: int) -> Directions:
+    """Those of the most second moments of each linear's inputs and outputs."""
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def watch(name: str) -> Any:
@@ -153,11 +149,11 @@ def second_moments(
         model(input_ids=torch.tensor([list(row.input_ids)]))
     for hook in hooks:
         hook.remove()
-    return found
+    return {name: (leading(inputs, rank), leading(outputs, rank)) for name, (inputs, outputs) in found.items()}
 
 
-def mean_gradients(model: nn.Module, linears: dict[str, nn.Linear], rows: list[Any]) -> dict[str, torch.Tensor]:
-    """Name of a linear → the gradient [m, n] of the rows' mean loss."""
+def of_gradients(model: nn.Module, linears: dict[str, nn.Linear], rows: list[Any], rank: int) -> Directions:
+    """The leading right and left singular vectors of the gradient [m, n] of the rows' mean loss."""
     found = {name: torch.zeros_like(linear.weight, dtype=torch.float32) for name, linear in linears.items()}
     weights = [linear.weight.requires_grad_() for linear in linears.values()]
     for row in rows:
@@ -167,4 +163,8 @@ def mean_gradients(model: nn.Module, linears: dict[str, nn.Linear], rows: list[A
             each += gradient
     for weight in weights:
         weight.requires_grad_(False)
-    return found
+    directions = {}
+    for name, gradient in found.items():
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        directions[name] = (right[:rank].clone(), left[:, :rank].T.clone())  # the others are let go
+    return directions

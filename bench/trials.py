@@ -44,7 +44,8 @@ class Trial:
         b_rate: a rate of its own for what starts at zero: LoRA's B (LoRA+, arXiv 2402.12354), VeRA's b. None:
         `learning_rate`.
         alpha: LoRA's alpha; None: the rank.
-        d_initial, b_groups, input_scale: keys of the recipe's adapter section, for ``qvera`` alone.
+        d_initial, b_groups, input_scale: keys of the recipe's adapter section, for ``qvera``. Candidates on bases take
+        b_groups too, and with more than one of them an input scale.
         beta2: AdamW's; None: the recipe's.
         head_rate: that of a classifier's head.
         seed: of the rows' order, LoRA's A and VeRA's projections.

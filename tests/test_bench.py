@@ -362,7 +362,7 @@ def test_bases_of_gradients_span_what_the_rows_would_change_first() -> None:
     weight = dict(candidates.adapted_linears(model))["model.layers.0.mlp.up_proj"].weight
     labels = tokens.where(torch.from_numpy(trained), -100)
     (gradient,) = torch.autograd.grad(model(tokens, labels=labels).loss, weight)
-    adapted = candidates.adapt(model, "gradient-bases", 32, 0, False, lambda: rows)
+    adapted = candidates.adapt(model, "gradient-bases", 32, 0, False, lambda: rows, 1)
     found = adapted.get_submodule("model.layers.0.mlp.up_proj")
     A, B = (torch.nn.functional.normalize(each, dim=dim) for each, dim in ((found.A, 1), (found.B, 0)))
     expected = torch.diag(torch.linalg.svdvals(gradient))
