@@ -99,12 +99,13 @@ class Section(BaseModel):
     def replace(self, **changes: object) -> Self:
         """A copy with some keys changed; raises InputError like a recipe from a file.
 
-        A mapping for a section changes those of its keys, and leaves the others.
+        A mapping for a section changes those of its keys, and leaves the others. Keys that were never set keep their
+        defaults, which may depend on the changed ones.
         """
         for name, value in changes.items():
             if isinstance(value, Mapping) and isinstance(section := getattr(self, name, None), Section):
                 changes[name] = section.replace(**value)
-        return type(self)(**{**dict(self), **changes})
+        return type(self)(**{name: getattr(self, name) for name in self.model_fields_set} | changes)
 
     def to_dict(self) -> dict[str, object]:
         """Every key with its value, defaults included."""

@@ -6,7 +6,7 @@ The text below each field is its description in the JSON schema (`json_schema`) 
 import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, Strict, model_validator
 
@@ -534,13 +534,12 @@ class TrainingSection(Section):
         by_name = self.metric_for_best_model not in ("loss", "perplexity")
         return by_name if self.greater_is_better is None else self.greater_is_better
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fit_batch_size(cls, keys: object) -> object:
+    @model_validator(mode="after")
+    def _fit_batch_size(self) -> Self:
         name = "per_device_train_batch_size"
-        if isinstance(keys, dict) and name not in keys and isinstance(rows := keys.get("global_batch_size"), int):
-            return {**keys, name: max(size for size in (1, 2, 3, 4) if rows % size == 0)}
-        return keys
+        if name not in self.model_fields_set:  # and it stays out of them, so that a replaced recipe derives it anew
+            self.__dict__[name] = max(size for size in (1, 2, 3, 4) if self.global_batch_size % size == 0)
+        return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

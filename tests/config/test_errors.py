@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from qvera.adapters.methods import check_recipe
 from qvera.config.schema import Recipe, load_recipe, parse_recipe
 from qvera.config.sections import AdapterSection, ModelSection
 from qvera.utils.errors import InputError
@@ -399,6 +400,13 @@ def test_a_changed_copy_and_a_section_made_in_python_are_checked_like_a_file() -
     assert other.replace(adapter={"dropout": 0.5}).adapter == other.adapter.replace(dropout=0.5)
     assert (other.adapter.rank, recipe.adapter.rank) == (8, 256)
     assert other.model == recipe.model
+    for rows, size in ((6, 3), (2, 2), (8, 4)):  # what was not written follows the changed keys
+        recipe = recipe.replace(training={"global_batch_size": rows})
+        assert recipe.training.per_device_train_batch_size == size
+    with pytest.raises(InputError, match=r"6 is not a multiple of training\.per_device_train_batch_size \(4\)"):
+        recipe.replace(training={"per_device_train_batch_size": 4}).replace(training={"global_batch_size": 6})
+    with pytest.raises(InputError, match=r"adapter\.rank: has no default for adapter\.method lora"):
+        check_recipe(recipe.replace(adapter={"method": "lora"}))
     with pytest.raises(InputError, match=r"limit: should be greater than or equal to 1, got -3\."):
         recipe.data.replace(limit=-3)
     with pytest.raises(InputError, match="b_groups: 3 does not divide"):
