@@ -459,11 +459,11 @@ def _file_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[Path]:
             )
         try:
             lines = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in listed)
+            file.write_text(lines, encoding="utf-8")
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"rows: can't be written as lines of JSON ({first_line(error)}) Values are those that JSON has."
             ) from None
-        file.write_text(lines, encoding="utf-8")
         try:
             yield file
         except InputError as error:

@@ -139,6 +139,10 @@ def test_load_answers_scores_and_exports_as_the_commands_do(
         run.generate([{"role": "user", "content": "say red 1"}])  # type: ignore[list-item]  # wrong on purpose
     with pytest.raises(qvera.InputError, match=r"^rows: expected .* got 'prompt'. .* df.to_dict\('records'\)"):
         run.evaluate(["prompt", "completion"])  # type: ignore[list-item]  # as a DataFrame, which gives the names of its columns
+    with pytest.raises(
+        qvera.InputError, match=r"^rows: can't be written as lines of JSON \('utf-8' codec .* surrogates"
+    ):
+        run.evaluate([{"prompt": "say red 1", "completion": "\ud800"}])
     (tmp_path / "prompts.txt").write_text("say red 1\n", encoding="utf-8")
     with pytest.raises(qvera.InputError, match=r"^prompt 1: '.*prompts.txt' names a file here\. `qvera generate RUN"):
         run.generate(f"{tmp_path}/prompts.txt")

@@ -21,8 +21,8 @@ from qvera.adapters.config import PEFT_TYPE, PREFIX, QveraConfig
 from qvera.adapters.methods import LinearSpec, method_of
 from qvera.models.model_class import CAUSAL_LM, ModelClass
 from qvera.models.safetensors_stream import write_shard
-from qvera.utils.errors import InputError, did_you_mean_path
-from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE_FILE, read_json
+from qvera.utils.errors import InputError
+from qvera.utils.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE_FILE, no_directory, read_json
 from qvera.utils.formatting import first_of
 from qvera.utils.safetensors_io import FACTS, TensorSpec, own_facts, same_base, unreadable_error
 
@@ -78,8 +78,7 @@ def read_config(directory: Path) -> QveraConfig | VeraConfig:
     """
     config_file = directory / ADAPTER_CONFIG
     if not directory.is_dir():
-        beside = directory.parent.iterdir() if directory.parent.is_dir() else ()
-        raise InputError(f"{directory}: no such adapter directory{did_you_mean_path(directory, beside)}")
+        raise InputError(no_directory(directory))
     require_files(directory)
     raw = read_json(config_file, "a PEFT adapter config", keys=["peft_type"])
     kind = {PEFT_TYPE: QveraConfig, "VERA": VeraConfig, LORA: LoraConfig}.get(str(raw["peft_type"]))

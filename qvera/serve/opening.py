@@ -15,7 +15,7 @@ from qvera.serve.slots import require_served
 from qvera.serve.store import AdapterStore
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
-from qvera.utils.files import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, resolve_path
+from qvera.utils.files import ADAPTER_CONFIG, CERTIFICATE, RECIPE_FILE, no_directory, resolve_path
 
 _TRIED = 8  # in turn, while they turn out to be damaged
 
@@ -40,7 +40,7 @@ def open_served(path: str, adapters: Path | None = None) -> Served:
         adapters: a directory of adapters, or a run that trained many. None: those of ``path``, if it has any.
     """
     if adapters is not None and not adapters.is_dir():
-        raise InputError(f"--adapters {adapters}: is no directory. Make it, or name a run that trained many adapters.")
+        raise InputError(f"--adapters {no_directory(adapters)} Make one, or name a run that trained many adapters.")
     if adapters is not None and _is_run_or_adapter(adapters) and adapters_root(adapters) is None:
         raise InputError(
             f"--adapters {adapters}: has a single adapter. Expected a directory with an adapter in each of its "

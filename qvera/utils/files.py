@@ -42,7 +42,9 @@ def existing_parent(path: Path) -> Path:
 def no_directory(path: Path) -> str:
     """Say that a path should be a directory and is not, with a directory beside it that may be meant."""
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return f"{path}: is a recipe. Name the directory of its run (runs/{path.stem}, or its training.output_dir)."
+        own = path.name == RECIPE_FILE and (path.parent / "run.json").exists()
+        place = path.parent if own else f"runs/{path.stem}, or its training.output_dir"
+        return f"{path}: is a recipe. Name the directory of its run ({place})."
     if path.exists():
         return f"{path}: is a file, not a directory."
     run = Path("runs", path.name)  # where a training writes it, if the recipe does not say

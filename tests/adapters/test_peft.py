@@ -365,7 +365,7 @@ def test_an_undamaged_adapter_is_not(saved: Path) -> None:
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such adapter directory"):
+    with pytest.raises(InputError, match="no such directory"):
         read_adapter(tmp_path / "nothing")
 
 

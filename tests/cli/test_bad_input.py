@@ -103,7 +103,7 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "tokenizer missing": (TRAIN, "tokenizer", drop("model/tokenizer.json", "model/tokenizer_config.json")),
     "known added token": (TRAIN, "is a token of this model already", recipe("model", added_tokens=["<|im_end|>"])),
     "pad token that is not there": (TRAIN, "'<pad>' is no token of this model", recipe("model", pad_token="<pad>")),
-    "a plan of no adapter": ("plan recipe.yaml --set adapter.init_from=./nowhere", "no such adapter directory"),
+    "a plan of no adapter": ("plan recipe.yaml --set adapter.init_from=./nowhere", "no such directory"),
     "base of a name near a directory": (TRAIN, "here; did you mean 'model'? Nor can", recipe("model", path="modell")),
     "the beginning of a base's name": (
         TRAIN,

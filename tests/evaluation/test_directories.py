@@ -52,6 +52,7 @@ _REFUSED = {
     "empty": _NEITHER,
     "rows.jsonl": "is a file, not a directory. Expected a run, an adapter directory or an exported checkpoint.",
     "my.yaml": "is a recipe. Name the directory of its run (runs/my, or its training.output_dir). Expected a run,",
+    "run/recipe.yaml": "is a recipe. Name the directory of its run (run). Expected a run,",
     "nowhere": "no such directory. Expected a run, an adapter directory or an exported checkpoint.",
     "a later export": "qvera_export.json: has kind 'onnx' in format 1, which this qvera does not know. A newer one may",
     "a later format": "qvera_export.json: has kind 'merged' in format 2, which this qvera does not know. A newer one may",
@@ -100,6 +101,7 @@ def place(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (tmp_path / name).mkdir(parents=True)
     write("rows.jsonl", "")
     write("my.yaml", recipe)
+    write("run/run.json", "{}")
     return tmp_path
 
 

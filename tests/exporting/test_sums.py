@@ -140,7 +140,7 @@ def test_what_is_no_qvera_adapter_is_refused(directories: dict[str, Path], tmp_p
     save_adapter(attach(small_llama(intermediate_size=128), AdapterSection(rank=8), "other"), tmp_path / "other")
     for adapters, said in (
         ({}, "at least one"),
-        ({"x": tmp_path / "x"}, "no such adapter directory"),
+        ({"x": tmp_path / "x"}, "no such directory"),
         ({"a": directories["a"], "other": tmp_path / "other"}, "this base and the adapter's config need"),
     ):
         with pytest.raises(InputError, match=said):

@@ -254,7 +254,8 @@ def saved(tmp_path: Path) -> Path:
         ({"rank": 9}, "has rank 8, the recipe 9"),
         ({"targets": ["gate_proj", "down_proj"]}, "20 unknown"),
         ({"targets": ["q_proj"]}, "of shapes {'A': [8, 192], 'B': [192, 8]}, the recipe {'A': [8, 64], 'B': [64, 8]}"),
-        ({"init_from": "nothing"}, "no such adapter directory"),
+        ({"init_from": "nothing"}, "no such directory"),
+        ({"init_from": __file__}, "is a file, not a directory"),
     ],
 )
 def test_init_from_that_does_not_fit_is_refused(saved: Path, changes: dict[str, Any], words: str) -> None:

@@ -101,7 +101,7 @@ def test_a_run_goes_on_where_its_base_tokenizer_and_rows_have_moved(
     train(make_recipe(**places, training={"max_steps": 1}), tmp_path / "run")
     old.rename(new)
     own = tmp_path / "run" / "recipe.yaml"
-    with pytest.raises(InputError, match=r"first.adapter: no such adapter directory\. A run that goes on needs it too"):
+    with pytest.raises(InputError, match=r"first.adapter: no such directory\. A run that goes on needs it too"):
         lost = load_recipe(own, of_a_run=True)
         check_start(lost.adapter, lost.model)
     own.write_text(own.read_text().replace(str(old), str(new)))
