@@ -110,13 +110,13 @@ class AdapterStore:
         if not (directory / ADAPTER_WEIGHTS).is_file():
             raise InputError(f"{directory}: has no {ADAPTER_WEIGHTS}, so it is not an adapter directory.")
         with self._lock:
-            other = self._directories().get(name)
-            is_other = other is None or other.absolute() != directory
-            if other is not None and is_other and not replace:
+            other, listed = self._directories().get(name), self._listed.get(name)
+            if other is not None and other.absolute() != directory and not replace:
                 raise InputError(f"{shown_name(name)}: is the name of another adapter; unload that one first.")
-            if self._removed.get(name) == directory:  # it is listed: to take the removal back is enough
-                del self._removed[name]
-            elif is_other:
+            if listed is not None and listed.absolute() == directory:
+                self._added.pop(name, None)
+                self._removed.pop(name, None)
+            else:
                 self._added[name] = directory
             self._visible = None
         return other
@@ -124,9 +124,10 @@ class AdapterStore:
     def remove(self, name: str) -> None:
         """Forget a name. Its files stay, and `add` brings it back."""
         with self._lock:
-            directory = self._directory(name)
-            if self._added.pop(name, None) is None:
-                self._removed[name] = directory
+            self._directory(name)
+            self._added.pop(name, None)
+            if name in self._listed:
+                self._removed[name] = self._listed[name]
             self._visible = None
 
     def directory_for(self, name: str) -> Path:

@@ -114,6 +114,18 @@ def test_a_file_changed_in_place_is_another_adapter_even_within_one_tick_and_of_
     assert resolved(store, "b").identity == second.identity
 
 
+def test_a_name_that_was_given_to_another_directory_can_be_given_back_and_be_forgotten(tmp_path: Path) -> None:
+    write_files(own := tmp_path / "a", b"a")
+    write_files(other := tmp_path / "b", b"b")
+    store = AdapterStore(tmp_path)
+    store.remove("a")
+    for directory in (other, own, other):
+        assert store.add("a", directory, replace=True) != directory
+        assert resolved(store, "a").parts[0].directory == directory
+    store.remove("a")
+    assert store.names() == ["b"]
+
+
 def test_adapters_come_and_go_while_the_store_is_open(tmp_path: Path) -> None:
     later, elsewhere = tmp_path / "later", tmp_path / "elsewhere"
     store = AdapterStore(later, base_names=["base"])
