@@ -136,7 +136,8 @@ class Pages:
         views = self._views
         if adapters and len(ids) != 1:
             raise InputError("adapters are compared within one run; choose them on its page.")
-        signatures = tuple((one.signature, one.read.position) for one in map(views.get, ids))
+        signatures = [(one.signature, one.read.position) for one in map(views.get, ids)]
+        scored = [views.stamps_of_scores(ids[0], name) for name in adapters]
 
         def make() -> str:
             runs: dict[str, RunFiles] = (
@@ -147,7 +148,7 @@ class Pages:
             trail = [(ids[0], run_href(ids[0]))] if adapters else []
             return compare_page(compare(runs), served=_served([*trail, ("compare", "")]))
 
-        return self._once(("compare", tuple(ids), tuple(adapters)), signatures, make)
+        return self._once(("compare", tuple(ids), tuple(adapters)), (signatures, scored), make)
 
     def refused(self, title: str, reasons: Sequence[str], id: str = "") -> str:
         """A page that says what can't be shown. ``id``: of a run, whose training may have ended before it began."""

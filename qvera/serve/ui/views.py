@@ -318,8 +318,15 @@ class Views:
     def adapter_with_scores(self, id: str, name: str) -> RunFiles:
         """One adapter as a run of its own, with its curve and the scores of its eval.json."""
         view, entry = self.adapter(id, name)
-        own = f"{ADAPTERS}/{entry.directory}"
-        odd = unreadable(view.directory, f"{own}/eval.json", f"{own}/{ADAPTER_WEIGHTS}")
-        if odd:
+        if odd := unreadable(view.directory, *_scored_files(entry)):
             raise InputError(" ".join(odd))
         return read_adapter_of_run(view.directory, name)
+
+    def stamps_of_scores(self, id: str, name: str) -> Stamps:
+        """Signs of whether the files have changed that `adapter_with_scores` reads beside the run's own."""
+        view, entry = self.adapter(id, name)
+        return stamps_of(view.directory, *_scored_files(entry))
+
+
+def _scored_files(entry: AdapterEntry) -> list[str]:
+    return [f"{ADAPTERS}/{entry.directory}/{name}" for name in ("eval.json", ADAPTER_WEIGHTS)]

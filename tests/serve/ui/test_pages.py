@@ -229,7 +229,7 @@ def test_adapters_of_all_processes_are_listed_while_they_train(
     assert "step 2: training loss 0.375" in text_of(served.get("/adapter/many?name=emil").text)
 
 
-def test_runs_and_adapters_are_compared_as_qvera_compare_does(build_run: Build, served: Served) -> None:
+def test_runs_and_adapters_are_compared_as_qvera_compare_does(build_run: Build, served: Served, tmp_path: Path) -> None:
     runs = [build_run(name="one"), build_run(name="two", train=train_rows(50), info={"status": "interrupted"})]
     texts = (served.get("/compare?run=one&run=two").text, compare_page(compare_runs(runs)))
     inside = [re.findall(r"<main[^>]*>(.*)</main>", text, re.DOTALL) for text in texts]
@@ -237,7 +237,11 @@ def test_runs_and_adapters_are_compared_as_qvera_compare_does(build_run: Build, 
     assert inside[0] == inside[1]
     build_run(name="many", info=many_info(), train=many_rows(), evals=None)
     served.look_again()
-    assert "ben &lt;b&gt;" in served.get("/compare?run=many&adapter=Anna's Bakery&adapter=ben <b>").text
+    two = "/compare?run=many&adapter=Anna's Bakery&adapter=ben <b>"
+    assert "ben &lt;b&gt;" in served.get(two).text
+    (scored := tmp_path / "many" / "adapters" / "Anna=27s=20Bakery").mkdir(parents=True)
+    (scored / "eval.json").write_text("{}")
+    assert "Anna&#39;s Bakery: eval.json: has no key" in served.get(two).text
     nine = "?" + "&".join(f"run=r{n}" for n in range(9))
     refused = {"": "two runs or more", "?run=one": "got 1", "?run=one&run=one": "got 1", nine: "at most 8"}
     for query, said in refused.items():
