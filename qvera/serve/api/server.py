@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -165,30 +165,23 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """A stream of server-sent events. It ends when the client disconnects, or takes nothing (`Limits.send_seconds`)."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         """``events``: bytes to send; ``close`` is called at the end in any case."""
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._events, self._close = events, close
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until they end or the client goes."""
         try:
             with contextlib.suppress(ClientGone):
-                await while_connected(receive, self._write(send))
+                await while_connected(receive, self.stream_response(send))
         finally:
             self._close()
-
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def sse(data: object, name: str = "", id: str = "") -> bytes:
