@@ -138,8 +138,7 @@ def serve(
             "--training-dir: what is trained becomes a model of the directory of adapters, and there is none. Name one "
             "with --adapters DIR; it may be empty."
         )
-    for_training = ["python_multipart"] * (training_dir is not None) + ["zstandard"] * tinker  # of uploads, of bodies
-    require_packages("serve", "fastapi", "uvicorn", "prometheus_client", *for_training)
+    require_packages("serve", "fastapi", "prometheus_client", "python_multipart", "uvicorn", *["zstandard"] * tinker)
 
     check_target(model, takes_bases=True)
     if adapters is not None and (runs := runs_in(adapters)):

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from qvera.serve.api.errors import ApiError, bad_request, shortened_name, too_many, unknown_id
@@ -144,10 +146,6 @@ class _Form:
     """Parses a form with the parts ``purpose`` and ``file``; the file goes into an `Upload`."""
 
     def __init__(self, content_type: str, directory: TrainingDirectory, owner: str, most_bytes: int) -> None:
-        from python_multipart.exceptions import FormParserError
-        from python_multipart.multipart import MultipartParser, parse_options_header
-
-        self._error, self._options_of = FormParserError, parse_options_header
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise bad_request("Expected a multipart/form-data body with the parts 'purpose' and 'file'.")
@@ -157,7 +155,6 @@ class _Form:
         self._header, self._disposition = (bytearray(), bytearray()), b""
         self._size, self._ended = 0, False
         calls: Any = {
-            "on_part_begin": self._begin_part,
             "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
             "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
             "on_header_end": self._end_header,
@@ -177,7 +174,7 @@ class _Form:
             raise _too_large(self._most_bytes)
         try:
             self._parser.write(data)
-        except self._error as error:
+        except FormParserError as error:
             raise bad_request(f"The body is no multipart form: {error}.") from None
         if self._size - (self.upload.size_bytes if self.upload else 0) > _FORM_BYTES:
             raise bad_request(f"The form has more than {_FORM_BYTES:,} bytes beside its file.")
@@ -193,16 +190,14 @@ class _Form:
             raise bad_request(f"purpose: expected {TRAINING!r}, got {shortened_name(purpose)!r}.", "purpose")
         return self.upload.finish(purpose)
 
-    def _begin_part(self) -> None:
-        self._header, self._disposition = (bytearray(), bytearray()), b""
-
     def _end_header(self) -> None:
         if self._header[0].lower() == b"content-disposition":
             self._disposition = bytes(self._header[1])
         self._header = bytearray(), bytearray()
 
     def _begin_content(self) -> None:
-        _, options = self._options_of(self._disposition.decode("latin-1"))
+        _, options = parse_options_header(self._disposition.decode("latin-1"))
+        self._disposition = b""  # the next part has its own
         name = options.get(b"name", b"").decode("utf-8", "replace")
         self._is_file = name == "file"
         if name == "file":
