@@ -215,7 +215,7 @@ class Generation:
         self.fingerprint, self.texts = "fp_base", self._service.texts
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._open: dict[int, str] = {}  # index of an answer → the id of its request
-        self._closed, self._counted = False, 0
+        self._closed = False
         self._loop = asyncio.get_running_loop()
 
     async def start(self) -> None:
@@ -224,7 +224,6 @@ class Generation:
         Raises ApiError (unknown model), InputError (damaged adapter, prompt that does not fit), Busy, or EngineDead.
         """
         self._service.open_answers(self._access, len(self.streams))
-        self._counted = len(self.streams)
         try:
             await self._service.in_thread(self._submit)
         except BaseException:
@@ -271,12 +270,10 @@ class Generation:
             raise ClientGone
 
     def close(self) -> None:
-        """Cancel unfinished answers, without waiting."""
+        """Cancel unfinished answers, without waiting. Call it once, and not if `start` has failed."""
         self._closed = True
         self._cancel(*self._open)
-        if self._counted:
-            self._service.open_answers(self._access, -self._counted)
-            self._counted = 0
+        self._service.open_answers(self._access, -len(self.streams))
 
     def _cancel(self, *indexes: int) -> None:
         for index in indexes:

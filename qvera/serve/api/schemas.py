@@ -228,7 +228,7 @@ class MessageBody(BaseModel):
     tool_calls: Annotated[list[CallBody], Field(fail_fast=True)] | None = None
     tool_call_id: Text | None = None
 
-    def turn(self, where: str = "messages") -> Turn:
+    def turn(self, where: str) -> Turn:
         """Return the message, which stands at ``where``, as a turn of a row.
 
         Raises ApiError 400 or InputError if it has no content, or an image is no data: URL of base64.
