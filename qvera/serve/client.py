@@ -17,6 +17,7 @@ from typing import Any, Self
 from qvera.serve.api.access import is_loopback
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError, RunFailed, did_you_mean
+from qvera.utils.formatting import first_of
 
 KEY_VARIABLE = "QVERA_API_KEY"
 """The environment variable with the server's key. Other users of the machine could read it on a command line."""
@@ -78,12 +79,12 @@ class ServerClient:
             raise self._unknown("--judge-model", name, models)
         if name is None and len(models) != 1:
             raise InputError(
-                f"{self.url}: has {len(models):,} models. Name one with --judge-model: {_some_of(list(models))}."
+                f"{self.url}: has {len(models):,} models. Name one with --judge-model: {_some_of(models)}."
             )
         return name or next(iter(models))
 
     def _unknown(self, place: str, name: str, models: Collection[str]) -> InputError:
-        hint = f"{did_you_mean(name, models)} There are {_some_of(list(models))}."
+        hint = f"{did_you_mean(name, models)} There are {_some_of(models)}."
         return InputError(f"{place}: {self.url} has no model {shown_name(name)}{hint}")
 
     def _models(self) -> dict[str, str | None]:
@@ -181,8 +182,8 @@ class ServerClient:
         return kind(f"{self.url}: {message}")
 
 
-def _some_of(names: Sequence[str]) -> str:
-    return ", ".join(map(shown_name, names[:8])) + (f" and {len(names) - 8:,} more" if len(names) > 8 else "")
+def _some_of(names: Collection[str]) -> str:
+    return first_of([*map(shown_name, names)], 8)
 
 
 def _wait_seconds(error: urllib.error.HTTPError) -> float:

@@ -29,6 +29,7 @@ from qvera.utils.files import (
     read_json,
     try_read_json,
 )
+from qvera.utils.formatting import shortened
 
 _SETTLED_NS = 2_000_000_000
 """A file that changed this shortly before it was read is read again: another change may have the same time stamp."""
@@ -251,7 +252,7 @@ class AdapterStore:
         return weights
 
     def _unknown(self, name: str) -> UnknownAdapter:
-        shown = shown_name(name if len(name) <= 100 else f"{name[:100]}…")
+        shown = shown_name(shortened(name, 100))
         return UnknownAdapter(f"there is no adapter {shown}{did_you_mean(name[:100], self.names()[:1000])}")
 
     def _run_entry(self, directory: Path) -> dict[str, Any]:

@@ -19,8 +19,10 @@ from typing import Self
 from qvera.data.readers import EXTENSIONS
 from qvera.serve.fine_tuning.database import BEFORE, RESULTS, TRAINED, Database, Event, StoredFile, new_id, now
 from qvera.training.run_dir import run_lock
+from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError
 from qvera.utils.files import disk_errors, flush, replace_text
+from qvera.utils.formatting import shortened
 
 DATABASE = "fine_tuning.sqlite"
 _MESSAGE_CHARACTERS = 2000  # of an error, which may list all columns of a file
@@ -74,7 +76,7 @@ class TrainingDirectory:
     def for_owner(self, text: str, files: Iterable[StoredFile]) -> str:
         """A message with the sender's file names in place of paths."""
         for file in files:
-            text = text.replace(str(self.place(file)), shown(file.name))
+            text = text.replace(str(self.place(file)), shown_name(file.name))
         return self.without_places(text)
 
     def fail(self, job_id: str, code: str, message: str, param: str | None = None) -> None:
@@ -84,8 +86,7 @@ class TrainingDirectory:
             code: OpenAI's error code.
             param: the key of the job's request that is wrong.
         """
-        if len(message) > _MESSAGE_CHARACTERS:
-            message = f"{message[:_MESSAGE_CHARACTERS]}…"
+        message = shortened(message, _MESSAGE_CHARACTERS)
         error = {"code": code, "message": message, "param": param}
         event = Event(job_id, message, level="error")
         if self.database.move(job_id, (*BEFORE, *TRAINED), "failed", event, error=error, finished=now()):
@@ -116,19 +117,19 @@ class Upload:
         suffix = Path(name).suffix.lower() or ".jsonl"  # without one it is JSON lines, as in OpenAI's API
         if suffix not in EXTENSIONS:
             raise InputError(
-                f"{shown(name)}: can't read a file that ends in {suffix!r}; expected {', '.join(EXTENSIONS)}. Convert "
-                "it, or rename it if it is one of these."
+                f"{shown_name(name)}: can't read a file that ends in {suffix!r}; expected {', '.join(EXTENSIONS)}. "
+                "Convert it, or rename it if it is one of these."
             )
         self._directory, self._owner, self._name, self._suffix = directory, owner, name, suffix
         self._id, self.size_bytes = new_id("file"), 0
         self._partial = directory.files / f".{self._id}"
-        with disk_errors(shown(name), _KEPT):
+        with disk_errors(shown_name(name), _KEPT):
             self._stream = self._partial.open("xb")
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
         self.size_bytes += len(data)
-        with disk_errors(shown(self._name), _KEPT):
+        with disk_errors(shown_name(self._name), _KEPT):
             self._stream.write(data)
 
     def finish(self, purpose: str) -> StoredFile:
@@ -136,7 +137,7 @@ class Upload:
         file = StoredFile(self._id, self._owner, self._name, self._suffix, purpose, self.size_bytes)
         place = self._directory.place(file)
         try:
-            with disk_errors(shown(self._name), _KEPT):
+            with disk_errors(shown_name(self._name), _KEPT):
                 self._stream.flush()
                 os.fsync(self._stream.fileno())
                 self._stream.close()
@@ -153,8 +154,3 @@ class Upload:
         with contextlib.suppress(OSError):  # a full disk takes the last buffer no better now
             self._stream.close()
         self._partial.unlink(missing_ok=True)
-
-
-def shown(name: str) -> str:
-    """A sender's file name, made safe for a message."""
-    return name if name.isprintable() and len(name) <= 200 else repr(name[:200])
