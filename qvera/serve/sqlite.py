@@ -5,6 +5,7 @@ process. ``PRAGMA user_version`` has the version of the schema.
 """
 
 import contextlib
+import secrets
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,6 +101,11 @@ class SqliteFile:
         if not found:
             raise unknown_id(table.removesuffix("s"), key)
         return found[0]
+
+
+def new_id(kind: str) -> str:
+    """An id that nobody can guess: ``kind``, a dash and 24 hex digits."""
+    return f"{kind}-{secrets.token_hex(12)}"
 
 
 def insert(connection: sqlite3.Connection, table: str, **values: object) -> None:

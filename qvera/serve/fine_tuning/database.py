@@ -5,7 +5,6 @@ Each method is one transaction (see `SqliteFile`).
 
 import dataclasses
 import json
-import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from qvera.serve.api.errors import ApiError, too_many, unknown_id
-from qvera.serve.sqlite import SqliteFile, insert
+from qvera.serve.sqlite import SqliteFile, insert, new_id
 
 TRAINING, RESULTS = "fine-tune", "fine-tune-results"  # purposes of a file
 JobAction = Literal["cancel", "pause", "resume"]
@@ -23,11 +22,6 @@ BEFORE: tuple[JobStatus, ...] = ("validating_files", "queued")
 TRAINED: tuple[JobStatus, ...] = ("running", "finishing")
 """``finishing``: its adapter is being saved, so it can't be cancelled any more. The API shows "running"."""
 OPEN: tuple[JobStatus, ...] = (*BEFORE, *TRAINED, "paused")  # all other statuses are final
-
-
-def new_id(kind: str) -> str:
-    """An id that nobody can guess: ``kind``, a dash and 24 hex digits."""
-    return f"{kind}-{secrets.token_hex(12)}"
 
 
 def now() -> int:

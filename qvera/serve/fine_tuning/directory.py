@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Self
 
 from qvera.data.readers import EXTENSIONS
-from qvera.serve.fine_tuning.database import BEFORE, RESULTS, TRAINED, Database, Event, StoredFile, new_id, now
+from qvera.serve.fine_tuning.database import BEFORE, RESULTS, TRAINED, Database, Event, StoredFile, now
+from qvera.serve.sqlite import new_id
 from qvera.training.run_dir import run_lock
 from qvera.utils.adapter_names import shown_name
 from qvera.utils.errors import InputError

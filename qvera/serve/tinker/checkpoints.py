@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from qvera.serve.api.errors import ApiError, unknown_id
+from qvera.serve.sqlite import new_id
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import ModelShape
 from qvera.utils.errors import InputError
@@ -148,7 +149,7 @@ class Checkpoints:
         with self._lock:
             if done := self._select("owner = ? AND json_extract(about, '$.copy_key') = ?", owner, key):
                 return done[0]
-            source, run, now = self.find(path, owner), f"copy-{secrets.token_hex(12)}", time.time()
+            source, run, now = self.find(path, owner), new_id("copy"), time.time()
             place = self.place(run, source.kind, source.name)
             self.require_free(place, owner, False, None)
             # a file that is saved over is a new file, so the copy keeps the old one

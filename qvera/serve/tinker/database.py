@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
 import threading
 import time
 from collections import defaultdict
@@ -20,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from qvera.serve.sqlite import SqliteFile, insert
+from qvera.serve.sqlite import SqliteFile, insert, new_id
 
 if TYPE_CHECKING:
     import sqlite3
@@ -90,7 +89,7 @@ class Database(SqliteFile):
         A repetition has the ``target`` and ``seq`` of an earlier call, whose promise it gets. One that was refused has
         no ``body``.
         """
-        promise, moment = f"promise-{secrets.token_hex(12)}", time.time()
+        promise, moment = new_id("promise"), time.time()
         with self.transaction() as connection:
             found = connection.execute("SELECT id FROM promises WHERE target = ? AND seq = ?", (target, seq)).fetchone()
             if found is not None:

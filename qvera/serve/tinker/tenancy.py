@@ -33,6 +33,7 @@ from qvera.serve.api.errors import ApiError, require_room
 from qvera.serve.engine import Engine
 from qvera.serve.fine_tuning.directory import remove_remains
 from qvera.serve.opening import Served
+from qvera.serve.sqlite import new_id
 from qvera.serve.tinker.calls import READERS, Call, CreateModel, LoadWeights, parsed
 from qvera.serve.tinker.checkpoints import Checkpoints
 from qvera.serve.tinker.database import Database
@@ -172,7 +173,7 @@ class Tinker:
         """Begin a session. Returns its id, and what its user should know. Raises ApiError 429 at the key's limit."""
         with self._lock:
             require_room("sessions", sum(one == owner for _, one in self._sessions), self.settings.sessions)
-            session, now, text = f"session-{secrets.token_hex(12)}", time.time(), json.dumps(about)
+            session, now, text = new_id("session"), time.time(), json.dumps(about)
             self.database.insert("sessions", id=session, owner=owner, created=now, heartbeat=now, about=text)
             self._sessions[session, owner] = time.monotonic()
         name = self.base.name
