@@ -152,21 +152,21 @@ class ServerClient:
         # the environment's proxy is not used for this machine's own addresses
         is_own = is_loopback(urllib.parse.urlsplit(self.url).hostname or "")
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({} if is_own else None))
-        for tries_left in reversed(range(_TRIES)):
+        tries_left = _TRIES
+        while True:
             request = urllib.request.Request(self.url + path, data, headers)
             try:
                 return opener.open(request, timeout=_SECONDS)  # type: ignore[no-any-return]
             except urllib.error.HTTPError as error:
-                if error.code in _BUSY and tries_left:
-                    time.sleep(_wait_seconds(error))
-                    continue
-                raise self._problem(error) from None
+                tries_left -= 1
+                if error.code not in _BUSY or not tries_left:
+                    raise self._problem(error) from None
+                time.sleep(_wait_seconds(error))
             except (OSError, HTTPException, ValueError) as error:
                 reason = getattr(error, "reason", error)
                 is_tls = isinstance(reason, ssl.SSLError)
                 question = "Is it a server of http://?" if is_tls else "Is `qvera serve` running there?"
                 raise RunFailed(f"{self.url}: can't be reached: {reason}. {question}") from None
-        raise AssertionError("the last try raises")
 
     def _problem(self, error: urllib.error.HTTPError) -> InputError | RunFailed:
         code = None

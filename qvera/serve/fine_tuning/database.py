@@ -264,7 +264,7 @@ class Database(SqliteFile):
 
 
 def _made(kind: type[R], row: sqlite3.Row) -> R:
-    fields = {name: json.loads(row[name]) if name in _AS_JSON else row[name] for name in row.keys()}  # noqa: SIM118
+    fields = {name: json.loads(value) if name in _AS_JSON else value for name, value in dict(row).items()}
     fields |= {name: bool(fields[name]) for name in _AS_BOOL if name in fields}
     del fields["number"]
     return kind(**fields)

@@ -99,7 +99,7 @@ def create_app(places: Sequence[Path], listens_on: str = "127.0.0.1", trains: bo
         forms = {"/new": _new, "/recipe/{name}": _recipe}
         app.router.routes += [Route(path, answer, methods=["GET", "POST"]) for path, answer in forms.items()]
         service.pages.starter = Starter(places[0], service.directories)
-    app.add_middleware(Guard, service=app.state.service, listens_on=listens_on)
+    app.add_middleware(Guard, service=service, listens_on=listens_on)
     return app
 
 
@@ -136,7 +136,7 @@ class Guard:
 
 
 def _text(status: int, text: str) -> Response:
-    return PlainTextResponse(text.encode(errors="replace").decode() + "\n", status)
+    return PlainTextResponse(f"{text}\n", status)
 
 
 def _service(request: Request) -> Service:
