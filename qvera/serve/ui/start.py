@@ -111,7 +111,7 @@ class Starter:
 
     def close(self) -> None:
         """End the servers. Trainings go on."""
-        for name, _ in list(self._processes):
+        for name in [name for name, command in self._processes if command == "serve"]:
             self.act(name, "stop-serve", "")
 
     def _reads_rows(self, name: str) -> bool:

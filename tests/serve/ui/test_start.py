@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -137,7 +138,10 @@ def test_stop_asks_as_ctrl_c_does_and_the_end_of_the_server_stops_no_training(
     again = form.ask("/recipe/mine", do="train", recipe="a: 1")
     assert (again.status_code, "is running" in again.text) == (400, True)
     assert form.starter.recipe("mine").read_bytes() == b"a: 1\nb: 2\n"  # a page that was open before changes nothing
+    asked, killpg = list[int](), os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *given: (asked.append(given[0]), killpg(*given)))
     form.starter.close()  # as when the server ends
+    assert len(asked) == 1, "a second Ctrl-C would cut running answers off"
     wait_until(lambda: not form.starter.is_running("mine", "serve"))
     assert form.starter.is_running("mine", "train")
     form.ask("/recipe/mine", do="stop-train")
