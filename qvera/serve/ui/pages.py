@@ -204,29 +204,28 @@ def _served(trail: Sequence[tuple[str, str]], events: str = "", **more: Any) -> 
 
 def _now(view: View) -> dict[str, Any]:
     """Return the figures of a running run: key, title, value and note of each."""
-    last, phase = view.read.train.last, Progress.of(view.directory)
     if view.state != "running":
         return {}
+    last, phase = view.read.train.last, Progress.of(view.directory)
+    left = phase.left_seconds
     shown_phase = [("phase", "Now", phase.name, phase.counted)] if phase.name not in ("", "training") else []
     if last is None:
-        left_text = "" if phase.left_seconds is None else duration(phase.left_seconds)
-        return {"now": [*shown_phase, *([("left", "Left", left_text, "of this phase")] if left_text else [])]}
+        return {"now": shown_phase + ([] if left is None else [("left", "Left", duration(left), "of this phase")])}
     step, is_many = get_number(last, "step") or 0.0, view.many is not None
     planned, many_steps = view.run.number("planned_steps"), view.read.adapter_steps
     if is_many and (view.read.sampled_bytes or (view.run.number("processes", "count") or 1) > 1):
         planned = None  # not all steps of the adapters are known
     done = many_steps if is_many else step
-    rows = view.read.train.rows()
-    left = None if planned is None else left_seconds(rows, planned - done)
-    if is_many and left is not None:
-        left /= max(1.0, many_steps / max(1.0, step))  # a round is a step of several adapters
+    if left is None or shown_phase:
+        left = None if planned is None else left_seconds(view.read.train.rows(), planned - done)
+        if is_many and left is not None:
+            left /= max(1.0, many_steps / max(1.0, step))  # a round is a step of several adapters
     held_out = view.read.evals.last
     of = "" if planned is None else f"{done:,.0f} of {planned:,.0f} steps" if is_many else f"of {planned:,.0f}"
 
     def text(record: dict[str, Any] | None, key: str, format: Callable[[float], str]) -> str:
         return "" if (value := get_number(record, key)) is None else format(value)
 
-    left = left if phase.left_seconds is None or shown_phase else phase.left_seconds
     figures = [
         *shown_phase,
         ("step", "Round" if is_many else "Step", f"{step:,.0f}", of),
