@@ -28,7 +28,7 @@ from qvera.serve.sqlite import new_id
 from qvera.serve.tinker.database import Database
 from qvera.training.tenants import ModelShape
 from qvera.utils.errors import InputError
-from qvera.utils.files import replacing, take_place
+from qvera.utils.files import disk_errors, replacing, take_place
 from qvera.utils.formatting import size
 
 CheckpointKind = Literal["weights", "sampler_weights", "external_weights"]
@@ -145,7 +145,10 @@ class Checkpoints:
                 self.database.rows("DELETE FROM checkpoints WHERE path = ?", (row["path"],))
 
     def copy(self, path: str, owner: str, ttl_seconds: int | None, key: str) -> Checkpoint:
-        """Copy a checkpoint to a run of its own. The same ``key`` gives the same copy. Raises as `find`."""
+        """Copy a checkpoint to a run of its own. The same ``key`` gives the same copy.
+
+        Raises as `find`, or RunFailed if the disk is full.
+        """
         with self._lock:
             if done := self._select("owner = ? AND json_extract(about, '$.copy_key') = ?", owner, key):
                 return done[0]
@@ -154,7 +157,8 @@ class Checkpoints:
             self.require_free(place, owner, False, None)
             # a file that is saved over is a new file, so the copy keeps the old one
             written = place.directory.with_name(".copy")
-            shutil.copytree(source.directory, written, copy_function=os.link)
+            with disk_errors(place.path, "Nothing was copied."):
+                shutil.copytree(source.directory, written, copy_function=os.link)
             about, columns = source.about, {"id": run, "session": "", "owner": owner, "ended": now}
             self.database.add_model(source.shape, about["user_metadata"], base=about["base"], **columns)
             # found from here on

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -150,10 +152,18 @@ def test_a_full_disk_is_told_in_a_way_that_lets_the_client_ask_again(
 ) -> None:
     server = start_tinker()
 
-    def refusing(*_: Any) -> None:
+    training = client_of(server).create_lora_training_client("tiny", rank=8).result()
+    path = training.save_state("mine").result().path
+
+    def refusing(*_: Any, **__: Any) -> None:
         raise RunFailed("tinker.sqlite: the disk is full")
 
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(server.tinker, "create_session", refusing)
-    answer = server.call("create_session", {})
-    assert (answer.status_code, "x-should-retry" in answer.headers) == (507, False)
-    assert answer.json()["detail"] == "The server's disk is full, or can't be written. Nothing was changed."
+    monkeypatch.setattr(os, "makedirs", full)
+    for call, body in (("create_session", {}), ("copy_weights", {"source_path": path})):
+        answer = server.call(call, body)
+        assert (answer.status_code, "x-should-retry" in answer.headers) == (507, False), call
+        assert answer.json()["detail"] == "The server's disk is full, or can't be written. Nothing was changed."
