@@ -19,7 +19,7 @@ from qvera.data.source import hub_datasets
 from qvera.distributed.group import for_all, in_group
 from qvera.training.run_dir import check_run_dir, mark_ended, require_writable, run_lock
 from qvera.utils.errors import InputError
-from qvera.utils.files import RECIPE_FILE, cache_root, resolve_path
+from qvera.utils.files import RECIPE_FILE, cache_root, is_recipe_of_run, resolve_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -119,9 +119,10 @@ def run_directory(recipe: Recipe, file: Path | None) -> Path:
     copied; another ``output_dir`` than is written there begins a run elsewhere.
     """
     asked = recipe.training.output_dir
-    is_own = file is not None and file.name == RECIPE_FILE and (file.parent / "run.json").exists()
-    if file is not None and is_own and asked in (None, load_recipe(file, of_a_run=True).training.output_dir):
-        return file.parent
+    if file is not None and is_recipe_of_run(file):
+        written = load_recipe(file, of_a_run=True).training.output_dir
+        if asked in (None, written):
+            return file.parent
     if asked is not None:
         return Path(resolve_path(asked))
     return Path("runs") / (file.stem if file is not None else "run")

@@ -39,11 +39,15 @@ def existing_parent(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
+def is_recipe_of_run(file: Path) -> bool:
+    """Whether a recipe is the one that a run has written into its directory."""
+    return file.name == RECIPE_FILE and (file.parent / "run.json").exists()
+
+
 def no_directory(path: Path) -> str:
     """Say that a path should be a directory and is not, with a directory beside it that may be meant."""
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        own = path.name == RECIPE_FILE and (path.parent / "run.json").exists()
-        place = path.parent if own else f"runs/{path.stem}, or its training.output_dir"
+        place = path.parent if is_recipe_of_run(path) else f"runs/{path.stem}, or its training.output_dir"
         return f"{path}: is a recipe. Name the directory of its run ({place})."
     if path.exists():
         return f"{path}: is a file, not a directory."
