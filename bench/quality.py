@@ -65,7 +65,6 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "PEFT Uni-LoRA 209k": ({"method": "uni-lora", "rank": 209_280}, (4, 4, 4)),
     "PEFT MiSS r=1": ({"method": "miss", "rank": 1}, (3, 3, 3)),
     "PEFT LoKr r=3": ({"method": "lokr", "rank": 3}, (3, 3, 3)),
-    "PEFT LoKr r=12": ({"method": "lokr", "rank": 12}, (5, 5, 5)),
     "PEFT (IA)³": ({"method": "ia3"}, (6, 6, 6)),
     "two-sided scales": ({"method": "two-sided"}, (6, 6, 6)),
     "VeRA r=64 on an input basis": ({"method": "input-basis", "rank": 64}, (7, 7, 7)),
