@@ -254,7 +254,7 @@ def _convert(gguf: Path, made: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16, "use_kernels": False}
     if hasattr(transformers, "GgufConfig"):  # newer versions keep GGUF weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:

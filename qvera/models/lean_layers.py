@@ -322,9 +322,16 @@ def _rotates_as_llama(forward: Callable[..., Any]) -> bool:
     innermost = inspect.unwrap(forward)
     if not isinstance(innermost, FunctionType) or "apply_rotary_pos_emb" not in innermost.__code__.co_names:
         return False
-    theirs = innermost.__globals__.get("apply_rotary_pos_emb")
+    theirs = _function_of(innermost.__globals__.get("apply_rotary_pos_emb"))
     return (
         isinstance(theirs, FunctionType)
-        and _same_text(theirs, modeling_llama.apply_rotary_pos_emb)
+        and _same_text(theirs, _function_of(modeling_llama.apply_rotary_pos_emb))
         and _same_text(theirs.__globals__.get("rotate_half"), modeling_llama.rotate_half)
     )
+
+
+def _function_of(rotation: Any) -> Any:
+    """Return a rotation's own function. With the package ``kernels``, transformers' decorator makes it a module."""
+    if isinstance(rotation, nn.Module):
+        return inspect.getclosurevars(type(rotation).forward).nonlocals.get("func")
+    return rotation

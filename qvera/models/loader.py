@@ -15,12 +15,13 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch.nn.modules.conv import _ConvNd
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from qvera.config.sections import ModelSection
 from qvera.data.tokenization import pad_id_of, require_eos
 from qvera.distributed.zero import BaseSharder, whole_numel
 from qvera.models import attention, linear, quantization, quantize_checkpoint, stream
-from qvera.models.conversion import as_named
+from qvera.models.conversion import as_named, is_decoded
 from qvera.models.experts import stacks
 from qvera.models.hub import base_directory, fingerprint_of
 from qvera.models.loss import require_own_logits
@@ -193,9 +194,12 @@ def _load_by_transformers(
 ) -> PreTrainedModel:
     """Raises InputError if the checkpoint lacks weights, which transformers would draw at random."""
     heads = list(model_class.head_modules(empty))
-    prequantized = getattr(config, "quantization_config", None) is not None
-    dense = quantization.kept_dense(empty, heads)
-    wanted = None if prequantized else quantization.quantization_config(section, dtype, dense)
+    stored_as: Any = getattr(config, "quantization_config", None)
+    wanted: Any = None
+    if stored_as is None:
+        wanted = quantization.quantization_config(section, dtype, quantization.kept_dense(empty, heads))
+    elif is_decoded(stored_as):  # transformers would compute in the stored format where it has kernels for that
+        wanted = AutoQuantizationConfig.from_dict({**stored_as, "dequantize": True})
     name, keeps_head = resolve_path(section.path), model_class.finds_head(config)
     model, loading = model_class.from_pretrained(
         name,
@@ -211,14 +215,14 @@ def _load_by_transformers(
     )
     drawn = {*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])}
     missing = sorted(key for key in drawn if keeps_head or key.partition(".")[0] not in heads)
-    if missing and not prequantized:
+    if missing and stored_as is None:
         raise InputError(
             f"model.path: the weights of {name!r} hold no {first_of(missing)} of the shape that config.json asks for, "
             "which transformers would draw at random. Copy config.json and all weight files of one checkpoint again."
         )
     drawn.update(() if keeps_head else model_class.outputs(model))
     model_class.start_head(model, drawn, device)
-    if not prequantized:  # transformers has rounded it to the compute dtype
+    if stored_as is None:  # transformers has rounded it to the compute dtype
         entries = as_named(checkpoint_tensors(directory), empty)
         stored = [e for e in entries if e.name.partition(".")[0] in heads and e.name not in drawn]
         stamps = file_stamps(stored)

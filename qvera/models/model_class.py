@@ -120,6 +120,7 @@ class ModelClass:
 
     def from_pretrained(self, name: str, config: PretrainedConfig, **options: Any) -> Any:
         """The model of a checkpoint, as transformers loads it. A head of other labels is left out."""
+        options["use_kernels"] = False  # else newer versions put kernels from the hub in place of layers, on a GPU
         if self.has_own_head:
             options |= {"config": self.configured(config), "ignore_mismatched_sizes": True}
         auto = self.of_published(config.architectures).auto

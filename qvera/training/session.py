@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,13 @@ class TrainingSession:
             if recipe.deepspeed is not None:
                 require_deepspeed(recipe.deepspeed)
             check_recipe(recipe)
+            # on a GPU transformers takes kernels of the hub where the package `kernels` is there
+            packages = ("flash_attn", "kernels") if accelerator.is_available() else ("flash_attn",)
+            if recipe.model.attn_implementation == "flash_attention_2" and not any(map(find_spec, packages)):
+                raise InputError(
+                    "model.attn_implementation: flash_attention_2 needs the package flash-attn, which is not installed "
+                    "here. Install it, or remove the key: auto takes the fastest attention that is there."
+                )
             self.task.check()
             return zero
 

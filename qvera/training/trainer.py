@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,16 +159,10 @@ def _session(
 
 
 def check_early(recipe: Recipe) -> None:
-    """Check packages and the base's directory before torch is imported. InputError as their readers would raise it.
+    """Check the base's directory before torch is imported. InputError as their readers would raise it.
 
     Where the hub is asked for something and does not answer, its client goes offline: it would try again for a minute.
     """
-    # transformers takes kernels of the hub where the package `kernels` is there
-    if recipe.model.attn_implementation == "flash_attention_2" and not any(map(find_spec, ("flash_attn", "kernels"))):
-        raise InputError(
-            "model.attn_implementation: flash_attention_2 needs the package flash-attn, which is not installed here. "
-            "Install it, or remove the key: auto takes the fastest attention that is there."
-        )
     if (root := cache_root()).exists() and not root.is_dir():
         raise InputError(
             f"{root}: is a file, and the cache needs a directory; see the environment variable QVERA_CACHE."

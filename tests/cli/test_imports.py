@@ -66,7 +66,6 @@ def wrong_starts_import_no_torch(recipe: str) -> None:
     wrong = {
         "training.lr=1": "Did you mean `learning_rate`?",
         "model.path=/nowhere": "'/nowhere' is not a directory",
-        "model.attn_implementation=flash_attention_2": "needs the package flash-attn, which is not installed",
         "data.path=nowhere.jsonl": "nowhere.jsonl: no such file",
         "data.eval_path=nowhere.jsonl": "nowhere.jsonl: no such file",
         "training.output_dir=/proc/x": "nothing can be written in /proc",

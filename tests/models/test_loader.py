@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qvera.adapters.save_load import attach, save_adapter
 from qvera.config.sections import AdapterSection, ModelSection
@@ -77,6 +77,13 @@ def test_the_loaded_weights_are_the_stored_ones(tiny_model_dir: Path) -> None:
         for quantization, error in (("int8", 0.05), ("nf4", 0.35), ("fp4", 0.5)):
             model = load_base(section(tiny_model_dir, quantization=quantization), CPU).model
             assert 1e-3 < relative(model(IDS).logits, plain) < error
+
+
+def test_layers_stay_transformers_own(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[bool]()
+    monkeypatch.setattr(PreTrainedModel, "set_use_kernels", lambda model, use, *others: asked.append(use))
+    base = load_base(section(tiny_model_dir, quantization="none"), CPU)
+    assert asked == [False] and not base.model.use_kernels  # newer versions take kernels from the hub otherwise
 
 
 @pytest.fixture(scope="module")

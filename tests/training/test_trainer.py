@@ -28,7 +28,7 @@ from qvera.data import build_datasets, data_sha256
 from qvera.evaluation.load import open_run
 from qvera.models import forward
 from qvera.models.tokenizer import load_tokenizer
-from qvera.training import checkpoint, trainer
+from qvera.training import checkpoint, session, trainer
 from qvera.training.alone import Trainer
 from qvera.training.loop import AloneLoop
 from qvera.training.run_dir import Trackers, run_lock
@@ -623,3 +623,10 @@ def test_run_json_says_what_a_run_is_made_of_while_it_goes(
     assert begun["result"] == {"eval_before": done["result"]["eval_before"]}
     assert [begun["samples"][0] | {"after": done["samples"][0]["after"]}] == done["samples"]
     assert [begun[key] for key in ("model", "data", "device")] == [done[key] for key in ("model", "data", "device")]
+
+
+def test_flash_attention_needs_its_package(make_recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "find_spec", {"kernels": True}.get)  # whose kernels need a GPU
+    recipe = make_recipe(model={"attn_implementation": "flash_attention_2"})
+    with pytest.raises(InputError, match="needs the package flash-attn, which is not installed here"):
+        train(recipe, tmp_path / "run")
