@@ -180,19 +180,22 @@ def compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "induct
     if (attention := compilable(config._attn_implementation, device)) != config._attn_implementation:
         inner.set_attn_implementation(attention)
 
-    def compiled_in_training(layer: nn.Module) -> Callable[..., Any]:
-        # torch keeps at most 8 versions of a function's code and then runs it plainly; masks, caches and dense weights
-        # of evaluations would use them up before the first step
-        plain = layer.forward
-        compiled = torch.compile(plain, backend=backend, dynamic=True)
-
-        @functools.wraps(plain)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return (compiled if layer.training and torch.is_grad_enabled() else plain)(*args, **kwargs)
-
-        return forward
-
     layers = decoder_layers(decoder_of(inner))
     for layer in layers:
-        layer.forward = compiled_in_training(layer)
+        _compile_in_training(layer, backend)
     return len(layers)
+
+
+def _compile_in_training(layer: Any, backend: str | Callable[..., Any]) -> None:
+    # torch keeps at most 8 versions of a function's code and then runs it plainly; masks, caches and dense weights
+    # of evaluations would use them up before the first step
+    kind, plain = type(layer), layer.forward
+    compiled = torch.compile(plain, backend=backend, dynamic=True)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (compiled if self.training and torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    # since transformers 5.25 a class checkpoints its own `forward`, and only that of the object's class: in a class of
+    # its own the checkpoint stays outside of the compiled code
+    layer.__class__ = type(kind.__name__, (kind,), {"forward": forward})

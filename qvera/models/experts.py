@@ -8,8 +8,9 @@ included. Blocks of 64 weights end with experts, so one expert is a slice of the
 `run_experts` sorts the tokens by expert. Only experts that a token was routed to are dequantized, a few at a time, in
 the forward pass and again in backward. No weight is kept.
 
-Llama 4, DBRX, JetMoE and LongCat-Flash run their experts by code of their own, for which transformers has no interface.
-Each function of `_FORWARD` is the ``forward`` of a class of theirs, whose name it is given for (`run_here`).
+Llama 4, DBRX, JetMoE and, in transformers before 5.25, LongCat-Flash run their experts by code of their own, for which
+transformers has no interface. Each function of `_FORWARD` is the ``forward`` of a class of theirs, whose name it is
+given for (`run_here`).
 """
 
 import dataclasses
@@ -63,12 +64,17 @@ class StackSpec(NamedTuple):
         return self.rows * self.columns % 64 == 0
 
 
+def _has_interface(module: Any) -> bool:
+    """Whether transformers' interface runs these experts, as it does LongCat-Flash's since 5.25."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
 def expert_specs(model: nn.Module) -> dict[str, StackSpec]:
     """The expert projections of a model that are run here, by the names of their parameters."""
     found = {}
     for path, module in model.named_modules():
         own = _OWN_CODE.get(type(module).__name__, {})
-        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+        if _has_interface(module):
             own = dict.fromkeys(projections(module), bool(module.is_transposed))
         for name, is_transposed in own.items():
             if isinstance(weight := getattr(module, name, None), nn.Parameter):
@@ -331,7 +337,7 @@ def place_stack(model: nn.Module, name: str, stack: ExpertStack) -> None:
     module: Any = model.get_submodule(path)
     del module._parameters[key]
     setattr(module, key, stack)
-    if type(module).__name__ in _OWN_CODE:
+    if not _has_interface(module):
         run_here(model, path)
         return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, run_experts)
@@ -382,7 +388,7 @@ def _dbrx(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
 
 
 def _longcat(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Run LongCat-Flash's experts, of which those behind the routed ones give back their input.
+    """Run LongCat-Flash's experts, of which those behind the routed ones give back their input (before 5.25).
 
     These too have weights in the first projection, which nothing reads.
     """
