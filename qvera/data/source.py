@@ -379,11 +379,10 @@ def _tokenize(part: Part, directory: Path, source: TokenizedSource, show: Phase)
         return rows
     limit, dropped = section.max_length, source.counts.dropped
     reasons = ", ".join(f"{reason} ({len(sources)})" for reason, sources in dropped.items())
-    why = (
-        f"all {count} are left out: {reasons}. Fix the rows, raise data.max_length ({limit}), or cut rows otherwise "
-        "(data.too_long)."
+    raise InputError(
+        f"{path}: no row is left: all {count} are left out: {reasons}. Fix the rows, raise data.max_length ({limit}), "
+        "or cut rows otherwise (data.too_long)."
     )
-    raise InputError(f"{path}: no {'held-out' if part.name == EVAL else 'training'} row is left: {why}")
 
 
 # --- several processes

@@ -72,7 +72,7 @@ def test_long_rows_are_cut_and_those_without_a_trained_token_left_are_dropped_an
     )
     assert cut.stats.tokens == 20 + len(whole.train[2].input_ids)
     with pytest.raises(
-        InputError, match=r"no training row is left: .* without a trained token \(1\)\. .*raise data\.max_length \(8\)"
+        InputError, match=r"no row is left: .* without a trained token \(1\)\. .*raise data\.max_length \(8\)"
     ):
         read([{"prompt": "x " * 99, "completion": "y"}], max_length=8)
 

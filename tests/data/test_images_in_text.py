@@ -145,7 +145,7 @@ BAD = {
     "a place without an image": (asked({"type": "text", "text": "<|image_pad|>"}), {}, "has 1 places .* 0 images are given"),
     "a template of text": (asked({"type": "image", "image": "cat.png"}), {"template": "chatml"}, r"the chat template \(chatml\) refuses the row"),
     "a base of text": (asked({"type": "image", "image": "cat.png"}), {"by": small_tokenizer()}, "this base is taken for text"),
-    "too long": (asked({"type": "image", "image": "cat.png"}), {"max_length": 14}, "no training row is left"),
+    "too long": (asked({"type": "image", "image": "cat.png"}), {"max_length": 14}, "no row is left"),
     "a pair": (
         {"prompt": [{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}], "chosen": [ANSWER], "rejected": [ANSWER]},
         {"format": "preference"}, "preferences are read as text only",

@@ -162,9 +162,7 @@ def test_dropping_every_row_for_its_length_is_said_as_that(write: Write, tokeniz
     with pytest.raises(InputError) as failure:
         build_datasets(section, tokenizer)
     said = str(failure.value)
-    assert said.startswith(
-        f"{section.path}: no training row is left: all 2 are left out: longer than data.max_length (8) (2)."
-    )
+    assert said.startswith(f"{section.path}: no row is left: all 2 are left out: longer than data.max_length (8) (2).")
     assert said.endswith(" Fix the rows, raise data.max_length (8), or cut rows otherwise (data.too_long).")
     assert build_datasets(section.replace(too_long="cut-end"), tokenizer).train  # one of the ways out that it names
 

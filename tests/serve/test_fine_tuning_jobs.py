@@ -373,6 +373,25 @@ def test_an_adapter_that_can_not_be_written_holds_up_no_other_job(
     assert statuses(jobs, first, third) == ["succeeded"] * 2
 
 
+def test_a_paused_job_that_can_not_be_saved_holds_up_no_other_and_goes_on_from_what_it_had(
+    jobs: Jobs, trainer: ScriptedTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = queued(jobs, "anna", "ben")
+    jobs.worker.run_slice()
+    jobs.change(first.id, "me", "pause")
+    broken = [ValueError("not a number")]
+    fail_where(monkeypatch, trainer, "save", lambda run, _: broken.pop() if run.id == first.id and broken else None)
+    run_all(jobs)
+    assert statuses(jobs, first, second) == ["paused", "succeeded"]
+    said = jobs.database.events(first.id, None, 1)[0]
+    assert said.level == "error"
+    assert said.message == "Once resumed, it goes on from its last save, as it can't be saved now: not a number."
+    jobs.change(first.id, "me", "resume")
+    run_all(jobs)
+    assert statuses(jobs, first) == ["succeeded"]
+    assert steps_of(jobs, first) == list(range(1, STEPS + 1))
+
+
 def test_saving_takes_a_twentieth_of_training_and_one_job_a_slice(
     jobs: Jobs, trainer: ScriptedTrainer, clock: list[float]
 ) -> None:

@@ -118,7 +118,7 @@ class Worker:
             trained = self._trained.get(job_id)
             if trained is not None:
                 if how == "pause":
-                    self._save(trained)
+                    self._save_paused(trained)
                 self._let_go(trained)
             if how == "cancel":  # also of a job that has no slot, but had one before
                 # what is not written yet would come after its end
@@ -127,6 +127,16 @@ class Worker:
             with self._lock:
                 if self._stops.get(job_id) == how:  # and not another stop that came meanwhile
                     del self._stops[job_id]
+
+    def _save_paused(self, trained: Trained) -> None:
+        try:
+            self._save(trained)
+        except RunFailed:
+            raise
+        except Exception as error:  # it holds up no other job
+            _logger.exception("%s can't be saved", trained.job.id)
+            text = f"Once resumed, it goes on from its last save, as it can't be saved now: {self._text(error)}"
+            self._events.append(Event(trained.job.id, text, level="error"))
 
     def _begin_ready(self) -> None:
         """Give free slots first to jobs that were running, then to the oldest of the owner with the fewest running."""
