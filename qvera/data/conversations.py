@@ -430,9 +430,11 @@ def _parse_preference(cells: _Cells) -> Conversation:
         lists = [turns[len(prompt) :] if turns[: len(prompt)] == prompt else turns for turns in lists]
     for name, turns in zip(names, lists, strict=True):
         if [turn.role for turn in turns] != ["assistant"]:
+            advice = "Both lists must begin with the same turns, and end with an answer each"
             raise InputError(
                 f"{cells.where(name)} must be one assistant turn after the prompt; its turns are "
-                f"{', '.join(turn.role for turn in turns) or 'none'}. Put earlier turns into the prompt."
+                f"{', '.join(turn.role for turn in turns) or 'none'}. "
+                f"{advice if is_whole else 'Put earlier turns into the prompt'}."
             )
         if not turns[0].content.strip() and not turns[0].extra.get("tool_calls"):
             raise InputError(f"{cells.where(name)} is empty. Fill it in, or remove the row.")

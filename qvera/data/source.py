@@ -30,7 +30,7 @@ import pyarrow as pa
 from qvera.config.sections import DataSection
 from qvera.data.chat_template import ChatTemplate, resolve_template
 from qvera.data.conversations import FORMATS, LABELLED, PREFERENCES, Conversation, RowFormat, parse_row
-from qvera.data.detect import MissingColumn, UnknownFormat, detect_format, is_dolly
+from qvera.data.detect import MissingColumn, UnaskedPreferences, UnknownFormat, detect_format, is_dolly
 from qvera.data.images import ImageProcessor
 from qvera.data.labelled import ImageEncoder, ImageReader, LabelledTokenizer
 from qvera.data.readers import ACCEPTED, RawRow, adapter_files, load_hub, local_files, read_file, read_lines, read_rows
@@ -480,12 +480,14 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
     format, columns = ("prompt-completion", {}) if is_text else (section.format, section.columns)
     if is_text:
         local_files(str(path), f".txt (one prompt a line), {ACCEPTED}")  # raises where it is not here
-    if format in PREFERENCES:  # its prompts, whose answers play no part here
-        format, columns = "prompt-completion", {name: columns[name] for name in ("prompt", "system") if name in columns}
     conversations = []
     for row in read_file(path, read_lines) if is_text else read_rows(str(path)):
         fields = dict(row.fields)
-        named = {ours: theirs for ours, theirs in columns.items() if theirs in fields}
+        named, kind = {ours: theirs for ours, theirs in columns.items() if theirs in fields}, format
+        # of a judged answer only the prompt counts; a pair's answers may begin with it
+        has_pair = kind == "preference" and all(fields.get(named.get(name, name)) for name in ("chosen", "rejected"))
+        if kind in PREFERENCES and not has_pair:
+            kind, named = "prompt-completion", {name: named[name] for name in ("prompt", "system") if name in named}
         answers = {**_ANSWERS, "instruction": "response"} if is_dolly(row.fields) and not columns else _ANSWERS
         for question, answer in answers.items():
             asked, answered = (named.get(name, name) for name in (question, answer))
@@ -494,10 +496,12 @@ def read_prompts(path: Path, section: DataSection, owner_columns: Sequence[str] 
         filled = replace(row, fields=fields)
         try:
             try:
-                found = detect_format(filled, format, named)
+                found = detect_format(filled, kind, named)
             except MissingColumn:  # a prompt may be written otherwise than the rows that trained
                 found = detect_format(filled, "auto", named)
             parsed = parse_row(filled, found, section.system)
+        except UnaskedPreferences:
+            parsed = parse_row(filled, detect_format(filled, "preference", named), section.system)
         except (MissingColumn, UnknownFormat) as error:
             text = str(error)
             lost = next((theirs for ours, theirs in columns.items() if ours in _ANSWERS and theirs not in fields), None)

@@ -344,6 +344,31 @@ def test_prompts_may_have_another_format_than_the_rows_that_trained(tmp_path: Pa
     assert asked.turns == [Turn("user", "Add.", context="1, 2")]
 
 
+def test_prompts_of_pairs_are_those_that_training_reads(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    first, second = ({"role": "user", "content": text} for text in "ac")
+    said, good, bad = ({"role": "assistant", "content": text} for text in "bxy")
+    chosen, rejected = ([first, said, second, answer] for answer in (good, bad))
+    of_openai = {"preferred_output": [good], "non_preferred_output": [bad]}
+    for row in (
+        {"chosen": chosen, "rejected": rejected},
+        {"prompt": "c", "chosen": chosen, "rejected": rejected},  # Tulu's
+        {"input": {"messages": [first, said, second]}, **of_openai},
+        {"prompt": [first, said, second], "chosen": "x", "rejected": ""},  # answers play no part here
+    ):
+        file.write_text(json.dumps(row) + "\n")
+        (asked,) = read_prompts(file, DataSection(path="rows.jsonl", format="preference"))
+        assert [turn.content for turn in asked.turns] == ["a", "b", "c"]
+    file.write_text(json.dumps({"better": chosen, "worse": rejected}) + "\n")
+    columns = {"chosen": "better", "rejected": "worse"}
+    (asked,) = read_prompts(file, DataSection(path="rows.jsonl", format="preference", columns=columns))
+    assert len(asked.turns) == 3
+    file.write_text(json.dumps({"chosen": chosen, "rejected": rejected}) + "\n")
+    for format in ("auto", "alpaca", "unpaired-preference"):  # of runs on other rows
+        (asked,) = read_prompts(file, DataSection(path="rows.jsonl", format=format))
+        assert len(asked.turns) == 3
+
+
 def test_prompts_have_the_recipes_column_or_are_written_otherwise(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     section = DataSection(path="rows.jsonl", columns={"completion": "cuisine", "prompt": "dish"})

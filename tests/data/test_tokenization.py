@@ -220,6 +220,8 @@ def test_earlier_answers_of_a_prompt_are_not_compared() -> None:
         assert (chosen, rejected) == ("d<|im_end|>", "e<|im_end|>")
     with pytest.raises(InputError, match="chosen must be one assistant turn after the prompt"):
         read([{"prompt": "another question", **both}])
+    with pytest.raises(InputError, match=r"are user, assistant\. Both lists must begin with the same turns"):
+        read([{"chosen": messages_of("a", "b"), "rejected": messages_of("another question", "c")}])
 
 
 def test_lengths_and_counts_are_those_of_both_rows() -> None:
