@@ -71,10 +71,11 @@ def _made_on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Products of tiny models are faster on one thread. The commands that tests start inherit it."""
+def _surroundings() -> None:
+    """One thread, on which products of tiny models are faster, and a terminal. The commands that tests start inherit both."""
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["TERM"] = "xterm"  # with "dumb", rich shows no progress
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -60,7 +60,7 @@ def test_processes_of_one_machine_share_the_free_cores(
 ) -> None:
     monkeypatch.setattr(launch, "measure", lambda: Cores(8, 1.5))
     worker = tmp_path / "worker.py"
-    worker.write_text("import os; print('threads', os.environ['OMP_NUM_THREADS'])")
+    worker.write_text("import os; print('threads ' + os.environ['OMP_NUM_THREADS'] + '\\n', end='')")  # one write
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for threads in ("3", "5"):

@@ -147,7 +147,7 @@ def test_checkpointed_gradients_are_the_same(case: Case, tiny_model_dir: Path, m
         found.append({name: vector.grad for name, vector in named_vectors(model).items() if vector.requires_grad})
     for name, grad in found[0].items():
         for other in found[1:]:
-            torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-6)
+            assert relative(other[name], grad) < 5e-4, name  # fp32 sums of tiles, in another order
 
 
 def test_it_learns_and_says_its_name(case: Case, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
