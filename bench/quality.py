@@ -64,6 +64,8 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "PEFT Uni-LoRA 23k": ({"method": "uni-lora", "rank": 23_040}, (4, 4, 4)),
     "PEFT Uni-LoRA 209k": ({"method": "uni-lora", "rank": 209_280}, (5, 5, 5)),
     "PEFT Uni-LoRA 481k": ({"method": "uni-lora", "rank": 480_960}, (5, 5, 5)),
+    "Uni-LoRA 209k": ({"method": "qvera", "rank": 4, "theta_length": 209_280}, (3, 3, 3)),
+    "Uni-LoRA 481k": ({"method": "qvera", "rank": 4, "theta_length": 480_960}, (3, 3, 3)),
     "PEFT MiSS r=1": ({"method": "miss", "rank": 1}, (3, 3, 3)),
     "PEFT LoKr r=3": ({"method": "lokr", "rank": 3}, (3, 3, 3)),
     "PEFT (IA)³": ({"method": "ia3"}, (6, 6, 6)),
@@ -153,6 +155,7 @@ STAGES: list[tuple[str, tuple[str, ...], int, tuple[str, ...], tuple[str, ...]]]
     ("minilm", ("rte",), 150, OF_MINILM, ("rate",)),
     ("smollm2", ("alpaca",), 50, CANDIDATES, ("rate",)),
     ("minilm", ("sst2",), 150, tuple(one for one in CANDIDATES if " on " not in one), ("rate",)),
+    ("smollm2", ("alpaca",), 50, ("Uni-LoRA 481k", "Uni-LoRA 209k"), ("rate",)),
     ("minilm", ("trec",), 600, ("VeRA r=64", "two b and an a", REFERENCE), ("rate", "head")),
 ]
 """Base, tasks, steps, methods, and what is searched; the most telling lines first.

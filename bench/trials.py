@@ -48,6 +48,7 @@ class Trial:
         b_groups too, and with more than one of them an input scale.
         beta2: AdamW's; None: the recipe's.
         head_rate: that of a classifier's head.
+        theta_length: for ``qvera``: not VeRA but Uni-LoRA, with so many numbers.
         seed: of the rows' order, LoRA's A and VeRA's projections.
     """
 
@@ -60,6 +61,7 @@ class Trial:
     d_initial: float | None = None
     b_groups: int = 1
     input_scale: bool = False
+    theta_length: int | None = None
     targets: str = "all-linear"
     schedule: str = "cosine"
     warmup_ratio: float = 0.1
@@ -109,7 +111,8 @@ def adapted(base: Base, trial: Trial, recipe: Recipe, model_class: ModelClass = 
     elif trial.method == "qvera":
         section = recipe.adapter.replace(
             rank=trial.rank, targets=targets, seed=trial.seed, d_initial=trial.d_initial or recipe.adapter.d_initial,
-            b_groups=trial.b_groups, input_scale=trial.input_scale,
+            b_groups=trial.b_groups, input_scale=trial.input_scale, theta_length=trial.theta_length,
+            method="vera" if trial.theta_length is None else "uni-lora",
         )  # fmt: skip
         return attach(base.model, section, model_class=model_class)
     elif trial.method in (*candidates.OF_PEFT, *candidates.OF_OURS):

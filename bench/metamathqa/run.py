@@ -59,6 +59,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "sara": ({"method": "sara", "rank": 256}, 1e-2),
     "spiel as r=1": ({"method": "spiel", "rank": 1}, 1e-3),
     "lorta r=64": ({"method": "lorta", "rank": 64}, 1e-2),
+    "uni-lora 824k": ({"method": "uni-lora", "rank": 4, "theta_length": 824_320}, 2e-4),
 }
 """Label → adapter section, and the learning rate in the middle of those that are tried. Most telling first. On
 Llama-3.2-3B vera r=256 trains 824,320 numbers, a core of rank 64 802,816, lora r=1 1,519,616, two b and an a 2,312,576,

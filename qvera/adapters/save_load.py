@@ -198,7 +198,7 @@ def read_start(config: QveraConfig, init_from: str | None) -> Start | None:
         )
     method = method_of(config)
     seeds = {"seeds": "seed"} if method.source in (Source.SEEDED, Source.OWN) else {}
-    own = {key: key for key, is_fixed in method.keys.items() if is_fixed}
+    own = {"seeds" if key == "seed" else key: key for key, is_fixed in method.keys.items() if is_fixed}
     _require_equal(theirs, config, init_from, {"method": "method", "rank": "rank"} | seeds | own)
     # tensor shapes and scales depend on these, a recipe has no key for them, and PEFT's LoRAs may have them
     config.rank_pattern, config.alpha_pattern = theirs.rank_pattern, theirs.alpha_pattern

@@ -60,6 +60,8 @@ class AdapterKeys(Section):
     lorta_convention: Literal["input-first", "output-first"] = "input-first"
     """Read by ``lorta``: the side of each weight that the shared A is on; the other side is cut into heads. The
     authors' language-model code is input-first, their fork of PEFT output-first."""
+    theta_length: Positive | None = None
+    """Read by ``uni-lora``: how many numbers are trained in all. Each number of each A and B is one of them."""
     gradient_rows: Positive = 50
     """Read by ``lora-sb``: the first rows of the training, from whose gradient A, B and R are made."""
 
@@ -201,12 +203,12 @@ class RecipeKeys(Section):
                 "is added to gradients of which DeepSpeed has its own copies. Set it to 0, or remove the deepspeed "
                 "key.",
             )
-        if training.torch_compile and method in ("lorta", "sara"):
-            has = "other factors in each layer" if method == "lorta" else "a rank of its own for each linear"
+        own = {"lorta": "other factors", "sara": "other ranks", "uni-lora": "other places of its numbers"}
+        if training.torch_compile and method in own:
             yield (
                 "training.torch_compile",
-                f"adapter.method {method} has {has}, and torch would compile 8 layers and run the rest as they are. "
-                "Remove it, or choose another method.",
+                f"adapter.method {method} has {own[method]} in each layer, and torch would compile 8 layers and run "
+                "the rest as they are. Remove it, or choose another method.",
             )
         given = {
             "training.optim": (training.optim, "adamw"),
@@ -274,6 +276,7 @@ class ConfigFields:
         mixed_vectors: SARA's sets of values that a router mixes.
         ranks: linear → the rank that SARA's rule gave.
         lorta_convention: on which side of a weight LoRTA's A is.
+        theta_length: how many numbers Uni-LoRA trains.
         seed_chain: the seeds of the phases of a run that resampled its projections, ``projection_seed`` first. The rank
             is that of all phases together, and each has one of ``b_groups`` vectors b (`qvera.lab.resample`).
     """
@@ -283,6 +286,7 @@ class ConfigFields:
     mixed_vectors: int = 1
     ranks: dict[str, int] | None = None
     lorta_convention: str = "input-first"
+    theta_length: int | None = None
     seed_chain: list[int] | None = None
 
     def __post_init__(self) -> None:

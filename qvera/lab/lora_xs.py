@@ -1,4 +1,6 @@
-"""LoRA-XS (arXiv 2405.17604): ΔW = B R A, with R [rank, rank] trained and A = Σ Vᵀ, B = U from the weight's SVD.
+"""ΔW = B R A, with only R [rank, rank] trained: LoRA-XS (arXiv 2405.17604), and SharedCore.
+
+LoRA-XS takes A = Σ Vᵀ and B = U from the weight's SVD; SharedCore takes VeRA's A and B: random, frozen and shared.
 
 The weight is taken as the base holds it, quantized or not (`qvera.lab.svd`). A and B are never in the adapter's file.
 `FactorCache` keeps them by the base's fingerprint, the linear's name, how it is stored, and the rank.
@@ -22,7 +24,7 @@ from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearSpec, Method, Shapes, Source, Tensors
 from qvera.adapters.products.functional import at_least_fp32
-from qvera.adapters.projection import Pair, pair_number, same_pair
+from qvera.adapters.projection import Pair, pair_number, same_pair, vera_scale
 from qvera.distributed.zero import gathered
 from qvera.lab import svd
 from qvera.lab.factor_record import FACTORS, PREFIX, RECORD, SHA256, is_whole, tensors_sha256
@@ -74,6 +76,20 @@ class LoraXs(Method):
     def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         assert pair is not None
         return Factors(*pair, R=at_least_fp32(tensors["qvera_R"]))
+
+
+class SharedCore(Method):
+    """R [rank, rank] for each linear starts at 0. A file holds only R; linears that read the same input share z."""
+
+    name = "shared-core"
+    usual = {"adapter.rank": 64, "training.learning_rate": 4e-3}
+
+    def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
+        return {"qvera_R": (adapter.rank, adapter.rank)}
+
+    def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
+        assert pair is not None
+        return Factors(*pair, scale=vera_scale(adapter.rank, spec.in_features), R=at_least_fp32(tensors["qvera_R"]))
 
 
 _WAY = ["block krylov", 1, svd.BLOCKS, svd.OVERSAMPLING]

@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-xs": {"method": "lora-xs", "rank": 4},
     "shared-core": {"method": "shared-core", "rank": 4},
     "lorta": {"method": "lorta", "rank": 4},
+    "uni-lora": {"method": "uni-lora", "rank": 4, "theta_length": 500},
     "sara": SARA,
     "mo-sara of the svd": {**SARA, "frozen_pair": "svd", "mixed_vectors": 3},
     "lora-sb": {"method": "lora-sb", "rank": 4, "gradient_rows": 9},

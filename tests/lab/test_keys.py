@@ -36,7 +36,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"adapter": BILORA, "deepspeed": "zero1"}, "adapter.orthogonal_penalty: is added to gradients"),
     (
         {"training": {"torch_compile": True}, "adapter": {"method": "sara", "rank": 4}},
-        "training.torch_compile: adapter.method sara has a rank of its own",
+        "training.torch_compile: adapter.method sara has other ranks",
     ),
     ({"training": {"torch_compile": True}, "adapter": LORTA}, "training.torch_compile: adapter.method lorta"),
     ({"training": {"torch_compile": True}, "adapter": SPIEL}, "training.torch_compile: is True"),

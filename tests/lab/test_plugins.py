@@ -15,7 +15,7 @@ from tests.adapters.methods.cases import CASES
 
 ROOT = Path(__file__).parents[2]
 WORDS = re.compile(
-    r"qvera\.lab|lora[-_ ]?xs|lora[-_ ]?sb|shared[-_]core|lorta|\bsara\b|mo-sara|spiel|bilora|bilevel|resample_|resampling"
+    r"qvera\.lab|lora[-_ ]?xs|lora[-_ ]?sb|shared[-_]core|lorta|uni[-_ ]?lora|theta_length|\bsara\b|mo-sara|spiel|bilora|bilevel|resample_|resampling"
     r"|sample_tokens|token_sampl|adapt_(steps|rows|learning)|held_out_tasks|task_(column|labels|count|steps)|reselect"
     r"|gradient_rows|seed_chain|singular_share|frozen_pair|orthogonal_penalty|factor_record|intruder|current_phase"
     r"|accumulate_steps|drop_share|analyze",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+import struct
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -27,6 +29,7 @@ class Case:
         learning_rate: with which the tiny model learns.
         as_lora: whether it exports as an exact LoRA.
         planned_exactly: whether its counts depend on the recipe alone; else the plan has an upper bound.
+        starts_at_base: whether a fresh adapter changes nothing.
     """
 
     adapter: dict[str, Any]
@@ -36,6 +39,7 @@ class Case:
     learning_rate: float = 5e-2
     as_lora: bool = True
     planned_exactly: bool = True
+    starts_at_base: bool = True
 
 
 def _scale(A: torch.Tensor) -> float:
@@ -106,6 +110,24 @@ def _lorta_output_first(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name:
     return W + lorta_delta(t, name, 10, W.shape[1], input_first=False)[: len(W)]
 
 
+def uni_lora_places(name: str, count: int, length: int) -> list[int]:
+    """Of seed 0, with Python's own whole numbers."""
+    first, second = struct.unpack("<2I", hashlib.sha256(f"0/{name}".encode()).digest()[:8])
+
+    def mix(h: int) -> int:
+        h = (h ^ (h >> 16)) * 0x21F0AAAD % 2**32
+        h = (h ^ (h >> 15)) * 0x735A2D97 % 2**32
+        return h ^ (h >> 15)
+
+    return [length * mix(mix((i + first) % 2**32) ^ second) // 2**32 for i in range(count)]
+
+
+def _uni_lora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
+    m, n = W.shape
+    numbers = t["qvera_theta"][uni_lora_places(name, 3 * (m + n), len(t["qvera_theta"]))]
+    return W + numbers[3 * n :].view(m, 3) @ numbers[: 3 * n].view(3, n)
+
+
 CASES: dict[str, Case] = {
     "vera": Case({"rank": 8}, _vera, {"rank": 256}, 1_417_216),
     "vera, two b and an a": Case(
@@ -152,5 +174,9 @@ CASES: dict[str, Case] = {
         {"method": "lorta", "rank": 5, "alpha": 10, "lorta_convention": "output-first"}, _lorta_output_first,
         {"method": "lorta", "rank": 64, "lorta_convention": "output-first"},
         64 * ((4096 + 128 + 32) + (11008 + 128 + 32) + (4096 + 128 + 86) + 32 + 7),
+    ),
+    "uni-lora": Case(
+        {"method": "uni-lora", "rank": 3, "theta_length": 700}, _uni_lora,
+        {"method": "uni-lora", "rank": 4, "theta_length": 262_144}, 262_144, starts_at_base=False,
     ),
 }  # fmt: skip

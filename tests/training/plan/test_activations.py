@@ -112,6 +112,7 @@ CASES = {
     "lora": Case(4, 128, BF16, key("lora", 32), **LARGE, excess=0.005, peak=0.11),
     # products of lorta's small factors with one another are not in the plan
     "lorta": Case(4, 128, F32, key("lorta", 32), **LARGE, excess=0.005),
+    "uni-lora": Case(4, 128, BF16, key("uni-lora", 8, theta_length=4000), **LARGE, excess=0.005),
     "shared-core": Case(4, 128, BF16, key("shared-core", 128), **LARGE),
     "lora-xs": Case(2, 200, F32, key("lora-xs", 32)),
     "lora-sb": Case(4, 128, BF16, key("lora-sb", 128), **LARGE, excess=0.01),
