@@ -87,7 +87,7 @@ def _panel(of: list[Result], left: int, top: int) -> list[str]:
         while any(abs(x - other_x) < 110 and abs(label_y - other_y) < 14 for other_x, other_y in labels):
             label_y += 14
         labels.append((x, label_y))
-        kind = ' class="lora"' if "LoRA" in result.method else ""
+        kind = ' class="lora"' if result.method.startswith("PEFT LoRA ") else ""
         said = f"{result.method}: {mean:+.4f} ({low:+.4f} to {high:+.4f}), {result.chosen['trained']:,} parameters"
         parts.append(f"<g{kind}><title>{escape(said)}</title>")
         parts.append(f'<line class="span" x1="{x}" x2="{x}" y1="{down(high)}" y2="{down(low)}"/>')
