@@ -33,7 +33,7 @@ class UniLora(Method):
     name = "uni-lora"
     title = "Uni-LoRA"
     keys = {"seed": True, "theta_length": True}
-    usual = {"adapter.rank": 4, "adapter.theta_length": 524_288, "training.learning_rate": 4e-3}
+    usual = {"adapter.rank": 4, "adapter.theta_length": 524_288, "training.learning_rate": 6e-3}
     source = Source.TRAINED
 
     def tensors(self, adapter: Settings, spec: LinearSpec) -> Shapes:
