@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qvera.adapters.config import QveraConfig
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
+from qvera.adapters.methods.lora import seed_of
 from qvera.adapters.methods.vera import Vera
 from qvera.adapters.products import functional
 from qvera.adapters.products.functional import at_least_fp32
@@ -92,8 +93,7 @@ class _Mixture(Sara):
         """Start d at random around d_initial, and the router at random: equal experts would stay equal."""
         if name == "qvera_b" or not getattr(adapter, "init_weights", True):
             return super().start(name, shape, adapter, spec)
-        seed = getattr(adapter, "projection_seed", getattr(adapter, "seed", 0))
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {spec.name} {name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed_of(adapter)} {spec.name} {name}".encode()))
         drawn = torch.randn(shape, generator=generator)
         return adapter.d_initial * (1 + drawn / 2) if name == "qvera_d" else drawn / shape[0] ** 0.5
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from qvera.adapters.hooks import TrainingHook
 from qvera.adapters.layer import AdaptedForward, adapted_layers
 from qvera.adapters.methods.base import Change, LinearBytes, LinearSpec, Method, Shapes, Source, Tensors, Traits
+from qvera.adapters.methods.lora import seed_of
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair
 from qvera.config.schema import Recipe
-from qvera.config.sections import AdapterSection
 from qvera.distributed.group import Group
 from qvera.lab import sparse
 from qvera.lab.keys import Settings
@@ -63,8 +63,7 @@ class Spiel(Method):
     def start(self, name: str, shape: tuple[int, ...], adapter: Settings, spec: LinearSpec) -> Tensor:
         if name == VALUES:
             return super().start(name, shape, adapter, spec)
-        seed = adapter.seed if isinstance(adapter, AdapterSection) else adapter.projection_seed
-        return random_places(shape[0], spec.in_features * spec.out_features, seed, spec.name)
+        return random_places(shape[0], spec.in_features * spec.out_features, seed_of(adapter), spec.name)
 
     def traits(self, name: str, adapter: Settings) -> Traits:
         return Traits() if name == VALUES else Traits(torch.int32, is_trained=False)

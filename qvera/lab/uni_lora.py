@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qvera.adapters.factors import Factors
 from qvera.adapters.methods.base import LinearBytes, LinearSpec, Method, Shapes, Source, Tensors
-from qvera.adapters.methods.lora import start_generator, uniform
+from qvera.adapters.methods.lora import seed_of, start_generator, uniform
 from qvera.adapters.products.functional import at_least_fp32
 from qvera.adapters.projection import Pair
 from qvera.lab.keys import Settings
@@ -53,8 +53,8 @@ class UniLora(Method):
 
     def factors(self, adapter: Settings, spec: LinearSpec, tensors: Tensors, pair: Pair | None) -> Factors:
         theta, rank = at_least_fp32(tensors[THETA]), adapter.rank
-        seed = getattr(adapter, "projection_seed", getattr(adapter, "seed", 0))
-        taken = theta.index_select(0, places(seed, spec.name, _numbers(adapter, spec), len(theta), theta.device))
+        drawn = places(seed_of(adapter), spec.name, _numbers(adapter, spec), len(theta), theta.device)
+        taken = theta.index_select(0, drawn)
         A, B = taken.split([rank * spec.in_features, rank * spec.out_features])
         return Factors(A.view(rank, spec.in_features), B.view(spec.out_features, rank))
 

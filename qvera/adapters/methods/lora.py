@@ -87,11 +87,16 @@ def _of_pattern(pattern: Mapping[str, float] | None, spec: LinearSpec, default: 
     return default if not pattern else pattern.get(get_pattern_key(list(pattern), spec.name), default)
 
 
+def seed_of(adapter: AdapterSettings) -> int:
+    """Return the seed of a recipe's adapter section (``seed``) or of an adapter's config (``projection_seed``)."""
+    seed: int = getattr(adapter, "projection_seed", getattr(adapter, "seed", 0))
+    return seed
+
+
 def start_generator(adapter: AdapterSettings, name: str) -> torch.Generator:
     """Return the random stream that the adapter's seed gives to a name."""
     # Each name has a stream of its own. So a linear starts the same, whichever other linears are adapted.
-    seed = getattr(adapter, "projection_seed", None) or getattr(adapter, "seed", 0)
-    key = f"{seed}/{name}".encode()
+    key = f"{seed_of(adapter)}/{name}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little"))
 
 

@@ -110,7 +110,7 @@ def _lorta_output_first(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name:
     return W + lorta_delta(t, name, 10, W.shape[1], input_first=False)[: len(W)]
 
 
-def uni_lora_places(name: str, count: int, length: int) -> list[int]:
+def _uni_lora_places(name: str, count: int, length: int) -> list[int]:
     """Of seed 0, with Python's own whole numbers."""
     first, second = struct.unpack("<2I", hashlib.sha256(f"0/{name}".encode()).digest()[:8])
 
@@ -124,7 +124,7 @@ def uni_lora_places(name: str, count: int, length: int) -> list[int]:
 
 def _uni_lora(W: torch.Tensor, t: Tensors, A: Factor, B: Factor, name: str) -> torch.Tensor:
     m, n = W.shape
-    numbers = t["qvera_theta"][uni_lora_places(name, 3 * (m + n), len(t["qvera_theta"]))]
+    numbers = t["qvera_theta"][_uni_lora_places(name, 3 * (m + n), len(t["qvera_theta"]))]
     return W + numbers[3 * n :].view(m, 3) @ numbers[: 3 * n].view(3, n)
 
 
